@@ -1,0 +1,1 @@
+//! A whole tailnet on one machine: control server, DERP, STUN, admin API and a network lab.

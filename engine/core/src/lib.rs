@@ -1,0 +1,13 @@
+//! A tailnet node's protocol logic, without I/O and without a clock.
+//!
+//! Facts go in through `handle_*(…, now)`, results come out through [`batch::Outbox`] and `poll_*`, and
+//! `poll_timeout` says when to call again. Batches of packets cross the border, not packets, and the
+//! data path allocates nothing per packet. The one exception to "no clock" is `wg`: boringtun reads it.
+//!
+//! | part | modules |
+//! |---|---|
+//! | the node as a whole | `engine`, `batch`, `snapshot` |
+//! | control protocol | `noise`, `map_frame`, `tailcfg`, `netmap`, `register`, `backoff` |
+//! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp` |
+//! | what flows | `wg`, `packet`, `filter`, `dns` |
+//! | names of things | `key` |

@@ -1,0 +1,227 @@
+//! The service an engine offers its supervisor, and what crosses it.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use crate::Version;
+use crate::secret::{SecretKey, SecretString};
+
+/// Served by an engine, one connection at a time from its supervisor.
+#[tarpc::service]
+pub trait Engine {
+    /// Who is there. Always the first call.
+    async fn hello() -> Hello;
+    /// Gives the engine its identity and starts the node. Once per process; a second call is refused.
+    async fn start(request: StartRequest) -> Result<(), String>;
+    /// Long poll: the status as soon as its `seq` is greater than `after`, at the latest after
+    /// [`WATCH_MAX`]. `watch(0)` answers at once.
+    async fn watch(after: u64) -> EngineStatus;
+    /// The node's own addresses or resolvers changed.
+    async fn set_underlay(underlay: Underlay);
+    /// Counters and gauges for `/metrics`.
+    async fn metrics() -> EngineMetrics;
+    /// One line per peer.
+    async fn peers() -> Vec<PeerStatus>;
+    /// Expires the node key at the control server, so that the device leaves the tailnet.
+    /// The engine exits with [`crate::exit::EngineExit::Stopped`] once it has answered.
+    async fn logout() -> Result<(), String>;
+    /// Writes the snapshot and exits with [`crate::exit::EngineExit::Stopped`].
+    async fn stop();
+}
+
+/// The longest that [`Engine::watch`] waits before it answers with an unchanged status.
+pub const WATCH_MAX: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// Answer to `hello`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Hello {
+    /// [`crate::PROTO_VERSION`] of the engine's build.
+    pub version: Version,
+    /// Build version, for people.
+    pub build: String,
+    /// The engine's own pid as it sees it.
+    pub pid: u32,
+    /// UID of the pod whose start request this process took; empty before `start`.
+    pub pod_uid: String,
+}
+
+/// Which pod, as everything that is logged or reported names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct PodRef {
+    /// Kubernetes pod UID, or the container id where there is none.
+    pub uid: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Pod name.
+    pub name: String,
+}
+
+/// Everything an engine needs to be a node.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StartRequest {
+    /// For logs and `hello`.
+    pub pod: PodRef,
+    /// Control server, `http://` or `https://`.
+    pub control_url: String,
+    /// Further roots for control and DERP, PEM; empty for the built-in ones alone.
+    pub extra_roots_pem: String,
+    /// Requested host name (one DNS label).
+    pub hostname: String,
+    /// Asks control to forget the node when it is away.
+    pub ephemeral: bool,
+    /// Tags to request; only where the auth key does not carry them.
+    pub request_tags: Vec<String>,
+    /// Noise static key.
+    pub machine_key: SecretKey,
+    /// WireGuard static key.
+    pub node_key: SecretKey,
+    /// Public half of the node key before a rotation.
+    pub old_node_key: Option<[u8; 32]>,
+    /// Single-use key; absent when the node is registered already.
+    pub auth_key: Option<SecretString>,
+    /// MTU of the TUN.
+    pub mtu: u16,
+    /// The node's addresses and resolvers now.
+    pub underlay: Underlay,
+}
+
+/// What the engine is told about the node it runs on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Underlay {
+    /// Addresses that peers may be able to reach; never a CNI's own.
+    pub addresses: Vec<IpAddr>,
+    /// Resolvers for control and DERP host names.
+    pub name_servers: Vec<SocketAddr>,
+    /// `/etc/hosts` entries.
+    pub hosts: Vec<(String, IpAddr)>,
+}
+
+/// What [`Engine::watch`] reports.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// Grows with every change.
+    pub seq: u64,
+    /// Where the node is in its life.
+    pub state: NodeState,
+    /// Whether the map stream is up.
+    pub control_connected: bool,
+    /// Milliseconds since the last control message; `None` before the first in this process.
+    pub control_age_ms: Option<u64>,
+    /// This node, as the netmap (or the snapshot) has it.
+    pub node: Option<SelfNode>,
+    /// Home DERP region, 0 for none yet.
+    pub home_derp: u32,
+    /// Health messages from control.
+    pub health: Vec<String>,
+}
+
+/// Where a node is in its life.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NodeState {
+    /// No start request yet.
+    Waiting,
+    /// Not registered yet, or no netmap yet; the text says what it waits for or what failed last.
+    Connecting {
+        /// One sentence.
+        reason: String,
+    },
+    /// A person has to open the URL.
+    NeedsLogin {
+        /// From control.
+        url: String,
+    },
+    /// Registered, but an administrator has to approve the machine.
+    NeedsApproval,
+    /// A netmap (from control or from the snapshot) is in force.
+    Running,
+    /// Logged out on request.
+    LoggedOut,
+}
+
+/// This node in its tailnet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SelfNode {
+    /// Fully qualified name, no trailing dot.
+    pub name: String,
+    /// Node addresses (/32 and /128).
+    pub addresses: Vec<IpNet>,
+    /// ACL tags.
+    pub tags: Vec<String>,
+    /// Stable node id.
+    pub stable_id: String,
+    /// Seconds since the epoch; `None` when the key does not expire.
+    pub key_expiry_unix_s: Option<i64>,
+}
+
+/// How packets reach a peer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PathStatus {
+    /// No traffic yet.
+    Idle,
+    /// Through a DERP region.
+    Relay {
+        /// The region's id.
+        region: u32,
+    },
+    /// Straight to this address.
+    Direct {
+        /// The peer's endpoint.
+        endpoint: SocketAddr,
+        /// Last measured round trip, microseconds.
+        rtt_us: u64,
+    },
+}
+
+/// One peer, for people and metrics.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PeerStatus {
+    /// Fully qualified name.
+    pub name: String,
+    /// First addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Path in use.
+    pub path: PathStatus,
+    /// Milliseconds since the last completed handshake.
+    pub handshake_age_ms: Option<u64>,
+    /// Milliseconds since data was last sent to, and received from, the peer.
+    pub last_tx_age_ms: Option<u64>,
+    /// See `last_tx_age_ms`.
+    pub last_rx_age_ms: Option<u64>,
+    /// Plaintext bytes sent.
+    pub tx_bytes: u64,
+    /// Plaintext bytes received.
+    pub rx_bytes: u64,
+}
+
+/// Counters since the engine's start and gauges of now.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineMetrics {
+    /// Plaintext from the pod.
+    pub tx_packets: u64,
+    /// Plaintext from the pod.
+    pub tx_bytes: u64,
+    /// Plaintext to the pod.
+    pub rx_packets: u64,
+    /// Plaintext to the pod.
+    pub rx_bytes: u64,
+    /// Packets dropped, by bounded reason name.
+    pub drops: Vec<(String, u64)>,
+    /// WireGuard handshakes completed.
+    pub handshakes: u64,
+    /// Peers in the netmap.
+    pub peers: u64,
+    /// Peers with a trusted direct path now.
+    pub peers_direct: u64,
+    /// Peers with traffic through a relay now.
+    pub peers_relay: u64,
+    /// Whether the map stream is up.
+    pub control_connected: bool,
+    /// DERP regions connected.
+    pub derp_connected: u64,
+    /// Home region, 0 for none.
+    pub home_derp: u32,
+    /// Seconds since the epoch of the last completed handshake, 0 for none.
+    pub last_handshake_unix_s: u64,
+}

@@ -1,0 +1,50 @@
+//! What crosses a podtether process border: two tarpc services, the numbered exit codes of an
+//! engine, and the descriptors an engine is born with.
+//!
+//! * [`engine`]: served by an engine on the socket its supervisor made for it. The supervisor calls,
+//!   the engine reports through the [`engine::Engine::watch`] long poll, so an engine never needs to
+//!   reach its supervisor and any later supervisor can take its place.
+//! * [`node`]: served by the supervisor on `run_dir/supervisor.sock` for the CNI plugin and the tools.
+//! * [`transport`]: how both are carried (length-delimited bincode over a Unix socket, bounded).
+
+pub mod engine;
+pub mod exit;
+pub mod fds;
+pub mod node;
+pub mod secret;
+pub mod transport;
+
+/// Version of both services, in [`engine::Hello`] and [`node::Version`]. Each side accepts its own
+/// minor and the one before it; a different major never talks.
+pub const PROTO_VERSION: Version = Version { major: 1, minor: 0 };
+
+/// A protocol version; see [`PROTO_VERSION`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Version {
+    /// Incompatible changes.
+    pub major: u16,
+    /// Compatible changes; one older minor is accepted.
+    pub minor: u16,
+}
+
+impl Version {
+    /// True when a peer that says `other` can be talked to by this build.
+    #[must_use]
+    pub fn accepts(self, other: Version) -> bool {
+        self.major == other.major && self.minor.abs_diff(other.minor) <= 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Version;
+
+    #[test]
+    fn one_minor_apart_is_accepted_two_are_not() {
+        let v = |major, minor| Version { major, minor };
+        assert!(v(1, 3).accepts(v(1, 2)));
+        assert!(v(1, 2).accepts(v(1, 3)));
+        assert!(!v(1, 4).accepts(v(1, 2)));
+        assert!(!v(2, 0).accepts(v(1, 0)));
+    }
+}

@@ -1,0 +1,146 @@
+//! The service the supervisor offers the CNI plugin and the tools.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+pub use crate::Version;
+use crate::engine::PodRef;
+
+/// Served by the supervisor on `run_dir/supervisor.sock`.
+#[tarpc::service]
+pub trait Node {
+    /// CNI ADD: joins the pod and answers when `ts0` works. The same container asked again gets the
+    /// same answer.
+    async fn add(request: AddRequest) -> Result<Attached, CniError>;
+    /// CNI DEL: removes one attachment, and the identity when it is due. Repeatable.
+    async fn del(request: AttachmentId) -> Result<(), CniError>;
+    /// CNI CHECK.
+    async fn check(request: CheckRequest) -> Result<(), CniError>;
+    /// CNI GC: attachments of `network` that are not in `valid` leave.
+    async fn gc(request: GcRequest) -> Result<(), CniError>;
+    /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
+    async fn status() -> Version;
+}
+
+/// One attachment: design §5 keeps it apart from the pod's identity.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct AttachmentId {
+    /// CNI network name.
+    pub network: String,
+    /// `CNI_CONTAINERID`.
+    pub container_id: String,
+    /// Interface in the pod, `ts0` unless the network configuration says otherwise.
+    pub ifname: String,
+}
+
+/// CNI ADD.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddRequest {
+    /// Which attachment.
+    pub attachment: AttachmentId,
+    /// `CNI_NETNS`, a path the supervisor can open.
+    pub netns: String,
+    /// From `K8S_POD_*`; the uid falls back to the container id.
+    pub pod: PodRef,
+    /// Key of a `[tailnet.NAME]` table.
+    pub tailnet: String,
+    /// How long the runtime will wait; the supervisor answers before that.
+    pub timeout_ms: u64,
+    /// `io.kubernetes.cri.pod-annotations`, empty where the runtime passes none.
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// What ADD made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Interface name.
+    pub ifname: String,
+    /// Its hardware address, lower-case hex with colons.
+    pub mac: String,
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// Node addresses, IPv4 first.
+    pub addresses: Vec<IpNet>,
+    /// Routes through the interface.
+    pub routes: Vec<AttachedRoute>,
+}
+
+/// A route of [`Attached`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachedRoute {
+    /// Destination.
+    pub dst: IpNet,
+    /// Next hop on `ts0`.
+    pub gw: Option<IpAddr>,
+}
+
+/// CNI CHECK.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckRequest {
+    /// Which attachment.
+    pub attachment: AttachmentId,
+    /// `CNI_NETNS`.
+    pub netns: String,
+    /// `ts0`'s addresses in prevResult.
+    pub addresses: Vec<IpNet>,
+    /// Routes of prevResult that lie in the tailnet ranges.
+    pub routes: Vec<IpNet>,
+}
+
+/// CNI GC.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GcRequest {
+    /// Only attachments of this network are touched.
+    pub network: String,
+    /// `cni.dev/valid-attachments`: (container id, interface name as the runtime knows it).
+    pub valid: Vec<(String, String)>,
+}
+
+/// A CNI error as the specification prints it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{msg} ({code}){}{details}", if details.is_empty() { "" } else { ": " })]
+pub struct CniError {
+    /// Specified below 100, ours from 100 on; see [`code`].
+    pub code: u32,
+    /// What happened, to which pod.
+    pub msg: String,
+    /// What to do.
+    pub details: String,
+}
+
+/// Error codes, from the CNI specification and our own from 100 on.
+pub mod code {
+    /// Incompatible CNI version.
+    pub const INCOMPATIBLE_VERSION: u32 = 1;
+    /// Unsupported field in the network configuration.
+    pub const UNSUPPORTED_FIELD: u32 = 2;
+    /// Container unknown or does not exist.
+    pub const UNKNOWN_CONTAINER: u32 = 3;
+    /// A necessary environment variable is missing or wrong.
+    pub const BAD_ENV: u32 = 4;
+    /// I/O failure.
+    pub const IO: u32 = 5;
+    /// Undecodable content.
+    pub const UNDECODABLE: u32 = 6;
+    /// Invalid network configuration.
+    pub const BAD_CONFIG: u32 = 7;
+    /// Try again later.
+    pub const TRY_AGAIN: u32 = 11;
+    /// The plugin cannot serve ADD now (STATUS).
+    pub const UNAVAILABLE: u32 = 50;
+    /// Interface name taken by something that is not ours.
+    pub const INTERFACE_EXISTS: u32 = 100;
+    /// The tailnet refused the pod (credential, tag, key).
+    pub const REFUSED: u32 = 101;
+    /// The kernel refused a step of the pod's link.
+    pub const LINK: u32 = 102;
+    /// CHECK found something missing.
+    pub const CHECK_FAILED: u32 = 103;
+    /// DEL or GC could not clean everything.
+    pub const CLEANUP: u32 = 104;
+    /// A person has to act (login URL, approval).
+    pub const NEEDS_ACTION: u32 = 105;
+}

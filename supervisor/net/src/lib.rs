@@ -1,0 +1,1 @@
+//! The kernel objects of a pod's link: namespaces, veth pairs, TUN devices, sockets, routes.

@@ -1,0 +1,1 @@
+//! The node's supervisor: pods' links, records and engines.
