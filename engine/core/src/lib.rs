@@ -11,3 +11,5 @@
 //! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp` |
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
+
+pub mod packet;
