@@ -1,0 +1,189 @@
+//! The `Engine` service on the inherited socket. It holds no logic: each call becomes a [`Command`] to
+//! the driver, or reads the [`Board`].
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener as StdListener;
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use podtether_proto::engine::{
+    Engine, EngineMetrics, EngineStatus, Hello, PeerStatus, StartRequest, Underlay, WATCH_MAX,
+};
+use podtether_proto::{PROTO_VERSION, transport};
+use tarpc::context::Context;
+use tarpc::server::{BaseChannel, Channel as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use crate::status::Board;
+
+/// Pending calls; more wait in the socket.
+pub(crate) const COMMAND_QUEUE: usize = 16;
+/// After an accept error (descriptors exhausted), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A call that the driver answers.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Start(Box<StartRequest>, oneshot::Sender<Result<(), String>>),
+    SetUnderlay(Underlay),
+    Metrics(oneshot::Sender<EngineMetrics>),
+    Peers(oneshot::Sender<Vec<PeerStatus>>),
+    Logout(oneshot::Sender<Result<(), String>>),
+    Stop(oneshot::Sender<()>),
+}
+
+/// Listens on the socket that the supervisor bound. Called after the uid change, so that the
+/// supervisor's SO_PEERCRED names this process.
+pub(crate) fn listen(rpc: OwnedFd) -> std::io::Result<StdListener> {
+    nix::sys::socket::listen(&rpc, nix::sys::socket::Backlog::new(8)?)?;
+    let listener = StdListener::from(rpc);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Serves one supervisor at a time; a newer connection replaces an older one.
+pub(crate) async fn serve(
+    listener: StdListener,
+    supervisor_uid: u32,
+    board: Board,
+    commands: mpsc::Sender<Command>,
+) -> std::io::Result<()> {
+    let listener = UnixListener::from_std(listener)?;
+    let service = Service { board, commands };
+    let mut current = JoinSet::new();
+    loop {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "accept on the engine's socket failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        match stream.peer_cred() {
+            Ok(peer) if peer.uid() == 0 || peer.uid() == supervisor_uid => {}
+            other => {
+                tracing::warn!(?other, "refused a caller that is not the supervisor");
+                continue;
+            }
+        }
+        current.abort_all();
+        while current.join_next().await.is_some() {}
+        current.spawn(connection(stream, service.clone()));
+    }
+}
+
+async fn connection(stream: UnixStream, service: Service) {
+    let requests = BaseChannel::with_defaults(transport::framed(stream)).execute(service.serve());
+    let mut running = JoinSet::new();
+    tokio::pin!(requests);
+    loop {
+        tokio::select! {
+            request = requests.next() => match request {
+                Some(request) => { running.spawn(request); }
+                None => break,
+            },
+            Some(_) = running.join_next() => {}
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Service {
+    board: Board,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Service {
+    /// Asks the driver; `None` when it is ending.
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(command(answer)).await.ok()?;
+        answered.await.ok()
+    }
+}
+
+const ENDING: &str = "the engine is ending";
+
+impl Engine for Service {
+    async fn hello(self, _: Context) -> Hello {
+        Hello {
+            version: PROTO_VERSION,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            pod_uid: self.board.pod_uid(),
+        }
+    }
+
+    async fn start(self, _: Context, request: StartRequest) -> Result<(), String> {
+        let request = Box::new(request);
+        self.ask(|answer| Command::Start(request, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn watch(self, _: Context, after: u64) -> EngineStatus {
+        self.board.wait(after, WATCH_MAX).await
+    }
+
+    async fn set_underlay(self, _: Context, underlay: Underlay) {
+        // An ending engine has no use for it.
+        let _ = self.commands.send(Command::SetUnderlay(underlay)).await;
+    }
+
+    async fn metrics(self, _: Context) -> EngineMetrics {
+        self.ask(Command::Metrics).await.unwrap_or_default()
+    }
+
+    async fn peers(self, _: Context) -> Vec<PeerStatus> {
+        self.ask(Command::Peers).await.unwrap_or_default()
+    }
+
+    async fn logout(self, _: Context) -> Result<(), String> {
+        self.ask(Command::Logout).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn stop(self, _: Context) {
+        self.ask(Command::Stop).await.unwrap_or_default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use podtether_proto::engine::EngineClient;
+    use tarpc::{client, context};
+
+    #[tokio::test]
+    async fn a_newer_supervisor_replaces_an_older_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("engine.sock");
+        let listener = StdListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let (commands, mut calls) = mpsc::channel(COMMAND_QUEUE);
+        let uid = nix::unistd::getuid().as_raw();
+        let board = Board::new();
+        board.set_pod_uid("pod-1");
+        let server = tokio::spawn(serve(listener, uid, board, commands));
+        let driver = tokio::spawn(async move {
+            while let Some(call) = calls.recv().await {
+                if let Command::Start(_, answer) = call {
+                    answer.send(Err("no".into())).unwrap();
+                }
+            }
+        });
+        let connect = async || {
+            let transport = transport::connect(&path).await.unwrap();
+            EngineClient::new(client::Config::default(), transport).spawn()
+        };
+        let first = connect().await;
+        let hello = first.hello(context::current()).await.unwrap();
+        assert_eq!((hello.pid, hello.pod_uid.as_str()), (std::process::id(), "pod-1"));
+        let pending = tokio::spawn(async move { first.watch(context::current(), 99).await });
+        let second = connect().await;
+        assert_eq!(second.watch(context::current(), 0).await.unwrap().seq, 1);
+        assert!(pending.await.unwrap().is_err(), "the older connection was closed");
+        server.abort();
+        driver.abort();
+    }
+}
