@@ -12,4 +12,5 @@
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
 
+pub mod filter;
 pub mod packet;

@@ -1,0 +1,480 @@
+//! From the text of the rules to tables that one packet can be looked up in.
+//!
+//! A table holds, in rule order, one entry for each destination of each rule. Rules share their source
+//! sets (policies name few groups), so memory grows with the text of the rules and not with the product
+//! of rules and sources. A lookup compares ports first, which sit together in memory and decide most
+//! entries, then the destination, and only then searches the sources.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::FilterRule;
+use crate::packet::protocol;
+
+/// Entries over all tables; a rule set beyond that is cut, which opens nothing.
+const MAX_ENTRIES: usize = 1 << 18;
+const DEFAULT_PROTOCOLS: [u8; 4] = [protocol::TCP, protocol::UDP, protocol::ICMPV4, protocol::ICMPV6];
+
+/// An address of one family as a number.
+pub(super) trait Address: Copy + Ord + std::hash::Hash {
+    const MAX: Self;
+    const ZERO: Self;
+    fn successor(self) -> Option<Self>;
+    fn predecessor(self) -> Option<Self>;
+    fn of(ip: IpAddr) -> Option<Self>;
+}
+
+impl Address for u32 {
+    const MAX: Self = Self::MAX;
+    const ZERO: Self = 0;
+    fn successor(self) -> Option<Self> {
+        self.checked_add(1)
+    }
+    fn predecessor(self) -> Option<Self> {
+        self.checked_sub(1)
+    }
+    fn of(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(ip) => Some(ip.into()),
+            IpAddr::V6(_) => None,
+        }
+    }
+}
+
+impl Address for u128 {
+    const MAX: Self = Self::MAX;
+    const ZERO: Self = 0;
+    fn successor(self) -> Option<Self> {
+        self.checked_add(1)
+    }
+    fn predecessor(self) -> Option<Self> {
+        self.checked_sub(1)
+    }
+    fn of(ip: IpAddr) -> Option<Self> {
+        match ip {
+            IpAddr::V4(_) => None,
+            IpAddr::V6(ip) => Some(ip.into()),
+        }
+    }
+}
+
+type Span<A> = (A, A);
+
+/// Sorted, disjoint, inclusive ranges.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Spans<A>(Box<[Span<A>]>);
+
+impl<A: Address> Spans<A> {
+    fn new(mut spans: Vec<Span<A>>) -> Self {
+        spans.sort_unstable();
+        let mut merged: Vec<Span<A>> = Vec::with_capacity(spans.len());
+        for (first, last) in spans {
+            match merged.last_mut() {
+                Some(before) if before.1.successor().is_none_or(|next| first <= next) => {
+                    before.1 = before.1.max(last);
+                }
+                _ => merged.push((first, last)),
+            }
+        }
+        Self(merged.into_boxed_slice())
+    }
+
+    pub(super) fn contains(&self, address: A) -> bool {
+        let after = self.0.partition_point(|span| span.0 <= address);
+        after.checked_sub(1).is_some_and(|at| address <= self.0[at].1)
+    }
+
+    fn overlaps(&self, (first, last): Span<A>) -> bool {
+        let after = self.0.partition_point(|span| span.0 <= last);
+        after.checked_sub(1).is_some_and(|at| first <= self.0[at].1)
+    }
+
+    /// Everything but these spans.
+    fn complement(&self) -> Vec<Span<A>> {
+        let mut free = Vec::new();
+        let mut next = Some(A::ZERO);
+        for (first, last) in &self.0 {
+            if let (Some(from), Some(to)) = (next, first.predecessor())
+                && from <= to
+            {
+                free.push((from, to));
+            }
+            next = last.successor();
+        }
+        if let Some(from) = next {
+            free.push((from, A::MAX));
+        }
+        free
+    }
+}
+
+/// Who a rule lets in.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Sources<A> {
+    spans: Spans<A>,
+    caps: Box<[Box<str>]>,
+}
+
+#[derive(Debug, Clone)]
+struct Entry<A> {
+    dst: Span<A>,
+    sources: u32,
+    rule: u32,
+}
+
+/// One protocol's entries, in rule order.
+#[derive(Debug, Clone)]
+struct Table<A> {
+    ports: Vec<(u16, u16)>,
+    entries: Vec<Entry<A>>,
+}
+
+/// One address family's part of a filter.
+#[derive(Debug, Clone)]
+pub(super) struct Family<A> {
+    own: Spans<A>,
+    sources: Vec<Sources<A>>,
+    /// With ports; sorted by protocol.
+    tables: Vec<(u8, Table<A>)>,
+    /// Every rule's destinations whatever its protocols and ports.
+    any: Table<A>,
+    skipped: usize,
+}
+
+impl<A: Address> Family<A> {
+    /// The family's part of `rules` for packets to `own`. Text that does not parse is left out.
+    pub(super) fn compile(rules: &[FilterRule], own: &[IpNet]) -> Self {
+        let mut family = Self {
+            own: own_spans(own),
+            sources: Vec::new(),
+            tables: Vec::new(),
+            any: Table::new(),
+            skipped: 0,
+        };
+        let mut known: HashMap<Sources<A>, u32> = HashMap::new();
+        let mut entries = 0;
+        for (index, rule) in rules.iter().enumerate() {
+            let destinations = family.destinations(rule);
+            if destinations.is_empty() {
+                continue;
+            }
+            let sources = family.sources(rule);
+            let number = |n: usize| u32::try_from(n).ok();
+            let (Some(index), Some(fresh)) = (number(index), number(family.sources.len())) else { break };
+            let sources = *known.entry(sources).or_insert_with_key(|sources| {
+                family.sources.push(sources.clone());
+                fresh
+            });
+            let listed = protocols(rule);
+            for (dst, ports) in destinations {
+                let entry = Entry { dst, sources, rule: index };
+                entries += 1 + listed.len();
+                if entries > MAX_ENTRIES {
+                    family.skipped += 1;
+                    continue;
+                }
+                family.any.push((0, u16::MAX), entry.clone());
+                for &protocol in &listed {
+                    family.table_mut(protocol).push(ports, entry.clone());
+                }
+            }
+        }
+        family.any.shrink();
+        family.tables.iter_mut().for_each(|(_, table)| table.shrink());
+        family
+    }
+
+    /// How many pieces of text were left out.
+    pub(super) fn skipped(&self) -> usize {
+        self.skipped
+    }
+
+    pub(super) fn is_own(&self, dst: A) -> bool {
+        self.own.contains(dst)
+    }
+
+    /// The first rule that lists `protocol` and lets `src` reach `port` at `dst`.
+    pub(super) fn with_port(
+        &self,
+        protocol: u8,
+        src: A,
+        dst: A,
+        port: u16,
+        has_cap: impl Fn(&str) -> bool,
+    ) -> Option<u32> {
+        let table = self.table(protocol)?;
+        table.find(|ports| ports.0 <= port && port <= ports.1, dst, |set| self.admits(set, src, &has_cap))
+    }
+
+    /// The first rule that lists `protocol` with all ports and lets `src` reach `dst`.
+    pub(super) fn all_ports(
+        &self,
+        protocol: u8,
+        src: A,
+        dst: A,
+        has_cap: impl Fn(&str) -> bool,
+    ) -> Option<u32> {
+        let table = self.table(protocol)?;
+        table.find(|ports| ports == (0, u16::MAX), dst, |set| self.admits(set, src, &has_cap))
+    }
+
+    /// The first rule of any protocol and port that lets `src` reach `dst`.
+    pub(super) fn any_port(&self, src: A, dst: A, has_cap: impl Fn(&str) -> bool) -> Option<u32> {
+        self.any.find(|_| true, dst, |set| self.admits(set, src, &has_cap))
+    }
+
+    fn admits(&self, sources: u32, src: A, has_cap: &impl Fn(&str) -> bool) -> bool {
+        let set = usize::try_from(sources).ok().and_then(|at| self.sources.get(at));
+        set.is_some_and(|set| set.spans.contains(src) || set.caps.iter().any(|cap| has_cap(cap)))
+    }
+
+    fn table(&self, protocol: u8) -> Option<&Table<A>> {
+        let at = self.tables.binary_search_by_key(&protocol, |(p, _)| *p).ok()?;
+        Some(&self.tables[at].1)
+    }
+
+    fn table_mut(&mut self, protocol: u8) -> &mut Table<A> {
+        let at = match self.tables.binary_search_by_key(&protocol, |(p, _)| *p) {
+            Ok(at) => at,
+            Err(at) => {
+                self.tables.insert(at, (protocol, Table::new()));
+                at
+            }
+        };
+        &mut self.tables[at].1
+    }
+
+    fn sources(&mut self, rule: &FilterRule) -> Sources<A> {
+        let mut spans = Vec::new();
+        let mut caps = Vec::new();
+        for text in &rule.src_ips {
+            match parse_set(text) {
+                Some(Set::Cap(cap)) => caps.push(cap.into()),
+                Some(set) => spans.extend(set.span()),
+                None => self.skipped += 1,
+            }
+        }
+        Sources { spans: Spans::new(spans), caps: caps.into() }
+    }
+
+    fn destinations(&mut self, rule: &FilterRule) -> Vec<(Span<A>, (u16, u16))> {
+        let mut destinations = Vec::new();
+        for dst in &rule.dst_ports {
+            match parse_set(&dst.ip) {
+                Some(Set::Cap(_)) | None => self.skipped += 1,
+                Some(set) => {
+                    // What no own address lies in can never match.
+                    let span = set.span().filter(|span| self.own.overlaps(*span));
+                    destinations.extend(span.map(|span| (span, (dst.ports.first, dst.ports.last))));
+                }
+            }
+        }
+        destinations
+    }
+}
+
+impl<A: Address> Table<A> {
+    fn new() -> Self {
+        Self { ports: Vec::new(), entries: Vec::new() }
+    }
+
+    fn push(&mut self, ports: (u16, u16), entry: Entry<A>) {
+        self.ports.push(ports);
+        self.entries.push(entry);
+    }
+
+    fn shrink(&mut self) {
+        self.ports.shrink_to_fit();
+        self.entries.shrink_to_fit();
+    }
+
+    fn find(
+        &self,
+        port_matches: impl Fn((u16, u16)) -> bool,
+        dst: A,
+        admits: impl Fn(u32) -> bool,
+    ) -> Option<u32> {
+        // Rules by the hundred mostly repeat few source sets: one search each is enough.
+        let mut refused = None;
+        for (at, ports) in self.ports.iter().enumerate() {
+            if !port_matches(*ports) {
+                continue;
+            }
+            let entry = &self.entries[at];
+            if entry.dst.0 <= dst && dst <= entry.dst.1 && refused != Some(entry.sources) {
+                if admits(entry.sources) {
+                    return Some(entry.rule);
+                }
+                refused = Some(entry.sources);
+            }
+        }
+        None
+    }
+}
+
+fn protocols(rule: &FilterRule) -> Vec<u8> {
+    if rule.ip_proto.is_empty() {
+        return DEFAULT_PROTOCOLS.to_vec();
+    }
+    let mut listed: Vec<u8> = rule.ip_proto.iter().filter_map(|p| u8::try_from(*p).ok()).collect();
+    listed.sort_unstable();
+    listed.dedup();
+    listed
+}
+
+/// The own addresses and routes, where a default route stands for the public internet alone: a peer
+/// must not reach the networks around an exit node through it.
+fn own_spans<A: Address>(own: &[IpNet]) -> Spans<A> {
+    const NOT_PUBLIC: [&str; 10] = [
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "100.64.0.0/10",
+        "169.254.0.0/16",
+        "224.0.0.0/4",
+        "fe80::/10",
+        "ff00::/8",
+        "fc00::/7",
+        "::1/128",
+    ];
+    let mut spans = Vec::new();
+    for net in own {
+        if net.prefix_len() == 0 && A::of(net.addr()).is_some() {
+            let withheld = NOT_PUBLIC.iter().filter_map(|text| parse_set(text)?.span()).collect();
+            spans.extend(Spans::new(withheld).complement());
+        } else {
+            spans.extend(span_of(net.network(), net.broadcast()));
+        }
+    }
+    Spans::new(spans)
+}
+
+fn span_of<A: Address>(first: IpAddr, last: IpAddr) -> Option<Span<A>> {
+    Some((A::of(first)?, A::of(last)?)).filter(|(first, last)| first <= last)
+}
+
+/// One element of `SrcIPs`, or the `IP` of one of `DstPorts`.
+#[derive(Debug, PartialEq, Eq)]
+enum Set<'a> {
+    Any,
+    Range(IpAddr, IpAddr),
+    Cap(&'a str),
+}
+
+impl Set<'_> {
+    fn span<A: Address>(&self) -> Option<Span<A>> {
+        match self {
+            Self::Any => Some((A::ZERO, A::MAX)),
+            Self::Range(first, last) => span_of(*first, *last),
+            Self::Cap(_) => None,
+        }
+    }
+}
+
+/// `*`, an address, a CIDR without host bits, `first-last`, or `cap:<name>`.
+fn parse_set(text: &str) -> Option<Set<'_>> {
+    if text == "*" {
+        return Some(Set::Any);
+    }
+    if let Some(cap) = text.strip_prefix("cap:") {
+        return Some(Set::Cap(cap));
+    }
+    if text.contains('/') {
+        let net: IpNet = text.parse().ok()?;
+        return (net.addr() == net.network()).then(|| Set::Range(net.network(), net.broadcast()));
+    }
+    let (first, last) = match text.split_once('-') {
+        Some((first, last)) => (first.parse().ok()?, last.parse().ok()?),
+        None => {
+            let ip = text.parse().ok()?;
+            (ip, ip)
+        }
+    };
+    let ordered = match (first, last) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => a <= b,
+        (IpAddr::V6(a), IpAddr::V6(b)) => a <= b,
+        _ => false,
+    };
+    ordered.then_some(Set::Range(first, last))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn the_grammar_of_sets() {
+        let range = |a: &str, b: &str| Some(Set::Range(a.parse().unwrap(), b.parse().unwrap()));
+        assert_eq!(parse_set("*"), Some(Set::Any));
+        assert_eq!(parse_set("100.64.0.1"), range("100.64.0.1", "100.64.0.1"));
+        assert_eq!(parse_set("fd7a::1"), range("fd7a::1", "fd7a::1"));
+        assert_eq!(parse_set("10.0.0.0/8"), range("10.0.0.0", "10.255.255.255"));
+        assert_eq!(parse_set("0.0.0.0/0"), range("0.0.0.0", "255.255.255.255"));
+        assert_eq!(parse_set("fd00::/127"), range("fd00::", "fd00::1"));
+        assert_eq!(parse_set("1.2.3.4-1.2.3.9"), range("1.2.3.4", "1.2.3.9"));
+        assert_eq!(parse_set("2eff::1-2eff::800"), range("2eff::1", "2eff::800"));
+        assert_eq!(parse_set("cap:https://x/y-z"), Some(Set::Cap("https://x/y-z")));
+        for bad in [
+            "",
+            "**",
+            "host",
+            "1.2.3",
+            "10.0.0.1/8",
+            "10.0.0.0/33",
+            "9.0.0.0-8.0.0.0",
+            "1.2.3.4-::1",
+            "1-2-3",
+        ] {
+            assert_eq!(parse_set(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_default_route_is_the_public_internet() {
+        let own = |nets: &[&str]| -> Vec<IpNet> { nets.iter().map(|n| n.parse().unwrap()).collect() };
+        let v4 = |nets: &[&str], ip: &str| {
+            own_spans::<u32>(&own(nets)).contains(Address::of(ip.parse().unwrap()).unwrap())
+        };
+        assert!(v4(&["0.0.0.0/0"], "8.8.8.8"));
+        assert!(v4(&["0.0.0.0/0"], "255.255.255.255"));
+        for ip in ["10.1.2.3", "172.31.0.1", "192.168.1.1", "100.64.0.9", "169.254.169.254", "239.1.1.1"] {
+            assert!(!v4(&["0.0.0.0/0"], ip), "{ip}");
+            assert!(v4(&["0.0.0.0/0", &format!("{ip}/32")], ip), "named {ip}");
+        }
+        let v6 = own_spans::<u128>(&own(&["::/0", "0.0.0.0/0"]));
+        let inside = |ip: &str| v6.contains(Address::of(ip.parse().unwrap()).unwrap());
+        assert!(inside("2001:db8::1"));
+        assert!(!inside("fd7a:115c:a1e0::1") && !inside("fe80::1") && !inside("ff02::1") && !inside("::1"));
+    }
+
+    proptest! {
+        #[test]
+        fn spans_are_the_union_of_their_parts(parts in proptest::collection::vec((0u32..64, 0u32..9), 0..12),
+                                              high in any::<bool>()) {
+            // At either end of the number line, where the neighbours of a span overflow.
+            let base = if high { u32::MAX - 63 } else { 0 };
+            let parts: Vec<_> =
+                parts.iter().map(|(at, len)| (base + at, (base + at).saturating_add(*len))).collect();
+            let spans = Spans::new(parts.clone());
+            let free = Spans::new(spans.complement());
+            for address in (0..=63).map(|n| base + n) {
+                let inside = parts.iter().any(|(a, b)| *a <= address && address <= *b);
+                prop_assert_eq!(spans.contains(address), inside);
+                prop_assert_eq!(free.contains(address), !inside);
+                prop_assert_eq!(spans.overlaps((address, address)), inside);
+            }
+        }
+
+        #[test]
+        fn fuzz_sets_never_panic(text in "[0-9a-f.:/*-]{0,24}|cap:.{0,8}|.{0,20}") {
+            if let Some(set) = parse_set(&text) {
+                if let Some((first, last)) = set.span::<u32>() { prop_assert!(first <= last); }
+                if let Some((first, last)) = set.span::<u128>() { prop_assert!(first <= last); }
+            }
+        }
+    }
+}
