@@ -13,4 +13,6 @@
 //! | names of things | `key` |
 
 pub mod filter;
+pub mod key;
 pub mod packet;
+pub mod tailcfg;
