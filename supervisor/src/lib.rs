@@ -1,1 +1,11 @@
 //! The node's supervisor: pods' links, records and engines.
+//!
+//! One task ([`table`]) owns what is known of every pod. What a pod needs next is a pure function of
+//! what is wanted and what is there ([`plan`]); each step runs as its own task and reports back, so
+//! pods never wait for each other and create, restart, recover and leave are the same code.
+
+pub mod config;
+pub mod hostname;
+pub mod plan;
+pub mod record;
+pub mod restart;

@@ -1,0 +1,316 @@
+//! Configuration: TOML, then environment, then flags, into one typed struct.
+//!
+//! Every key is listed once, in [`keys`]. A key that is not in the list, or has the wrong kind, stops
+//! the program with a sentence that names it and where it was set. Secrets are read from files when
+//! they are needed and never print.
+
+mod keys;
+mod sources;
+mod value;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+pub use sources::{Inputs, arguments, inputs_from};
+pub use value::{SecretSource, parse_duration};
+
+use keys::{CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, Section};
+use sources::Values;
+
+/// Where the file is when no flag says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/podtether/supervisor.toml";
+/// `run_dir/engines/<id>/engine.sock` has to fit a Unix socket address.
+const MAX_RUN_DIR_BYTES: usize = 68;
+
+/// What is wrong with the configuration: one sentence that names the key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(pub String);
+
+/// Everything the supervisor was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// `[tailnet.NAME]`, by name.
+    pub tailnets: BTreeMap<String, Tailnet>,
+    /// `[node]`
+    pub node: Node,
+}
+
+/// One tailnet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tailnet {
+    /// Control server.
+    pub control_url: String,
+    /// ACL tags of its pods.
+    pub tags: Vec<String>,
+    /// See [`crate::hostname`].
+    pub hostname_template: String,
+    /// Extra roots for control, DERP and API.
+    pub ca_file: Option<PathBuf>,
+    /// Whether control may forget a pod that is away.
+    pub ephemeral: bool,
+    /// How its devices get in.
+    pub credentials: Credentials,
+}
+
+/// How a tailnet's devices get in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credentials {
+    /// OAuth client: mints single-use keys and deletes devices.
+    OAuth {
+        /// Admin API.
+        api_url: String,
+        /// Client id.
+        client_id: SecretSource,
+        /// Client secret.
+        client_secret: SecretSource,
+        /// Life of a minted key.
+        auth_key_ttl: Duration,
+    },
+    /// One reusable key.
+    AuthKey {
+        /// The key.
+        key: SecretSource,
+    },
+}
+
+/// The node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// `{cluster}`.
+    pub cluster_name: String,
+    /// Records and keys.
+    pub state_dir: PathBuf,
+    /// Sockets, snapshots and namespace mounts.
+    pub run_dir: PathBuf,
+    /// Everything over HTTP, loopback only.
+    pub http_listen: Option<SocketAddr>,
+    /// Metrics and health alone.
+    pub metrics_listen: Option<SocketAddr>,
+    /// The engine's binary; `None` for the one beside the supervisor.
+    pub engine_path: Option<PathBuf>,
+    /// Engines' UDP ports.
+    pub udp_port_range: Option<RangeInclusive<u16>>,
+    /// First uid of the engines.
+    pub uid_base: u32,
+    /// Ranges that pods do not route into the tailnet.
+    pub exclude_cidrs: Vec<IpNet>,
+    /// Namespaces whose pods join nothing.
+    pub exempt_namespaces: Vec<String>,
+    /// How long an identity is kept when nobody can say whether its pod lives.
+    pub identity_grace: Duration,
+    /// Refuse pods whose engine cannot be confined fully.
+    pub require_sandbox: bool,
+}
+
+impl Config {
+    /// Reads and checks everything.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with the name of its key.
+    pub fn load(inputs: &Inputs) -> Result<Config, ConfigError> {
+        let values = Values::collect(inputs)?;
+        let mut tailnets = BTreeMap::new();
+        for name in values.tailnet_names() {
+            tailnets.insert(name.clone(), tailnet(&values, &name)?);
+        }
+        if tailnets.is_empty() {
+            return Err(ConfigError(format!(
+                "no tailnet is configured: add a [tailnet.default] table to {}",
+                inputs.path.display()
+            )));
+        }
+        Ok(Config { tailnets, node: node(&values)? })
+    }
+
+    /// The engine's binary.
+    #[must_use]
+    pub fn engine_path(&self) -> PathBuf {
+        self.node.engine_path.clone().unwrap_or_else(|| {
+            let beside = |p: PathBuf| p.with_file_name("podtether-engine");
+            std::env::current_exe().map_or_else(|_| PathBuf::from("podtether-engine"), beside)
+        })
+    }
+}
+
+fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
+    let at = values.at(Section::Tailnet, name);
+    let control_url = at.text("control_url")?.unwrap_or("https://controlplane.tailscale.com").to_owned();
+    check_url(&control_url).map_err(|e| at.error("control_url", &e))?;
+    let tags = at.list("tags")?.unwrap_or_default();
+    for tag in &tags {
+        if !is_tag(tag) {
+            return Err(at.error("tags", &format!("`{tag}` is no tag (write tag:name)")));
+        }
+    }
+    let hostname_template = at.text("hostname_template")?.unwrap_or("{cluster}-{namespace}-{pod}").to_owned();
+    crate::hostname::check_template(&hostname_template).map_err(|e| at.error("hostname_template", &e))?;
+    let credentials = credentials(values, name)?;
+    if tags.is_empty() && matches!(credentials, Credentials::OAuth { .. }) {
+        return Err(at.error("tags", "an OAuth client mints keys for tags only: name at least one"));
+    }
+    Ok(Tailnet {
+        control_url,
+        tags,
+        hostname_template,
+        ca_file: at.path("ca_file")?,
+        ephemeral: at.bool("ephemeral")?.unwrap_or(false),
+        credentials,
+    })
+}
+
+fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> {
+    let at = values.at(Section::Credentials, name);
+    let kind = match at.text("kind")? {
+        Some(kind) => kind,
+        // The predecessor had nothing else, so its environment means this kind.
+        None if at.text(CLIENT_SECRET_VALUE)?.is_some() => "oauth",
+        None => return Err(at.error("kind", "is missing: write oauth or auth-key")),
+    };
+    let only = |allowed: &[&str]| -> Result<(), ConfigError> {
+        for key in ["client_id_file", "client_secret_file", "auth_key_file", "api_key_file"] {
+            if at.text(key)?.is_some() && !allowed.contains(&key) {
+                return Err(at.error(key, &format!("does not belong to kind = \"{kind}\"")));
+            }
+        }
+        Ok(())
+    };
+    let secret = |file: &str, value: Option<&str>| -> Result<SecretSource, ConfigError> {
+        if let Some(path) = at.path(file)? {
+            return Ok(SecretSource::File(path));
+        }
+        if let Some(text) = value.map(|v| at.text(v)).transpose()?.flatten() {
+            return Ok(SecretSource::Value(podtether_proto::secret::SecretString::new(text.to_owned())));
+        }
+        Err(at.error(file, &format!("is missing: kind = \"{kind}\" needs it")))
+    };
+    match kind {
+        "oauth" => {
+            only(&["client_id_file", "client_secret_file"])?;
+            let api_url = at.text("api_url")?.unwrap_or("https://api.tailscale.com").to_owned();
+            check_url(&api_url).map_err(|e| at.error("api_url", &e))?;
+            let auth_key_ttl = at.duration("auth_key_ttl")?.unwrap_or(Duration::from_secs(300));
+            if auth_key_ttl < Duration::from_secs(10) {
+                return Err(at.error("auth_key_ttl", "is shorter than a join takes: at least 10s"));
+            }
+            Ok(Credentials::OAuth {
+                api_url: api_url.trim_end_matches('/').to_owned(),
+                client_id: secret("client_id_file", Some(CLIENT_ID_VALUE))?,
+                client_secret: secret("client_secret_file", Some(CLIENT_SECRET_VALUE))?,
+                auth_key_ttl,
+            })
+        }
+        "auth-key" => {
+            only(&["auth_key_file"])?;
+            Ok(Credentials::AuthKey { key: secret("auth_key_file", None)? })
+        }
+        "headscale" => Err(at.error(
+            "kind",
+            "headscale API keys are not supported yet: use auth-key with a reusable pre-auth key",
+        )),
+        other => Err(at.error("kind", &format!("`{other}` is none of oauth, auth-key, headscale"))),
+    }
+}
+
+fn node(values: &Values) -> Result<Node, ConfigError> {
+    let at = values.at(Section::Node, "");
+    let listen = |key: &str, default: &str| -> Result<Option<SocketAddr>, ConfigError> {
+        match at.raw_text(key)?.unwrap_or(default) {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(|_| {
+                at.error(key, &format!("`{text}` is no address with a port (write 127.0.0.1:9465)"))
+            }),
+        }
+    };
+    let http_listen = listen("http_listen", "127.0.0.1:9465")?;
+    if http_listen.is_some_and(|a| !a.ip().is_loopback()) {
+        return Err(at.error("http_listen", "serves more than metrics, so it must be a loopback address"));
+    }
+    let run_dir = at.path("run_dir")?.unwrap_or_else(|| "/run/podtether".into());
+    if run_dir.as_os_str().len() > MAX_RUN_DIR_BYTES {
+        return Err(
+            at.error("run_dir", &format!("is too long for Unix sockets (at most {MAX_RUN_DIR_BYTES} bytes)"))
+        );
+    }
+    let mut exclude_cidrs = Vec::new();
+    for text in at.list("exclude_cidrs")?.unwrap_or_default() {
+        let net: IpNet =
+            text.parse().map_err(|_| at.error("exclude_cidrs", &format!("`{text}` is no CIDR range")))?;
+        exclude_cidrs.push(net.trunc());
+    }
+    let uid_base = at.number("uid_base")?.unwrap_or(200_000);
+    let uid_base = u32::try_from(uid_base)
+        .ok()
+        .filter(|u| (1..=u32::MAX - 100_000).contains(u))
+        .ok_or_else(|| at.error("uid_base", &format!("{uid_base} leaves no room for the engines' uids")))?;
+    Ok(Node {
+        cluster_name: at.text("cluster_name")?.unwrap_or("k8s").to_owned(),
+        state_dir: at.path("state_dir")?.unwrap_or_else(|| "/var/lib/podtether".into()),
+        run_dir,
+        http_listen,
+        metrics_listen: listen("metrics_listen", "")?,
+        engine_path: at.path("engine_path")?,
+        udp_port_range: value::parse_port_range(at.text("udp_port_range")?.unwrap_or(""))
+            .map_err(|e| at.error("udp_port_range", &e))?,
+        uid_base,
+        exclude_cidrs,
+        exempt_namespaces: at.list("exempt_namespaces")?.unwrap_or_else(|| vec!["kube-system".into()]),
+        identity_grace: at.duration("identity_grace")?.unwrap_or(Duration::ZERO),
+        require_sandbox: at.bool("require_sandbox")?.unwrap_or(false),
+    })
+}
+
+fn check_url(text: &str) -> Result<(), String> {
+    let url = reqwest::Url::parse(text).map_err(|e| format!("`{text}` is no URL: {e}"))?;
+    if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
+        return Err(format!("`{text}` is no http:// or https:// URL"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("holds a user name or password: credentials go into files".into());
+    }
+    Ok(())
+}
+
+fn is_tag(tag: &str) -> bool {
+    tag.strip_prefix("tag:").is_some_and(|name| {
+        name.len() <= 50
+            && name.starts_with(|c: char| c.is_ascii_alphabetic())
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
+    })
+}
+
+impl fmt::Display for Config {
+    /// As it would stand in the file, secrets left out.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, t) in &self.tailnets {
+            write!(
+                f,
+                "[tailnet.{name}] control_url={:?} tags={:?} hostname_template={:?} ca_file={:?} ephemeral={} ",
+                t.control_url,
+                t.tags,
+                t.hostname_template,
+                t.ca_file.clone().unwrap_or_default(),
+                t.ephemeral
+            )?;
+            match &t.credentials {
+                Credentials::OAuth { api_url, client_id, client_secret, auth_key_ttl } => write!(
+                    f,
+                    "kind=\"oauth\" api_url={api_url:?} client_id={client_id:?} \
+                     client_secret={client_secret:?} auth_key_ttl={auth_key_ttl:?} "
+                )?,
+                Credentials::AuthKey { key } => write!(f, "kind=\"auth-key\" key={key:?} ")?,
+            }
+        }
+        write!(f, "[node] {:?}", self.node)
+    }
+}
+
+#[cfg(test)]
+#[path = "config/tests.rs"]
+mod tests;

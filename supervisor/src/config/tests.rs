@@ -1,0 +1,168 @@
+use super::*;
+
+const MINIMAL: &str = r#"
+[tailnet.default]
+control_url = "http://127.0.0.1:8080"
+tags = ["tag:k8s-pod"]
+[tailnet.default.credentials]
+kind = "oauth"
+client_id_file = "/etc/podtether/id"
+client_secret_file = "/etc/podtether/secret"
+"#;
+
+fn inputs(file: &str) -> Inputs {
+    Inputs { path: "/x/supervisor.toml".into(), file: Some(file.to_owned()), ..Inputs::default() }
+}
+
+fn load(file: &str) -> Result<Config, String> {
+    Config::load(&inputs(file)).map_err(|e| e.to_string())
+}
+
+fn with(env: &[(&str, &str)], flags: &[(&str, &str)], file: &str) -> Result<Config, String> {
+    let own = |pairs: &[(&str, &str)]| pairs.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect();
+    let inputs = Inputs { env: own(env), flags: own(flags), ..inputs(file) };
+    Config::load(&inputs).map_err(|e| e.to_string())
+}
+
+#[test]
+fn a_small_file_gets_the_defaults() {
+    let config = load(MINIMAL).unwrap();
+    let node = &config.node;
+    assert_eq!(node.cluster_name, "k8s");
+    assert_eq!(node.state_dir.to_str(), Some("/var/lib/podtether"));
+    assert_eq!(node.http_listen.unwrap().to_string(), "127.0.0.1:9465");
+    assert_eq!(node.metrics_listen, None);
+    assert_eq!(node.uid_base, 200_000);
+    assert_eq!(node.exempt_namespaces, ["kube-system"]);
+    let tailnet = &config.tailnets["default"];
+    assert_eq!(tailnet.hostname_template, "{cluster}-{namespace}-{pod}");
+    assert!(!tailnet.ephemeral);
+    let Credentials::OAuth { api_url, auth_key_ttl, .. } = &tailnet.credentials else { panic!() };
+    assert_eq!(api_url, "https://api.tailscale.com");
+    assert_eq!(auth_key_ttl.as_secs(), 300);
+}
+
+#[test]
+fn mistakes_are_named() {
+    let table = [
+        // appended to MINIMAL, the message holds
+        (
+            "[node]\nstate_dirr = \"/x\"",
+            "unknown key node.state_dirr in /x/supervisor.toml, did you mean state_dir?",
+        ),
+        ("[node]\nuid_base = \"x\"", "node.uid_base in /x/supervisor.toml: expected a whole number"),
+        ("[node]\nuid_base = -4", "node.uid_base"),
+        ("[nodes]\nx = 1", "unknown key nodes"),
+        ("[node]\nhttp_listen = \"0.0.0.0:9465\"", "must be a loopback address"),
+        ("[node]\nhttp_listen = \"9465\"", "is no address with a port"),
+        ("[node]\nudp_port_range = \"9-1\"", "node.udp_port_range"),
+        ("[node]\nidentity_grace = \"soon\"", "node.identity_grace"),
+        ("[node]\nexclude_cidrs = [\"10.0.0.0\"]", "node.exclude_cidrs"),
+        ("[node]\nexclude_cidrs = \"10.0.0.0/8\"", "expected a list of texts"),
+        ("[node]\nstate_dir = \"var\"", "is no absolute path"),
+        ("[node]\nrequire_sandbox = \"yes\"", "expected true or false"),
+        ("[tailnet.b]\ncontrol_url = \"ftp://x\"", "tailnet.b.control_url"),
+        ("[tailnet.b]\ntags = [\"web\"]", "`web` is no tag"),
+        ("[tailnet.b]\nhostname_template = \"{node}\"", "tailnet.b.hostname_template"),
+        ("[tailnet.b]\nfoo = 1", "unknown key tailnet.b.foo"),
+        ("[tailnet.b]\nca_file = \"\"", "tailnet.b.credentials.kind: is missing"),
+        ("[tailnet.b.credentials]\nkind = \"headscale\"", "not supported yet"),
+        ("[tailnet.b.credentials]\nkind = \"magic\"", "`magic` is none of"),
+        ("[tailnet.b.credentials]\nkind = \"auth-key\"", "tailnet.b.credentials.auth_key_file: is missing"),
+        (
+            "[tailnet.b.credentials]\nkind = \"auth-key\"\nauth_key_file = \"/k\"\nclient_id_file = \"/i\"",
+            "client_id_file (/x/supervisor.toml): does not belong",
+        ),
+        ("[tailnet.B]\n", "a tailnet's name is"),
+        ("[[[", "is not TOML"),
+    ];
+    for (more, want) in table {
+        let error = load(&format!("{MINIMAL}\n{more}")).unwrap_err();
+        assert!(error.contains(want), "{more:?} said {error:?}");
+        assert!(!error.contains('\n'), "{error:?}");
+    }
+    assert!(load("").unwrap_err().contains("no tailnet is configured"));
+}
+
+#[test]
+fn later_sources_win() {
+    let env = [("PODTETHER_NODE_CLUSTER_NAME", "env"), ("PODTETHER_NODE_UID_BASE", "300000")];
+    let config = with(&env, &[("node.cluster_name", "flag")], MINIMAL).unwrap();
+    assert_eq!(config.node.cluster_name, "flag");
+    assert_eq!(config.node.uid_base, 300_000);
+}
+
+#[test]
+fn the_environment_reaches_every_tailnet() {
+    let env = [
+        ("PODTETHER_TAILNET_EU_WEST_CONTROL_URL", "https://h.example"),
+        ("PODTETHER_TAILNET_EU_WEST_CREDENTIALS_KIND", "auth-key"),
+        ("PODTETHER_TAILNET_EU_WEST_CREDENTIALS_AUTH_KEY_FILE", "/k"),
+        ("PODTETHER_TAILNET_DEFAULT_TAGS", "tag:a, tag:b"),
+        ("PODTETHER_BIN_DIR", "/not/ours"),
+    ];
+    let config = with(&env, &[], MINIMAL).unwrap();
+    assert_eq!(config.tailnets["eu-west"].control_url, "https://h.example");
+    assert_eq!(config.tailnets["default"].tags, ["tag:a", "tag:b"]);
+    let error = with(&[("PODTETHER_NODE_NOPE", "1")], &[], MINIMAL).unwrap_err();
+    assert_eq!(error, "unknown key node.nope in PODTETHER_NODE_NOPE");
+    assert!(
+        with(&[("PODTETHER_TAILNET_NOPE", "1")], &[], MINIMAL)
+            .unwrap_err()
+            .contains("PODTETHER_TAILNET_NOPE")
+    );
+    assert!(
+        with(&[("PODTETHER_NODE_REQUIRE_SANDBOX", "maybe")], &[], MINIMAL).unwrap_err().contains("maybe")
+    );
+}
+
+#[test]
+fn the_predecessors_names_still_work() {
+    let env = [
+        ("TS_OAUTH_CLIENT_ID", "kid"),
+        ("TS_OAUTH_CLIENT_SECRET", "tskey-client-hush"),
+        ("TS_TAGS", "tag:x"),
+        ("CLUSTER_NAME", "prod"),
+        ("AUTH_KEY_TTL", "10m"),
+    ];
+    let config = with(&env, &[], "").unwrap();
+    let Credentials::OAuth { client_id, client_secret, auth_key_ttl, .. } =
+        &config.tailnets["default"].credentials
+    else {
+        panic!()
+    };
+    assert_eq!(client_id.read().unwrap().expose(), "kid");
+    assert_eq!(client_secret.read().unwrap().expose(), "tskey-client-hush");
+    assert_eq!(auth_key_ttl.as_secs(), 600);
+    assert_eq!(config.node.cluster_name, "prod");
+    assert_eq!(config.tailnets["default"].tags, ["tag:x"]);
+    assert!(!config.to_string().contains("hush"));
+    assert!(!format!("{config:?}").contains("hush"));
+}
+
+#[test]
+fn every_key_is_a_flag() {
+    arguments().debug_assert();
+    let matches = arguments()
+        .try_get_matches_from([
+            "s",
+            "--config",
+            "/dev/null",
+            "--node-state-dir",
+            "/s",
+            "--tailnet-default-credentials-kind",
+            "auth-key",
+            "--tailnet-default-credentials-auth-key-file",
+            "/k",
+            "--set",
+            "tailnet.b.credentials.kind=auth-key",
+            "--set",
+            "tailnet.b.credentials.auth_key_file=/k2",
+        ])
+        .unwrap();
+    let mut inputs = inputs_from(&matches).unwrap();
+    inputs.env.clear();
+    let config = Config::load(&inputs).unwrap();
+    assert_eq!(config.node.state_dir.to_str(), Some("/s"));
+    assert_eq!(config.tailnets.len(), 2);
+}

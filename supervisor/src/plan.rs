@@ -1,0 +1,374 @@
+//! What a pod needs next: a pure function of what is wanted and what is there.
+//!
+//! Create, restart, recover after a reboot, and leave all run this one function. It names every step
+//! still missing, in order; the table runs the first, sees what changed, and asks again. So a step
+//! that was cut off anywhere is simply found missing, and two causes that want the same step cannot
+//! run it twice.
+
+/// What should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// A working ts0.
+    Attached,
+    /// Nothing left.
+    Gone {
+        /// The identity leaves the tailnet too.
+        logout: bool,
+    },
+}
+
+/// The attachment's and identity's records on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Records {
+    /// Not written yet.
+    Missing,
+    /// Written, but memory knows more.
+    Stale,
+    /// As memory has them.
+    Saved,
+}
+
+/// The link: namespace, veth, TUN, routes, and the descriptors the supervisor keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// Nothing, or nobody looked.
+    Absent,
+    /// Everything is there.
+    Up,
+    /// An engine or the kernel said that a part is gone.
+    Broken,
+}
+
+/// The engine process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Engine {
+    /// None.
+    None,
+    /// None, and none may start before a time, or before somebody acts.
+    Held,
+    /// Spawned; it has not said that it runs.
+    Starting,
+    /// A netmap is in force.
+    Running,
+}
+
+/// The key that lets a device in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Key {
+    /// Control knows the device already.
+    NotNeeded,
+    /// One has to be got.
+    Needed,
+    /// Got, not known to be used.
+    InHand,
+}
+
+/// What is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Observed {
+    /// On disk.
+    pub records: Records,
+    /// No other attachment's engine holds the identity.
+    pub identity_free: bool,
+    /// Kernel objects.
+    pub link: Link,
+    /// Process.
+    pub engine: Engine,
+    /// Auth key.
+    pub key: Key,
+    /// The node key has expired.
+    pub rotate: bool,
+    /// ts0 carries exactly the addresses that the netmap gives.
+    pub configured: bool,
+    /// Control may know the device.
+    pub device: bool,
+    /// The engine was asked to log out and did not.
+    pub logout_failed: bool,
+    /// The API was asked to delete the device or the unused key and did not.
+    pub delete_failed: bool,
+}
+
+/// One step. Each can be run again after it was cut off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Step {
+    /// Write the records.
+    Save,
+    /// Make, repair or take over the link and the descriptors.
+    BuildLink,
+    /// New node key, which names the old one.
+    RotateKey,
+    /// Get an auth key.
+    MintKey,
+    /// Spawn the engine and tell it who it is.
+    StartEngine,
+    /// Put the addresses and routes on ts0.
+    Configure,
+    /// Ask the engine to log out.
+    Logout,
+    /// End the engine process.
+    StopEngine,
+    /// Remove every kernel object.
+    RemoveLink,
+    /// Delete the device through the API.
+    DeleteDevice,
+    /// Delete the unused key through the API.
+    DeleteKey,
+    /// Remove the attachment's record, and the identity's when the device is gone.
+    Forget,
+}
+
+/// The steps still missing, in order.
+#[must_use]
+pub fn plan(wanted: Wanted, at: &Observed) -> Vec<Step> {
+    match wanted {
+        Wanted::Attached => attach(at),
+        Wanted::Gone { logout } => leave(at, logout),
+    }
+}
+
+fn attach(at: &Observed) -> Vec<Step> {
+    let mut steps = Vec::new();
+    // Before any kernel object exists, so that nothing made can be forgotten.
+    if at.records == Records::Missing {
+        steps.push(Step::Save);
+    }
+    let engine_alive = matches!(at.engine, Engine::Starting | Engine::Running);
+    if at.link == Link::Broken && engine_alive {
+        // It holds descriptors of the old objects.
+        steps.push(Step::StopEngine);
+    }
+    if at.link != Link::Up {
+        steps.push(Step::BuildLink);
+    }
+    if !engine_alive || at.link == Link::Broken {
+        if !at.identity_free || at.engine == Engine::Held {
+            return steps;
+        }
+        if at.rotate {
+            steps.push(Step::RotateKey);
+        }
+        if at.key == Key::Needed {
+            steps.push(Step::MintKey);
+        }
+        steps.push(Step::StartEngine);
+        return steps;
+    }
+    if at.engine == Engine::Running {
+        if !at.configured {
+            steps.push(Step::Configure);
+        }
+        // Last: nothing a pod waits for stands behind the disk.
+        if at.records == Records::Stale {
+            steps.push(Step::Save);
+        }
+    }
+    steps
+}
+
+fn leave(at: &Observed, logout: bool) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let engine_alive = matches!(at.engine, Engine::Starting | Engine::Running);
+    let device_goes = logout && at.device;
+    let engine_logs_out = device_goes && engine_alive && !at.logout_failed;
+    if engine_logs_out {
+        steps.push(Step::Logout);
+    }
+    if engine_alive {
+        steps.push(Step::StopEngine);
+    }
+    if at.link != Link::Absent {
+        steps.push(Step::RemoveLink);
+    }
+    if device_goes && !engine_logs_out && !at.delete_failed {
+        steps.push(Step::DeleteDevice);
+    }
+    if at.key == Key::InHand && !at.delete_failed {
+        steps.push(Step::DeleteKey);
+    }
+    steps.push(Step::Forget);
+    steps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use Step::*;
+    use proptest::prelude::*;
+
+    const NEW: Observed = Observed {
+        records: Records::Missing,
+        identity_free: true,
+        link: Link::Absent,
+        engine: Engine::None,
+        key: Key::Needed,
+        rotate: false,
+        configured: false,
+        device: false,
+        logout_failed: false,
+        delete_failed: false,
+    };
+    const UP: Observed = Observed {
+        records: Records::Saved,
+        link: Link::Up,
+        engine: Engine::Running,
+        key: Key::NotNeeded,
+        configured: true,
+        device: true,
+        ..NEW
+    };
+
+    #[test]
+    fn attaching() {
+        let saved = Observed { records: Records::Saved, ..NEW };
+        let crashed = Observed { engine: Engine::None, ..UP };
+        let table: &[(&str, Observed, &[Step])] = &[
+            ("new pod", NEW, &[Save, BuildLink, MintKey, StartEngine]),
+            ("known device", Observed { key: Key::NotNeeded, ..NEW }, &[Save, BuildLink, StartEngine]),
+            ("old sandbox holds the identity", Observed { identity_free: false, ..NEW }, &[Save, BuildLink]),
+            ("key in hand", Observed { link: Link::Up, key: Key::InHand, ..saved }, &[StartEngine]),
+            ("waiting for control", Observed { engine: Engine::Starting, configured: false, ..UP }, &[]),
+            (
+                "first netmap",
+                Observed { configured: false, records: Records::Stale, ..UP },
+                &[Configure, Save],
+            ),
+            ("all well", UP, &[]),
+            (
+                "engine died: no disk in its way",
+                Observed { records: Records::Stale, ..crashed },
+                &[StartEngine],
+            ),
+            ("backing off", Observed { engine: Engine::Held, ..UP }, &[]),
+            ("key rejected", Observed { key: Key::Needed, ..crashed }, &[MintKey, StartEngine]),
+            (
+                "node key expired",
+                Observed { key: Key::Needed, rotate: true, ..crashed },
+                &[RotateKey, MintKey, StartEngine],
+            ),
+            ("link lost", Observed { link: Link::Broken, ..crashed }, &[BuildLink, StartEngine]),
+            (
+                "link lost, engine lives",
+                Observed { link: Link::Broken, ..UP },
+                &[StopEngine, BuildLink, StartEngine],
+            ),
+            ("after a reboot", Observed { link: Link::Absent, ..crashed }, &[BuildLink, StartEngine]),
+        ];
+        for (name, observed, want) in table {
+            assert_eq!(plan(Wanted::Attached, observed), *want, "{name}");
+        }
+    }
+
+    #[test]
+    fn leaving() {
+        let dead = Observed { engine: Engine::None, ..UP };
+        let table: &[(&str, Observed, bool, &[Step])] = &[
+            ("running", UP, true, &[Logout, StopEngine, RemoveLink, Forget]),
+            ("identity stays", UP, false, &[StopEngine, RemoveLink, Forget]),
+            (
+                "control does not answer",
+                Observed { logout_failed: true, ..UP },
+                true,
+                &[StopEngine, RemoveLink, DeleteDevice, Forget],
+            ),
+            ("no engine", dead, true, &[RemoveLink, DeleteDevice, Forget]),
+            (
+                "API does not answer either",
+                Observed { link: Link::Absent, delete_failed: true, ..dead },
+                true,
+                &[Forget],
+            ),
+            ("failed before anything", NEW, true, &[Forget]),
+            (
+                "failed with a key in hand",
+                Observed { link: Link::Up, key: Key::InHand, ..NEW },
+                true,
+                &[RemoveLink, DeleteKey, Forget],
+            ),
+        ];
+        for (name, observed, logout, want) in table {
+            assert_eq!(plan(Wanted::Gone { logout: *logout }, observed), *want, "{name}");
+        }
+    }
+
+    fn any_observed() -> impl Strategy<Value = Observed> {
+        let records = prop_oneof![Just(Records::Missing), Just(Records::Stale), Just(Records::Saved)];
+        let link = prop_oneof![Just(Link::Absent), Just(Link::Up), Just(Link::Broken)];
+        let engine = prop_oneof![
+            Just(Engine::None),
+            Just(Engine::Held),
+            Just(Engine::Starting),
+            Just(Engine::Running)
+        ];
+        let key = prop_oneof![Just(Key::NotNeeded), Just(Key::Needed), Just(Key::InHand)];
+        let flags = proptest::array::uniform6(any::<bool>());
+        (records, link, engine, key, flags).prop_map(|(records, link, engine, key, f)| Observed {
+            records,
+            link,
+            engine,
+            key,
+            identity_free: f[0],
+            rotate: f[1],
+            configured: f[2],
+            device: f[3],
+            logout_failed: f[4],
+            delete_failed: f[5],
+        })
+    }
+
+    /// What a successful step changes.
+    fn done(step: Step, at: &mut Observed) {
+        match step {
+            Save => at.records = Records::Saved,
+            BuildLink => at.link = Link::Up,
+            RotateKey => at.rotate = false,
+            MintKey => at.key = Key::InHand,
+            StartEngine => at.engine = Engine::Running,
+            Configure => at.configured = true,
+            Logout | DeleteDevice => at.device = false,
+            StopEngine => at.engine = Engine::None,
+            RemoveLink => at.link = Link::Absent,
+            DeleteKey => at.key = Key::Needed,
+            Forget => at.records = Records::Missing,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_state_converges_and_no_step_repeats(start in any_observed(), logout in any::<bool>()) {
+            for wanted in [Wanted::Attached, Wanted::Gone { logout }] {
+                let mut at = start;
+                let mut ran = Vec::new();
+                while let Some(step) = plan(wanted, &at).first().copied() {
+                    prop_assert!(!ran.contains(&step) || step == Save, "{step:?} twice from {start:?}");
+                    ran.push(step);
+                    done(step, &mut at);
+                    if step == Forget { break; }
+                }
+                prop_assert!(ran.len() < 12);
+                if let Wanted::Gone { .. } = wanted {
+                    prop_assert_eq!(ran.last(), Some(&Forget));
+                    prop_assert_eq!(at.link, Link::Absent);
+                    prop_assert!(!matches!(at.engine, Engine::Starting | Engine::Running));
+                }
+            }
+        }
+
+        #[test]
+        fn records_come_before_kernel_objects(start in any_observed()) {
+            let steps = plan(Wanted::Attached, &start);
+            if start.records == Records::Missing {
+                prop_assert_eq!(steps.first(), Some(&Save));
+            }
+        }
+
+        #[test]
+        fn a_dead_engine_never_waits_for_the_disk(start in any_observed()) {
+            let steps = plan(Wanted::Attached, &start);
+            if start.records != Records::Missing
+                && let Some(at) = steps.iter().position(|s| *s == StartEngine)
+            {
+                prop_assert!(!steps[..at].contains(&Save));
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What happens after an engine ends: a pure function of how it ended and how it had lived.
+//!
+//! An engine that had answered for [`HEALTHY_AFTER`] restarts at once, however often that happens:
+//! its pod loses milliseconds. Deaths before that back off, 100 ms doubling to 30 s with jitter, and
+//! a life of [`FORGET_AFTER`] forgets them. A pod is never given up.
+
+use std::time::Duration;
+
+use podtether_proto::exit::EngineExit;
+
+/// An engine that answered this long was healthy.
+pub const HEALTHY_AFTER: Duration = Duration::from_secs(1);
+/// An engine that answered this long wipes the slate.
+pub const FORGET_AFTER: Duration = Duration::from_secs(60);
+/// First back-off.
+pub const FIRST_DELAY: Duration = Duration::from_millis(100);
+/// Longest back-off, before jitter.
+pub const MAX_DELAY: Duration = Duration::from_secs(30);
+/// New keys in a row before each further one backs off like a death: a credential that mints keys
+/// which control refuses must not drain the API's rate limit.
+pub const KEYS_AT_ONCE: u32 = 2;
+
+/// How an engine ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// By its own choice.
+    Exit(EngineExit),
+    /// Signal, panic, unknown code, or killed because it did not answer.
+    Crash,
+    /// It could not be spawned at all.
+    NotSpawned,
+}
+
+/// What the past says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct History {
+    /// Deaths in a row before [`HEALTHY_AFTER`].
+    pub early_deaths: u32,
+    /// New keys in a row that did not lead to a healthy engine.
+    pub keys: u32,
+}
+
+/// What comes next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// The same again.
+    Restart,
+    /// With a new auth key.
+    NewKey,
+    /// With a new node key that names the old one, and a new auth key.
+    RotateNodeKey,
+    /// Make the link again first.
+    RebuildLink,
+    /// Nothing until a person or the runtime acts; reported.
+    Stop,
+}
+
+/// Decides what follows the end of an engine that had answered for `answered`.
+///
+/// `asked` is true when the supervisor had told it to stop; `random` gives the jitter.
+pub fn decide(
+    ended: &Ended,
+    asked: bool,
+    answered: Option<Duration>,
+    history: &mut History,
+    random: u64,
+) -> (Next, Duration) {
+    let lived = answered.unwrap_or_default();
+    if lived >= FORGET_AFTER {
+        *history = History::default();
+    }
+    let healthy = lived >= HEALTHY_AFTER;
+    if healthy {
+        history.early_deaths = 0;
+    } else {
+        history.early_deaths = history.early_deaths.saturating_add(1);
+    }
+    let after_death =
+        |deaths: u32| if deaths == 0 { Duration::ZERO } else { jittered(backoff(deaths - 1), random) };
+    let delay = after_death(history.early_deaths);
+    match ended {
+        Ended::Exit(EngineExit::Stopped) if asked => (Next::Stop, Duration::ZERO),
+        Ended::Exit(EngineExit::BadConfig) => (Next::Stop, Duration::ZERO),
+        Ended::Exit(EngineExit::KeyRejected | EngineExit::NodeUnknown) => {
+            let delay = key_delay(history, after_death);
+            (Next::NewKey, delay)
+        }
+        Ended::Exit(EngineExit::NodeKeyExpired) => {
+            let delay = key_delay(history, after_death);
+            (Next::RotateNodeKey, delay)
+        }
+        Ended::Exit(EngineExit::LinkLost) => (Next::RebuildLink, delay),
+        // A step of the sandbox that failed once fails again: never at once.
+        Ended::Exit(EngineExit::Sandbox) => (Next::Restart, delay.max(jittered(FIRST_DELAY, random))),
+        Ended::Exit(EngineExit::Stopped | EngineExit::Orphaned) | Ended::Crash | Ended::NotSpawned => {
+            (Next::Restart, delay)
+        }
+    }
+}
+
+/// An engine that reached a netmap used its key well.
+pub fn key_worked(history: &mut History) {
+    history.keys = 0;
+}
+
+fn key_delay(history: &mut History, after_death: impl Fn(u32) -> Duration) -> Duration {
+    history.keys = history.keys.saturating_add(1);
+    // The exit was control's answer, not a defect of the process: only repetition is held back.
+    history.early_deaths = 0;
+    after_death(history.keys.saturating_sub(KEYS_AT_ONCE))
+}
+
+fn backoff(step: u32) -> Duration {
+    FIRST_DELAY.saturating_mul(1_u32.checked_shl(step).unwrap_or(u32::MAX)).min(MAX_DELAY)
+}
+
+/// `delay` × 0.5 to 1.5.
+pub fn jittered(delay: Duration, random: u64) -> Duration {
+    let thousandths = u32::try_from(random % 1001).unwrap_or(500);
+    delay / 2 + delay * thousandths / 1000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MID: u64 = 500; // jitter factor 1.0
+
+    fn after(ended: &Ended, answered_ms: u64, history: &mut History) -> (Next, u128) {
+        let (next, delay) = decide(ended, false, Some(Duration::from_millis(answered_ms)), history, MID);
+        (next, delay.as_millis())
+    }
+
+    #[test]
+    fn exits_decide() {
+        use EngineExit::*;
+        let table = [
+            // ended, asked, answered ms, next, delay ms
+            (Ended::Crash, false, 1000, Next::Restart, 0),
+            (Ended::Crash, false, 999, Next::Restart, 100),
+            (Ended::Crash, false, 0, Next::Restart, 100),
+            (Ended::NotSpawned, false, 0, Next::Restart, 100),
+            (Ended::Exit(Stopped), true, 5000, Next::Stop, 0),
+            (Ended::Exit(Stopped), false, 5000, Next::Restart, 0),
+            (Ended::Exit(BadConfig), false, 0, Next::Stop, 0),
+            (Ended::Exit(KeyRejected), false, 0, Next::NewKey, 0),
+            (Ended::Exit(NodeUnknown), false, 100_000, Next::NewKey, 0),
+            (Ended::Exit(NodeKeyExpired), false, 100_000, Next::RotateNodeKey, 0),
+            (Ended::Exit(Sandbox), false, 0, Next::Restart, 100),
+            (Ended::Exit(Sandbox), false, 5000, Next::Restart, 100),
+            (Ended::Exit(LinkLost), false, 5000, Next::RebuildLink, 0),
+            (Ended::Exit(Orphaned), false, 5000, Next::Restart, 0),
+        ];
+        for (ended, asked, answered, next, delay) in table {
+            let got =
+                decide(&ended, asked, Some(Duration::from_millis(answered)), &mut History::default(), MID);
+            assert_eq!(got, (next, Duration::from_millis(delay)), "{ended:?} asked={asked} {answered} ms");
+        }
+    }
+
+    #[test]
+    fn early_deaths_double_to_the_cap_and_a_healthy_life_restarts_at_once() {
+        let mut history = History::default();
+        let delays: Vec<u128> = (0..12).map(|_| after(&Ended::Crash, 0, &mut history).1).collect();
+        assert_eq!(delays[..4], [100, 200, 400, 800]);
+        assert_eq!(delays[9..], [30_000, 30_000, 30_000]);
+        assert_eq!(after(&Ended::Crash, 1500, &mut history), (Next::Restart, 0));
+        assert_eq!(after(&Ended::Crash, 10, &mut history), (Next::Restart, 100));
+    }
+
+    #[test]
+    fn many_healthy_crashes_never_back_off() {
+        let mut history = History::default();
+        for _ in 0..1000 {
+            assert_eq!(after(&Ended::Crash, 1000, &mut history), (Next::Restart, 0));
+        }
+    }
+
+    #[test]
+    fn keys_are_limited_until_one_works() {
+        let mut history = History::default();
+        let rejected = Ended::Exit(EngineExit::KeyRejected);
+        let delays: Vec<u128> = (0..5).map(|_| after(&rejected, 0, &mut history).1).collect();
+        assert_eq!(delays, [0, 0, 100, 200, 400]);
+        key_worked(&mut history);
+        assert_eq!(after(&rejected, 0, &mut history), (Next::NewKey, 0));
+    }
+
+    #[test]
+    fn jitter_stays_within_half_and_one_and_a_half() {
+        for random in [0, 1, 500, 999, 1000, 1001, u64::MAX] {
+            let delay = jittered(Duration::from_secs(30), random);
+            assert!(delay >= Duration::from_secs(15) && delay <= Duration::from_secs(45), "{delay:?}");
+        }
+    }
+
+    #[test]
+    fn the_counter_never_overflows() {
+        let mut history = History { early_deaths: u32::MAX, keys: u32::MAX };
+        assert_eq!(after(&Ended::Crash, 0, &mut history).1, 30_000);
+    }
+}
