@@ -12,7 +12,12 @@
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
 
+pub mod backoff;
+pub mod derp;
+pub mod disco;
 pub mod filter;
 pub mod key;
+pub mod map_frame;
 pub mod packet;
+pub mod stun;
 pub mod tailcfg;
