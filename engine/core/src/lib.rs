@@ -13,11 +13,17 @@
 //! | names of things | `key` |
 
 pub mod backoff;
+pub mod batch;
 pub mod derp;
 pub mod disco;
+pub mod engine;
 pub mod filter;
 pub mod key;
 pub mod map_frame;
 pub mod packet;
+mod path;
+mod random;
+pub mod snapshot;
 pub mod stun;
 pub mod tailcfg;
+mod wg;

@@ -1,0 +1,287 @@
+//! The types that cross the core's border.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::batch::RegionId;
+use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
+use crate::snapshot::Snapshot;
+use crate::tailcfg::{EndpointType, MapResponse, NetInfo, NodeId, PingRequest, UnixTime};
+
+/// What an engine is born with.
+#[derive(Debug)]
+pub struct Config {
+    /// WireGuard static key and DERP identity.
+    pub node_key: NodePrivate,
+    /// Disco key for a start without snapshot; a snapshot's own key takes precedence, since peers know it.
+    pub disco_key: DiscoPrivate,
+    /// MTU of the TUN.
+    pub mtu: u16,
+    /// From the system's random source, new for every start.
+    pub random_seed: [u8; 32],
+    /// Wall clock at the `now` given to `Engine::new`.
+    pub wall: UnixTime,
+    /// What the process before left behind.
+    pub snapshot: Option<Snapshot>,
+}
+
+/// What happened on a connection to a DERP region.
+#[derive(Debug)]
+pub enum DerpEvent<'a> {
+    /// Packets for the region can be sent now.
+    Connected,
+    /// The connection is gone; the shell connects again until [`Event::DerpClose`].
+    Disconnected,
+    /// A packet from a peer, writable because it is decrypted in place of a copy.
+    Packet {
+        /// Who sent it, as the server vouches.
+        source: NodePublic,
+        /// The packet.
+        payload: &'a mut [u8],
+    },
+    /// The server cannot reach this peer.
+    PeerGone {
+        /// Which peer.
+        peer: NodePublic,
+    },
+    /// The server's complaint about this connection, empty when it is well again.
+    Health {
+        /// The complaint.
+        problem: &'a str,
+    },
+}
+
+/// What happened on the control session.
+#[derive(Debug)]
+pub enum ControlEvent {
+    /// A map stream was opened; its first message replaces the netmap.
+    SessionStarted,
+    /// A message of the map stream.
+    Map(Box<MapResponse>),
+    /// The map stream ended. The netmap stays in force.
+    SessionLost,
+}
+
+/// What the shell has to do or may want to know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// Own name, addresses, routes or key expiry changed.
+    SelfChanged,
+    /// Endpoints, NetInfo or home region changed: send [`HostUpdate`] to control.
+    HostUpdate,
+    /// Connect to the region and keep it connected.
+    DerpConnect {
+        /// Which region.
+        region: RegionId,
+    },
+    /// The region's connection is no longer needed.
+    DerpClose {
+        /// Which region.
+        region: RegionId,
+    },
+    /// This is the home region now: connect, and send NotePreferred there (and its opposite elsewhere).
+    DerpPreferred {
+        /// Which region.
+        region: RegionId,
+    },
+    /// Look up a host name and answer with `handle_resolved`.
+    Resolve {
+        /// The name.
+        host: String,
+    },
+    /// A snapshot taken now would differ from the last one in a way that matters to a restart.
+    SnapshotDirty,
+    /// Control asks for a sign of life.
+    PingRequest(Box<PingRequest>),
+    /// The node key has expired.
+    KeyExpired,
+}
+
+/// What control must know about this node's reachability.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HostUpdate {
+    /// Where peers may reach us, most promising first.
+    pub endpoints: Vec<(SocketAddr, EndpointType)>,
+    /// Home region, latencies, kind of NAT.
+    pub net_info: NetInfo,
+    /// Public half of the disco key in use.
+    pub disco: DiscoPublic,
+}
+
+/// The node as its netmap has it.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Status {
+    /// Whether a netmap (from control or from the snapshot) is in force.
+    pub running: bool,
+    /// Whether the map stream is up.
+    pub control_connected: bool,
+    /// This node.
+    pub node: Option<SelfView>,
+    /// Home region.
+    pub home_derp: RegionId,
+    /// Health messages of control and of the home relay.
+    pub health: Vec<String>,
+}
+
+/// This node in its tailnet.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SelfView {
+    /// Fully qualified name, no trailing dot.
+    pub name: String,
+    /// Node addresses.
+    pub addresses: Vec<IpNet>,
+    /// ACL tags.
+    pub tags: Vec<String>,
+    /// Stable node id.
+    pub stable_id: String,
+    /// When the key expires; `None` for never.
+    pub key_expiry: Option<UnixTime>,
+    /// Whether the machine is approved.
+    pub machine_authorized: bool,
+}
+
+/// How packets reach a peer now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PathView {
+    /// No traffic.
+    Idle,
+    /// Through this region.
+    Relay(RegionId),
+    /// Straight, with this round trip.
+    Direct(SocketAddr, Duration),
+}
+
+/// One peer, for people and metrics.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PeerView {
+    /// Control's number for the peer.
+    pub id: NodeId,
+    /// Node key.
+    pub key: NodePublic,
+    /// Fully qualified name.
+    pub name: String,
+    /// Addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Path in use.
+    pub path: PathView,
+    /// Since the last completed handshake.
+    pub handshake_age: Option<Duration>,
+    /// Since data was last sent.
+    pub last_tx_age: Option<Duration>,
+    /// Since data was last received.
+    pub last_rx_age: Option<Duration>,
+    /// Plaintext bytes sent.
+    pub tx_bytes: u64,
+    /// Plaintext bytes received.
+    pub rx_bytes: u64,
+}
+
+macro_rules! drop_reasons {
+    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+        /// Why a packet was dropped. A bounded set: these become metric labels.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum DropReason {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl DropReason {
+            /// Every reason.
+            pub const ALL: &'static [Self] = &[$(Self::$name),*];
+
+            /// Its name in metrics.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$name => $text,)*
+                }
+            }
+        }
+    };
+}
+
+drop_reasons! {
+    /// Not an IP packet that can be judged.
+    Malformed = "malformed",
+    /// From the pod to an address that no peer has.
+    NoPeer = "no_peer",
+    /// From the pod with a source address that is not the node's.
+    SourceNotOurs = "source_not_ours",
+    /// From the pod to the tailnet's service address.
+    ServiceAddress = "service_address",
+    /// To a peer that neither a relay nor an address leads to.
+    NoPath = "no_path",
+    /// Pushed out of the queue that waits for a handshake.
+    HandshakeQueueFull = "handshake_queue_full",
+    /// Waited for a handshake that never came about.
+    HandshakeTimeout = "handshake_timeout",
+    /// The outgoing batch or a relay's queue was full.
+    QueueFull = "queue_full",
+    /// Longer than the TUN's MTU.
+    TooBig = "too_big",
+    /// From the underlay, not WireGuard, disco or STUN.
+    UnknownDatagram = "unknown_datagram",
+    /// WireGuard for a session that is not ours (any more).
+    UnknownSession = "unknown_session",
+    /// WireGuard from a key that the netmap does not have.
+    UnknownPeer = "unknown_peer",
+    /// WireGuard that does not decrypt, is a replay, or is too old.
+    BadCrypto = "bad_crypto",
+    /// Handshakes beyond what this node works on.
+    UnderLoad = "under_load",
+    /// Decrypted, from an address that is not the peer's.
+    PeerSource = "peer_source",
+    /// Decrypted, for an address that is not the node's.
+    NotForUs = "not_for_us",
+    /// Decrypted, denied by the packet filter.
+    Filter = "filter",
+    /// Disco that does not open or does not parse.
+    BadDisco = "bad_disco",
+}
+
+/// Counters since the start.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Plaintext from the pod that was sent on.
+    pub tx_packets: u64,
+    /// See `tx_packets`.
+    pub tx_bytes: u64,
+    /// Plaintext that was given to the pod.
+    pub rx_packets: u64,
+    /// See `rx_packets`.
+    pub rx_bytes: u64,
+    /// WireGuard packets sent straight.
+    pub udp_sent: u64,
+    /// WireGuard packets sent through relays.
+    pub derp_sent: u64,
+    /// Handshakes completed.
+    pub handshakes: u64,
+    /// Wall clock of the last one.
+    pub last_handshake: Option<UnixTime>,
+    pub(crate) drops: [u64; DropReason::ALL.len()],
+}
+
+impl Counters {
+    pub(crate) fn drop(&mut self, reason: DropReason, packets: usize) {
+        self.drops[reason as usize] += u64::try_from(packets).unwrap_or(u64::MAX);
+    }
+
+    /// Packets dropped, by reason, zeros included.
+    pub fn drops(&self) -> impl Iterator<Item = (DropReason, u64)> {
+        DropReason::ALL.iter().copied().zip(self.drops)
+    }
+}
+
+/// Gauges of now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Gauges {
+    /// Peers in the netmap.
+    pub peers: usize,
+    /// Peers with a trusted direct path.
+    pub peers_direct: usize,
+    /// Peers with traffic through a relay.
+    pub peers_relay: usize,
+    /// Regions connected.
+    pub derp_connected: usize,
+}

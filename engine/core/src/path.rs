@@ -1,0 +1,474 @@
+//! How packets reach one peer.
+//!
+//! A peer has candidates (endpoints from the netmap, from CallMeMaybe, or seen as the source of a disco
+//! ping). While packets flow they are pinged; the best one that answers is used as long as its last pong
+//! is younger than [`TRUST`]. The relay is used when there is no best address, and together with it while
+//! it is not trusted. Trust is lost early when two pings in a row stay unanswered ([`PathAgent::route`]
+//! then says both), so that a path that breaks silently costs about two seconds of traffic.
+//!
+//! The agent does nothing by itself: it is told of sends, pings and pongs, leaves what it wants in
+//! [`Context::actions`] and says when to wake it. 45 s after the last send it wants nothing any more.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use crate::batch::RegionId;
+use crate::random::Random;
+
+/// How long a pong vouches for a path.
+pub(crate) const TRUST: Duration = Duration::from_millis(6500);
+const HEARTBEAT: Duration = Duration::from_secs(3);
+const SESSION_ACTIVE: Duration = Duration::from_secs(45);
+const PING_SPACING: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+const UPGRADE_EVERY: Duration = Duration::from_secs(60);
+const GOOD_ENOUGH: Duration = Duration::from_millis(5);
+/// Sends without anything heard on the best address after which it is asked before its heartbeat.
+const SILENCE: Duration = Duration::from_secs(1);
+const PATIENCE_MIN: Duration = Duration::from_millis(500);
+const PATIENCE_MAX: Duration = Duration::from_secs(2);
+/// An address that has not answered for so long after its trust ended is no longer sent to.
+const FORGET_AFTER: Duration = Duration::from_secs(15);
+const CALL_SPACING: Duration = Duration::from_secs(5);
+/// Latencies below this are the same: scheduling noise decides between them.
+const LATENCY_FLOOR: Duration = Duration::from_millis(1);
+const MAX_CANDIDATES: usize = 32;
+const MAX_PINGS: usize = 64;
+
+/// A disco transaction id.
+pub(crate) type TxId = [u8; 12];
+
+/// What the agent wants done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Send a disco ping.
+    Ping { to: SocketAddr, txid: TxId },
+    /// Tell the peer our endpoints through its relay.
+    CallMeMaybe,
+}
+
+/// What a call may use.
+pub(crate) struct Context<'a> {
+    pub(crate) now: Instant,
+    pub(crate) random: &'a mut Random,
+    pub(crate) actions: &'a mut Vec<Action>,
+    /// Whether there is a socket of the family.
+    pub(crate) v4: bool,
+    pub(crate) v6: bool,
+}
+
+impl Context<'_> {
+    fn reaches(&self, addr: SocketAddr) -> bool {
+        if addr.is_ipv4() { self.v4 } else { self.v6 }
+    }
+}
+
+/// Where to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Route {
+    pub(crate) udp: Option<SocketAddr>,
+    pub(crate) derp: bool,
+}
+
+#[derive(Debug, Clone)]
+struct Candidate {
+    addr: SocketAddr,
+    netmap: bool,
+    called: bool,
+    last_got_ping: Option<Instant>,
+    last_ping: Option<Instant>,
+}
+
+impl Candidate {
+    fn stale(&self, now: Instant) -> bool {
+        !self.netmap
+            && !self.called
+            && self.last_got_ping.is_none_or(|at| now.duration_since(at) > SESSION_ACTIVE)
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Best {
+    addr: SocketAddr,
+    latency: Duration,
+    trusted_until: Instant,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Ping {
+    txid: TxId,
+    to: SocketAddr,
+    at: Instant,
+}
+
+/// An unanswered question to the best address.
+#[derive(Debug, Clone, Copy)]
+struct Probe {
+    at: Instant,
+    misses: u8,
+}
+
+/// Path choice for one peer.
+#[derive(Debug)]
+pub(crate) struct PathAgent {
+    /// Plain WireGuard: no disco, no relay.
+    wireguard_only: bool,
+    candidates: Vec<Candidate>,
+    best: Option<Best>,
+    pings: Vec<Ping>,
+    probe: Option<Probe>,
+    doubt: bool,
+    heartbeat_at: Option<Instant>,
+    last_send: Option<Instant>,
+    /// First send since something was heard on the best address.
+    silent_since: Option<Instant>,
+    last_full_ping: Option<Instant>,
+    last_call: Option<Instant>,
+    /// Relay region the peer was last heard on.
+    pub(crate) heard: Option<RegionId>,
+}
+
+impl PathAgent {
+    pub(crate) fn new(wireguard_only: bool) -> Self {
+        Self {
+            wireguard_only,
+            candidates: Vec::new(),
+            best: None,
+            pings: Vec::new(),
+            probe: None,
+            doubt: false,
+            heartbeat_at: None,
+            last_send: None,
+            silent_since: None,
+            last_full_ping: None,
+            last_call: None,
+            heard: None,
+        }
+    }
+
+    /// The peer's endpoints, as control has them now.
+    pub(crate) fn set_endpoints(&mut self, endpoints: &[SocketAddr]) {
+        for candidate in &mut self.candidates {
+            candidate.netmap = false;
+        }
+        for addr in endpoints.iter().copied().filter(|a| usable(*a)).take(MAX_CANDIDATES) {
+            if let Some(candidate) = self.candidate(addr) {
+                candidate.netmap = true;
+            }
+        }
+        self.candidates.retain(|c| c.netmap || c.called || c.last_got_ping.is_some());
+    }
+
+    fn candidate(&mut self, addr: SocketAddr) -> Option<&mut Candidate> {
+        if let Some(at) = self.candidates.iter().position(|c| c.addr == addr) {
+            return self.candidates.get_mut(at);
+        }
+        if self.candidates.len() >= MAX_CANDIDATES {
+            // Whoever only pinged, longest ago, makes room.
+            let at = (0..self.candidates.len())
+                .filter(|i| {
+                    !self.candidates[*i].netmap && self.best.map(|b| b.addr) != Some(self.candidates[*i].addr)
+                })
+                .min_by_key(|i| (self.candidates[*i].called, self.candidates[*i].last_got_ping))?;
+            self.candidates.swap_remove(at);
+        }
+        self.candidates.push(Candidate {
+            addr,
+            netmap: false,
+            called: false,
+            last_got_ping: None,
+            last_ping: None,
+        });
+        self.candidates.last_mut()
+    }
+
+    /// Begins with an address that worked in an earlier life: used at once, together with the relay.
+    pub(crate) fn restore(&mut self, addr: SocketAddr, now: Instant) {
+        if let Some(candidate) = self.candidate(addr) {
+            candidate.last_got_ping = Some(now);
+            self.best = Some(Best { addr, latency: GOOD_ENOUGH, trusted_until: now });
+        }
+    }
+
+    /// Forgets what was learnt about the peer's last life, which its new disco key ends.
+    pub(crate) fn restart(&mut self, now: Instant) {
+        self.pings.clear();
+        self.probe = None;
+        self.doubt = true;
+        if let Some(best) = &mut self.best {
+            best.trusted_until = now;
+        }
+        for candidate in &mut self.candidates {
+            candidate.last_ping = None;
+        }
+    }
+
+    /// Where a packet goes now.
+    pub(crate) fn route(&self, now: Instant) -> Route {
+        if self.wireguard_only {
+            let udp = self.best.map(|b| b.addr).or_else(|| self.candidates.first().map(|c| c.addr));
+            return Route { udp, derp: false };
+        }
+        match self.best {
+            Some(best) => Route { udp: Some(best.addr), derp: self.doubt || now >= best.trusted_until },
+            None => Route { udp: None, derp: true },
+        }
+    }
+
+    /// The best address and its latency while it is trusted.
+    pub(crate) fn trusted(&self, now: Instant) -> Option<(SocketAddr, Duration)> {
+        self.best.filter(|b| !self.doubt && now < b.trusted_until).map(|b| (b.addr, b.latency))
+    }
+
+    /// The best address, trusted or not.
+    pub(crate) fn best(&self) -> Option<SocketAddr> {
+        self.best.map(|b| b.addr)
+    }
+
+    /// Whether packets were sent in the last 45 s.
+    pub(crate) fn active(&self, now: Instant) -> bool {
+        self.last_send.is_some_and(|at| now.duration_since(at) < SESSION_ACTIVE)
+    }
+
+    /// A WireGuard packet goes out by [`PathAgent::route`].
+    pub(crate) fn note_send(&mut self, ctx: &mut Context<'_>) {
+        self.last_send = Some(ctx.now);
+        if self.wireguard_only {
+            return;
+        }
+        if self.heartbeat_at.is_none() {
+            self.heartbeat_at = Some(ctx.now + HEARTBEAT);
+        }
+        if self.trusted(ctx.now).is_none() {
+            if self.last_full_ping.is_none_or(|at| ctx.now.duration_since(at) >= SILENCE) {
+                self.ping_all(true, ctx);
+            }
+            return;
+        }
+        match self.silent_since {
+            None => self.silent_since = Some(ctx.now),
+            Some(since) if ctx.now.duration_since(since) >= SILENCE && self.probe.is_none() => {
+                self.silent_since = Some(ctx.now);
+                self.ping_best(ctx);
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// An authentic WireGuard packet came in from this address.
+    pub(crate) fn note_received(&mut self, from: SocketAddr, now: Instant) {
+        if self.best.is_some_and(|b| b.addr == from) {
+            self.silent_since = None;
+        } else if self.wireguard_only {
+            self.best = Some(Best { addr: from, latency: GOOD_ENOUGH, trusted_until: now });
+        }
+    }
+
+    /// The peer pinged us from `from`; the caller answers.
+    pub(crate) fn handle_ping(&mut self, from: SocketAddr, ctx: &mut Context<'_>) {
+        if !usable(from) {
+            return;
+        }
+        let now = ctx.now;
+        let Some(candidate) = self.candidate(from) else { return };
+        candidate.last_got_ping = Some(now);
+        // The peer has just opened its side towards us: an answer now is likeliest to come through.
+        let recent = candidate.last_ping.is_some_and(|at| now.duration_since(at) < SILENCE);
+        if !recent && self.active(now) && self.trusted(now).is_none() {
+            self.ping(from, ctx);
+        }
+    }
+
+    /// The peer says where it can be reached and that it has opened those paths.
+    pub(crate) fn handle_call(&mut self, endpoints: &[SocketAddr], ctx: &mut Context<'_>) {
+        for candidate in &mut self.candidates {
+            candidate.called = false;
+        }
+        for addr in endpoints.iter().copied().filter(|a| usable(*a)).take(MAX_CANDIDATES) {
+            if let Some(candidate) = self.candidate(addr) {
+                candidate.called = true;
+                // A ping sent before the call may have met a closed door.
+                if candidate
+                    .last_ping
+                    .is_some_and(|at| ctx.now.duration_since(at) > Duration::from_millis(50))
+                {
+                    candidate.last_ping = None;
+                }
+            }
+        }
+        self.candidates.retain(|c| !c.stale(ctx.now));
+        if self.trusted(ctx.now).is_none() {
+            self.ping_all(false, ctx);
+        }
+    }
+
+    /// A pong came in by UDP. True when it gave a new best address.
+    pub(crate) fn handle_pong(&mut self, txid: &TxId, now: Instant) -> bool {
+        let Some(at) = self.pings.iter().position(|p| p.txid == *txid) else { return false };
+        let ping = self.pings.swap_remove(at);
+        let latency = now.duration_since(ping.at);
+        if !self.candidates.iter().any(|c| c.addr == ping.to) {
+            return false;
+        }
+        let pong = Best { addr: ping.to, latency, trusted_until: now + TRUST };
+        let (replace, new) = match &self.best {
+            None => (true, true),
+            Some(best) if best.addr == ping.to => (true, false),
+            Some(best) => {
+                let other = self.doubt || now >= best.trusted_until || better(&pong, best);
+                (other, other)
+            }
+        };
+        if replace {
+            self.best = Some(pong);
+            self.probe = None;
+            self.doubt = false;
+            self.silent_since = None;
+        }
+        new
+    }
+
+    /// When [`PathAgent::handle_timeout`] has something to do.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let probe = self.probe.map(|p| p.at + self.patience());
+        [self.heartbeat_at, probe].into_iter().flatten().min()
+    }
+
+    pub(crate) fn handle_timeout(&mut self, ctx: &mut Context<'_>) {
+        let now = ctx.now;
+        self.pings.retain(|p| now.duration_since(p.at) < PING_TIMEOUT);
+        if !self.active(now) {
+            self.heartbeat_at = None;
+            self.probe = None;
+            self.candidates.retain(|c| !c.stale(now));
+            return;
+        }
+        let patience = self.patience();
+        if let Some(probe) = self.probe.filter(|p| p.at + patience <= now) {
+            self.probe = Some(Probe { at: now, misses: probe.misses.saturating_add(1) });
+            if probe.misses >= 1 {
+                self.doubt = true;
+                self.ping_all(true, ctx);
+            }
+            self.ping_best(ctx);
+        }
+        if self.best.is_some_and(|b| now >= b.trusted_until + FORGET_AFTER) {
+            self.best = None;
+            self.probe = None;
+            self.doubt = false;
+        }
+        if self.heartbeat_at.is_some_and(|at| at <= now) {
+            self.heartbeat_at = Some(now + HEARTBEAT);
+            self.candidates.retain(|c| !c.stale(now));
+            if self.probe.is_none() {
+                self.ping_best(ctx);
+            }
+            if self.wants_full_ping(now) {
+                self.ping_all(true, ctx);
+            }
+        }
+    }
+
+    fn wants_full_ping(&self, now: Instant) -> bool {
+        let Some(since) = self.last_full_ping.map(|at| now.duration_since(at)) else { return true };
+        match self.trusted(now) {
+            None => true,
+            Some((_, latency)) => latency > GOOD_ENOUGH && since >= UPGRADE_EVERY,
+        }
+    }
+
+    fn patience(&self) -> Duration {
+        if self.doubt {
+            return SILENCE;
+        }
+        self.best.map_or(PATIENCE_MIN, |b| (b.latency * 4).clamp(PATIENCE_MIN, PATIENCE_MAX))
+    }
+
+    fn ping_best(&mut self, ctx: &mut Context<'_>) {
+        if let Some(best) = self.best {
+            self.probe.get_or_insert(Probe { at: ctx.now, misses: 0 });
+            self.ping(best.addr, ctx);
+        }
+    }
+
+    fn ping(&mut self, to: SocketAddr, ctx: &mut Context<'_>) {
+        if !ctx.reaches(to) {
+            return;
+        }
+        if self.pings.len() >= MAX_PINGS {
+            self.pings.swap_remove(0);
+        }
+        let txid = ctx.random.bytes();
+        self.pings.push(Ping { txid, to, at: ctx.now });
+        if let Some(candidate) = self.candidates.iter_mut().find(|c| c.addr == to) {
+            candidate.last_ping = Some(ctx.now);
+        }
+        ctx.actions.push(Action::Ping { to, txid });
+    }
+
+    /// Pings every candidate that was not pinged in the last five seconds.
+    fn ping_all(&mut self, call: bool, ctx: &mut Context<'_>) {
+        let now = ctx.now;
+        let mut any = false;
+        for at in 0..self.candidates.len() {
+            let candidate = &self.candidates[at];
+            if candidate.last_ping.is_none_or(|last| now.duration_since(last) >= PING_SPACING) {
+                let to = candidate.addr;
+                self.ping(to, ctx);
+                any = true;
+            }
+        }
+        if any {
+            self.last_full_ping = Some(now);
+        }
+        if call && self.last_call.is_none_or(|last| now.duration_since(last) >= CALL_SPACING) {
+            self.last_call = Some(now);
+            self.last_full_ping = Some(now);
+            ctx.actions.push(Action::CallMeMaybe);
+        }
+    }
+
+    /// Whether a CallMeMaybe was sent so recently that news about our endpoints belong to it.
+    pub(crate) fn called_recently(&self, now: Instant) -> bool {
+        self.trusted(now).is_none()
+            && self.last_call.is_some_and(|at| now.duration_since(at) < Duration::from_secs(3))
+    }
+}
+
+/// Whether a peer may be sought at this address: the tailnet's own ranges lead back into the tunnel.
+pub(crate) fn usable(addr: SocketAddr) -> bool {
+    if addr.port() == 0 {
+        return false;
+    }
+    match addr.ip() {
+        IpAddr::V4(ip) => {
+            let [a, b, ..] = ip.octets();
+            !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast() || a == 100 && b & 0xc0 == 64)
+        }
+        IpAddr::V6(ip) => {
+            let tailnet = ip.segments()[..3] == [0xfd7a, 0x115c, 0xa1e0];
+            // A link-local address means nothing without its zone, which nobody transmits.
+            !(ip.is_unspecified() || ip.is_multicast() || tailnet || ip.is_unicast_link_local())
+        }
+    }
+}
+
+/// Whether `a` should replace `b`: the percentage by which it is faster, plus what its kind is worth.
+fn better(a: &Best, b: &Best) -> bool {
+    let (la, lb) = (a.latency.max(LATENCY_FLOOR).as_micros(), b.latency.max(LATENCY_FLOOR).as_micros());
+    let advantage = |mine: u128, other: u128| if mine < other { 100 - mine * 100 / other } else { 0 };
+    let points_a = advantage(la, lb) + kind_points(a.addr.ip());
+    let points_b = advantage(lb, la) + kind_points(b.addr.ip());
+    points_a > points_b + 1
+}
+
+fn kind_points(ip: IpAddr) -> u128 {
+    match ip {
+        _ if ip.is_loopback() => 50 + u128::from(ip.is_ipv6()) * 10,
+        IpAddr::V4(ip) if ip.is_link_local() => 30,
+        IpAddr::V4(ip) if ip.is_private() => 20,
+        IpAddr::V4(_) => 0,
+        IpAddr::V6(ip) if ip.is_unique_local() => 30,
+        IpAddr::V6(_) => 10,
+    }
+}

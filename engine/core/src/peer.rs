@@ -1,0 +1,219 @@
+//! The peers of the netmap, and what exists only for those that have traffic.
+//!
+//! An idle peer costs a table entry and its keys in the look-up maps. [`Active`] (tunnel, path, shared
+//! disco key) is made by the first packet in either direction and goes when nothing moved for 540 s.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use ipnet::IpNet;
+
+use crate::batch::RegionId;
+use crate::disco;
+use crate::key::{DiscoPublic, NodePublic};
+use crate::path::PathAgent;
+use crate::tailcfg::{Node, NodeId};
+use crate::wg::Tunnel;
+
+/// Position of a peer in its table; valid until the peer leaves the netmap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Slot(pub(crate) u32);
+
+impl Slot {
+    fn at(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// What a peer with traffic has.
+pub(crate) struct Active {
+    pub(crate) tunnel: Tunnel,
+    pub(crate) path: PathAgent,
+    /// The tunnel's receiver index, 24 bits.
+    pub(crate) index: u32,
+    /// `None` for a peer without disco.
+    pub(crate) shared: Option<disco::SharedKey>,
+    /// When the engine's timer list wakes this peer.
+    pub(crate) scheduled: Option<Instant>,
+    pub(crate) last_tx: Option<Instant>,
+    pub(crate) last_rx: Option<Instant>,
+    pub(crate) tx_bytes: u64,
+    pub(crate) rx_bytes: u64,
+}
+
+/// A peer of the netmap.
+pub(crate) struct Peer {
+    pub(crate) id: NodeId,
+    pub(crate) key: NodePublic,
+    pub(crate) disco: DiscoPublic,
+    pub(crate) home: RegionId,
+    pub(crate) wireguard_only: bool,
+    pub(crate) jailed: bool,
+    /// Its key has expired: it exists, but nothing is exchanged with it.
+    pub(crate) expired: bool,
+    pub(crate) endpoints: Box<[SocketAddr]>,
+    routes: Box<[IpNet]>,
+    pub(crate) active: Option<Box<Active>>,
+}
+
+impl Peer {
+    fn from_node(node: &Node, expired: bool) -> Self {
+        Self {
+            id: node.id,
+            key: node.key,
+            disco: node.disco_key,
+            home: node.home_derp,
+            wireguard_only: node.is_wireguard_only,
+            jailed: node.is_jailed,
+            expired,
+            endpoints: node.endpoints.clone().into_boxed_slice(),
+            routes: routes(node),
+            active: None,
+        }
+    }
+}
+
+/// The addresses a peer may use: its own, as far as control lets it have them. Subnet routes are not
+/// accepted.
+fn routes(node: &Node) -> Box<[IpNet]> {
+    let allowed = |net: &IpNet| node.allowed_ips.iter().any(|a| a.contains(net));
+    node.addresses.iter().copied().filter(allowed).collect()
+}
+
+/// What an update means for a peer's running state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Upserted {
+    pub(crate) slot: Slot,
+    /// The receiver index of a tunnel that ended because the peer has a new key.
+    pub(crate) dropped_index: Option<u32>,
+    /// The peer started anew: its disco key changed.
+    pub(crate) restarted: bool,
+}
+
+/// All peers, with the look-ups that the data path needs. Changing one peer costs that peer.
+#[derive(Default)]
+pub(crate) struct PeerTable {
+    slots: Vec<Option<Peer>>,
+    free: Vec<Slot>,
+    by_id: HashMap<NodeId, Slot>,
+    by_key: HashMap<NodePublic, Slot>,
+    by_disco: HashMap<DiscoPublic, Slot>,
+    by_host: HashMap<IpAddr, Slot>,
+    /// Longer prefixes first.
+    by_prefix: Vec<(IpNet, Slot)>,
+}
+
+impl PeerTable {
+    pub(crate) fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    pub(crate) fn get(&self, slot: Slot) -> Option<&Peer> {
+        self.slots.get(slot.at())?.as_ref()
+    }
+
+    pub(crate) fn get_mut(&mut self, slot: Slot) -> Option<&mut Peer> {
+        self.slots.get_mut(slot.at())?.as_mut()
+    }
+
+    pub(crate) fn by_key(&self, key: &NodePublic) -> Option<Slot> {
+        self.by_key.get(key).copied()
+    }
+
+    pub(crate) fn by_disco(&self, key: &DiscoPublic) -> Option<Slot> {
+        self.by_disco.get(key).copied()
+    }
+
+    /// Whose address this is.
+    pub(crate) fn by_ip(&self, ip: IpAddr) -> Option<Slot> {
+        match self.by_host.get(&ip) {
+            Some(slot) => Some(*slot),
+            None => self.by_prefix.iter().find(|(net, _)| net.contains(&ip)).map(|(_, slot)| *slot),
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Slot, &Peer)> {
+        (0..).map(Slot).zip(&self.slots).filter_map(|(slot, peer)| Some((slot, peer.as_ref()?)))
+    }
+
+    pub(crate) fn ids(&self) -> impl Iterator<Item = NodeId> {
+        self.by_id.keys().copied()
+    }
+
+    /// Adds a peer or brings it up to date.
+    pub(crate) fn upsert(&mut self, node: &Node, expired: bool, now: Instant) -> Upserted {
+        let mut new = Peer::from_node(node, expired);
+        let Some(slot) = self.by_id.get(&node.id).copied() else {
+            let slot = self.free.pop().unwrap_or_else(|| {
+                self.slots.push(None);
+                Slot(u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX))
+            });
+            self.link(slot, &new);
+            self.slots[slot.at()] = Some(new);
+            return Upserted { slot, dropped_index: None, restarted: false };
+        };
+        let mut result = Upserted { slot, dropped_index: None, restarted: false };
+        let Some(old) = self.slots[slot.at()].take() else { return result };
+        self.unlink(slot, &old);
+        if let Some(mut active) = old.active {
+            if old.key != new.key || new.expired || old.wireguard_only != new.wireguard_only {
+                result.dropped_index = Some(active.index);
+            } else {
+                if old.disco != new.disco {
+                    active.shared = None;
+                    active.path.restart(now);
+                    result.restarted = true;
+                }
+                if old.endpoints != new.endpoints {
+                    active.path.set_endpoints(&new.endpoints);
+                }
+                new.active = Some(active);
+            }
+        }
+        self.link(slot, &new);
+        self.slots[slot.at()] = Some(new);
+        result
+    }
+
+    /// Takes a peer out.
+    pub(crate) fn remove(&mut self, id: NodeId) -> Option<Peer> {
+        let slot = self.by_id.get(&id).copied()?;
+        let peer = self.slots[slot.at()].take()?;
+        self.unlink(slot, &peer);
+        self.free.push(slot);
+        Some(peer)
+    }
+
+    fn link(&mut self, slot: Slot, peer: &Peer) {
+        self.by_id.insert(peer.id, slot);
+        self.by_key.insert(peer.key, slot);
+        if !peer.disco.is_zero() {
+            self.by_disco.insert(peer.disco, slot);
+        }
+        for net in &peer.routes {
+            if net.prefix_len() == net.max_prefix_len() {
+                self.by_host.insert(net.addr(), slot);
+            } else {
+                let at = self.by_prefix.partition_point(|(other, _)| other.prefix_len() >= net.prefix_len());
+                self.by_prefix.insert(at, (*net, slot));
+            }
+        }
+    }
+
+    /// Takes out what `link` made, except where another peer has taken it over since.
+    fn unlink(&mut self, slot: Slot, peer: &Peer) {
+        fn take<K: std::hash::Hash + Eq>(map: &mut HashMap<K, Slot>, key: &K, slot: Slot) {
+            if map.get(key) == Some(&slot) {
+                map.remove(key);
+            }
+        }
+        take(&mut self.by_id, &peer.id, slot);
+        take(&mut self.by_key, &peer.key, slot);
+        take(&mut self.by_disco, &peer.disco, slot);
+        for net in &peer.routes {
+            take(&mut self.by_host, &net.addr(), slot);
+        }
+        self.by_prefix.retain(|(_, other)| *other != slot);
+    }
+}

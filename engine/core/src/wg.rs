@@ -1,0 +1,650 @@
+//! WireGuard: one [`Tunnel`] per active peer around boringtun's `Tunn`, and the [`Identity`] they share.
+//!
+//! `Tunn` reads the clock by itself, so nothing here asks it about time. The protocol's timers run on the
+//! `now` that is passed in, and a mirror of `Tunn`'s ring of sessions tells which session would encrypt and
+//! how old it is. `Tunn::update_timers` is called in one place, just before a handshake message, because
+//! the order in which sessions were made is kept in it and an old session must not replace a newer one.
+
+use std::collections::VecDeque;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
+use boringtun::noise::{Packet, Tunn, TunnResult};
+use x25519_dalek::{PublicKey, StaticSecret};
+
+/// Age at which a session's initiator makes the next one.
+pub(crate) const REKEY_AFTER: Duration = Duration::from_secs(120);
+/// Age from which a session neither encrypts nor decrypts.
+pub(crate) const REJECT_AFTER: Duration = Duration::from_secs(180);
+const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+const REKEY_ATTEMPT: Duration = Duration::from_secs(90);
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// Idle time after which a peer's tunnel is taken down.
+pub(crate) const IDLE_AFTER: Duration = Duration::from_secs(540);
+const JITTER_MS: u64 = 334;
+
+/// Bytes a data message adds to its packet.
+pub(crate) const OVERHEAD: usize = 32;
+/// Length of a handshake initiation.
+pub(crate) const INITIATION_LEN: usize = 148;
+const DATA: u8 = 4;
+const SLOTS: usize = 8;
+/// Handshakes per second above which initiators have to prove their address first. One costs about
+/// a quarter of a millisecond, so this is a twentieth of a core.
+const INITIATIONS_PER_S: u32 = 200;
+
+/// Packets that wait for a handshake, per peer.
+pub(crate) const MAX_WAITING: usize = 64;
+
+/// What a WireGuard datagram is, from its header alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Initiation,
+    /// Response, cookie reply or data, with the receiver index.
+    Indexed(u32),
+    Malformed,
+}
+
+/// Classifies a datagram without touching a key.
+pub(crate) fn classify(datagram: &[u8]) -> Kind {
+    match Tunn::parse_incoming_packet(datagram) {
+        Ok(Packet::HandshakeInit(_)) => Kind::Initiation,
+        Ok(Packet::HandshakeResponse(p)) => Kind::Indexed(p.receiver_idx),
+        Ok(Packet::PacketCookieReply(p)) => Kind::Indexed(p.receiver_idx),
+        Ok(Packet::PacketData(p)) => Kind::Indexed(p.receiver_idx),
+        Err(_) => Kind::Malformed,
+    }
+}
+
+/// Whether an initiation may be worked on.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    Yes,
+    /// Under load: send the first so many bytes of the reply back instead.
+    Cookie(usize),
+    No,
+}
+
+/// The node's own static key and what its tunnels share.
+pub(crate) struct Identity {
+    secret: StaticSecret,
+    public: PublicKey,
+    unlimited: Arc<RateLimiter>,
+    strict: RateLimiter,
+    window: Option<Instant>,
+    in_window: u32,
+}
+
+impl Identity {
+    pub(crate) fn new(secret: [u8; 32]) -> Self {
+        let secret = StaticSecret::from(secret);
+        let public = PublicKey::from(&secret);
+        Self {
+            unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
+            strict: RateLimiter::new(&public, 0),
+            secret,
+            public,
+            window: None,
+            in_window: 0,
+        }
+    }
+
+    /// Decides about an initiation before any costly step; `reply` takes a cookie reply.
+    pub(crate) fn admit(
+        &mut self,
+        from: IpAddr,
+        datagram: &[u8],
+        now: Instant,
+        reply: &mut [u8],
+    ) -> Admission {
+        if self.window.is_none_or(|start| now.duration_since(start) >= Duration::from_secs(1)) {
+            self.window = Some(now);
+            self.in_window = 0;
+        }
+        let limiter = if self.in_window < INITIATIONS_PER_S { &*self.unlimited } else { &self.strict };
+        match limiter.verify_packet(Some(from), datagram, reply) {
+            Ok(_) => {
+                self.in_window = self.in_window.saturating_add(1);
+                Admission::Yes
+            }
+            Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
+            Err(_) => Admission::No,
+        }
+    }
+
+    /// The static key inside an initiation, which is not yet proof that its owner sent it.
+    pub(crate) fn initiator(&self, datagram: &[u8]) -> Option<[u8; 32]> {
+        match Tunn::parse_incoming_packet(datagram) {
+            Ok(Packet::HandshakeInit(init)) => {
+                Some(parse_handshake_anon(&self.secret, &self.public, &init).ok()?.peer_static_public)
+            }
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Session {
+    index: u32,
+    established: Instant,
+    initiator: bool,
+    epoch: u64,
+}
+
+struct Attempt {
+    started: Instant,
+    retry_at: Instant,
+    message: [u8; INITIATION_LEN],
+}
+
+/// What [`Tunnel::open`] made of a datagram.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Opened {
+    /// An IP packet of this length is in the output.
+    Packet(usize),
+    Keepalive,
+    /// A handshake response of this length is in the output, to be sent back.
+    Response(usize),
+    /// Our handshake is complete; a keepalive of this length is in the output and confirms it to the
+    /// peer unless data does.
+    Established(usize),
+    /// A cookie was taken; the next attempt carries it.
+    Cookie,
+    Rejected,
+}
+
+/// What a tunnel wants at its deadline.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    Nothing,
+    /// Send a handshake initiation.
+    Initiate,
+    /// Send an empty data message.
+    Keepalive,
+    /// The peer does not answer; what waited was dropped (so many packets).
+    GaveUp(usize),
+    /// Nothing has moved for [`IDLE_AFTER`].
+    Idle,
+}
+
+/// Result of [`Tunnel::seal`].
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Sealed {
+    pub(crate) len: usize,
+    /// The session is old enough for its initiator to make another.
+    pub(crate) rekey: bool,
+}
+
+/// One peer's WireGuard state.
+pub(crate) struct Tunnel {
+    tunn: Tunn,
+    sessions: [Option<Session>; SLOTS],
+    current: u32,
+    epoch: u64,
+    attempt: Option<Attempt>,
+    last_initiation: Option<Instant>,
+    waiting: VecDeque<Vec<u8>>,
+    keepalive_at: Option<Instant>,
+    /// Data went out and nothing came back since: when to suspect the session.
+    silence_at: Option<Instant>,
+    last_used: Instant,
+    established: Option<Instant>,
+    jitter: u64,
+}
+
+impl Tunnel {
+    /// `index` is this tunnel's receiver index, 24 bits; `jitter` any random number.
+    pub(crate) fn new(identity: &Identity, peer: [u8; 32], index: u32, jitter: u64, now: Instant) -> Self {
+        let tunn = Tunn::new(
+            identity.secret.clone(),
+            PublicKey::from(peer),
+            None,
+            None,
+            index & 0x00ff_ffff,
+            Some(Arc::clone(&identity.unlimited)),
+        );
+        Self {
+            tunn,
+            sessions: [None; SLOTS],
+            current: 0,
+            epoch: 0,
+            attempt: None,
+            last_initiation: None,
+            waiting: VecDeque::new(),
+            keepalive_at: None,
+            silence_at: None,
+            last_used: now,
+            established: None,
+            jitter: jitter | 1,
+        }
+    }
+
+    fn slot(index: u32) -> usize {
+        (index & 7) as usize
+    }
+
+    fn live(&self, index: u32, now: Instant) -> Option<Session> {
+        self.sessions[Self::slot(index)].filter(|s| now.duration_since(s.established) < REJECT_AFTER)
+    }
+
+    /// Whether a packet can be encrypted now.
+    pub(crate) fn ready(&self, now: Instant) -> bool {
+        self.live(self.current, now).is_some()
+    }
+
+    /// Whether a handshake of ours is under way.
+    pub(crate) fn attempting(&self) -> bool {
+        self.attempt.is_some()
+    }
+
+    /// The initiation under way, for a second path: its receiver ignores the copy that comes later.
+    pub(crate) fn current_initiation(&self) -> Option<&[u8; INITIATION_LEN]> {
+        self.attempt.as_ref().map(|a| &a.message)
+    }
+
+    /// When the newest session was made.
+    pub(crate) fn established(&self) -> Option<Instant> {
+        self.established
+    }
+
+    fn jitter(&mut self) -> Duration {
+        // xorshift64: spreads retries, holds no secret.
+        self.jitter ^= self.jitter << 13;
+        self.jitter ^= self.jitter >> 7;
+        self.jitter ^= self.jitter << 17;
+        Duration::from_millis(self.jitter % JITTER_MS)
+    }
+
+    /// Encrypts `packet` into `out` (32 bytes longer, 148 at least). `None`: no session, see [`Tunnel::wait`].
+    pub(crate) fn seal(&mut self, packet: &[u8], out: &mut [u8], now: Instant) -> Option<Sealed> {
+        let session = self.live(self.current, now)?;
+        let TunnResult::WriteToNetwork(sealed) = self.tunn.encapsulate(packet, out) else {
+            self.sessions[Self::slot(self.current)] = None;
+            return None;
+        };
+        if sealed[0] != DATA {
+            // boringtun dropped the session by its own clock (a suspended machine) and began a handshake
+            // that `initiate` supersedes.
+            self.sessions[Self::slot(self.current)] = None;
+            return None;
+        }
+        let len = sealed.len();
+        self.keepalive_at = None;
+        if !packet.is_empty() {
+            self.last_used = now;
+            if self.silence_at.is_none() {
+                let jitter = self.jitter();
+                self.silence_at = Some(now + KEEPALIVE + REKEY_TIMEOUT + jitter);
+            }
+        }
+        let rekey = session.initiator && now.duration_since(session.established) >= REKEY_AFTER;
+        Some(Sealed { len, rekey })
+    }
+
+    /// Keeps `packet` until a session exists; gives the number of packets dropped for it.
+    pub(crate) fn wait(&mut self, packet: &[u8], now: Instant) -> usize {
+        self.last_used = now;
+        let dropped = usize::from(self.waiting.len() >= MAX_WAITING && self.waiting.pop_front().is_some());
+        self.waiting.push_back(packet.to_vec());
+        dropped
+    }
+
+    /// A packet that waited, oldest first.
+    pub(crate) fn next_waiting(&mut self) -> Option<Vec<u8>> {
+        let packet = self.waiting.pop_front();
+        if packet.is_some() && self.waiting.is_empty() {
+            self.waiting = VecDeque::new();
+        }
+        packet
+    }
+
+    /// Number and bytes of packets that wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Makes an initiation unless one was made less than five seconds ago.
+    pub(crate) fn initiate(&mut self, now: Instant) -> Option<[u8; INITIATION_LEN]> {
+        if self.last_initiation.is_some_and(|last| now.duration_since(last) < REKEY_TIMEOUT) {
+            return None;
+        }
+        let mut out = [0; INITIATION_LEN];
+        if !self.pump(&mut out) {
+            let TunnResult::WriteToNetwork(_) = self.tunn.format_handshake_initiation(&mut out, true) else {
+                return None;
+            };
+        }
+        let retry_at = now + REKEY_TIMEOUT + self.jitter();
+        let started = self.attempt.as_ref().map_or(now, |a| a.started);
+        self.attempt = Some(Attempt { started, retry_at, message: out });
+        self.last_initiation = Some(now);
+        Some(out)
+    }
+
+    /// Lets boringtun note the time, so that it can order sessions. True when it made an initiation in
+    /// `out` on this occasion.
+    fn pump(&mut self, out: &mut [u8; INITIATION_LEN]) -> bool {
+        self.epoch += 1;
+        match self.tunn.update_timers(out) {
+            TunnResult::WriteToNetwork(message) => message.len() == INITIATION_LEN && message[0] == 1,
+            TunnResult::Err(_) => {
+                self.sessions = [None; SLOTS];
+                false
+            }
+            TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => false,
+        }
+    }
+
+    /// Takes a datagram; `out` is as long as the datagram and 148 bytes at least.
+    pub(crate) fn open(&mut self, datagram: &[u8], out: &mut [u8], now: Instant) -> Opened {
+        match Tunn::parse_incoming_packet(datagram) {
+            Ok(Packet::PacketData(p)) => {
+                let index = p.receiver_idx;
+                if self.live(index, now).is_none_or(|s| s.index != index) {
+                    return Opened::Rejected;
+                }
+                let opened = match self.tunn.decapsulate(None, datagram, out) {
+                    TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                        Opened::Packet(packet.len())
+                    }
+                    TunnResult::Done => Opened::Keepalive,
+                    TunnResult::Err(_) | TunnResult::WriteToNetwork(_) => return Opened::Rejected,
+                };
+                self.note_received(index, matches!(opened, Opened::Packet(_)), now);
+                opened
+            }
+            Ok(Packet::HandshakeInit(_)) => {
+                self.pump(&mut [0; INITIATION_LEN]);
+                let TunnResult::WriteToNetwork(response) = self.tunn.decapsulate(None, datagram, out) else {
+                    return Opened::Rejected;
+                };
+                let Some(index) = read_u32(response, 4) else { return Opened::Rejected };
+                let len = response.len();
+                self.add_session(index, false, now);
+                Opened::Response(len)
+            }
+            Ok(Packet::HandshakeResponse(p)) => {
+                let index = p.receiver_idx;
+                let TunnResult::WriteToNetwork(keepalive) = self.tunn.decapsulate(None, datagram, out) else {
+                    return Opened::Rejected;
+                };
+                let len = keepalive.len();
+                self.add_session(index, true, now);
+                self.set_current(index);
+                self.attempt = None;
+                Opened::Established(len)
+            }
+            Ok(Packet::PacketCookieReply(_)) => match self.tunn.decapsulate(None, datagram, out) {
+                TunnResult::Done => Opened::Cookie,
+                TunnResult::Err(_)
+                | TunnResult::WriteToNetwork(_)
+                | TunnResult::WriteToTunnelV4(..)
+                | TunnResult::WriteToTunnelV6(..) => Opened::Rejected,
+            },
+            Err(_) => Opened::Rejected,
+        }
+    }
+
+    fn add_session(&mut self, index: u32, initiator: bool, now: Instant) {
+        let epoch = self.epoch;
+        self.sessions[Self::slot(index)] = Some(Session { index, established: now, initiator, epoch });
+        self.established = Some(now);
+        self.silence_at = None;
+        self.last_used = now;
+        // What boringtun queued by itself waits here too.
+        let mut discard = [0; 2048];
+        while let TunnResult::WriteToNetwork(_) = self.tunn.decapsulate(None, &[], &mut discard) {}
+    }
+
+    /// boringtun's rule for which session encrypts.
+    fn set_current(&mut self, index: u32) {
+        let old = self.sessions[Self::slot(self.current)];
+        let new = self.sessions[Self::slot(index)];
+        if old.is_none_or(|old| new.is_some_and(|new| new.epoch >= old.epoch)) {
+            self.current = index;
+        }
+    }
+
+    fn note_received(&mut self, index: u32, data: bool, now: Instant) {
+        if self.current != index {
+            self.set_current(index);
+            if self.current == index {
+                // The peer uses a session that it initiated: our own attempt has lost its purpose.
+                self.attempt = None;
+            }
+        }
+        self.silence_at = None;
+        if data {
+            self.last_used = now;
+            if self.keepalive_at.is_none() {
+                self.keepalive_at = Some(now + KEEPALIVE);
+            }
+        }
+    }
+
+    /// Whether received data shows a session so old that its initiator must replace it now.
+    pub(crate) fn must_rekey(&self, now: Instant) -> bool {
+        self.attempt.is_none()
+            && self.live(self.current, now).is_some_and(|s| {
+                s.initiator && now.duration_since(s.established) >= REJECT_AFTER - KEEPALIVE - REKEY_TIMEOUT
+            })
+    }
+
+    /// When [`Tunnel::handle_timeout`] has something to do.
+    pub(crate) fn deadline(&self) -> Instant {
+        let idle = self.last_used + IDLE_AFTER;
+        [self.attempt.as_ref().map(|a| a.retry_at), self.keepalive_at, self.silence_at]
+            .into_iter()
+            .flatten()
+            .fold(idle, Instant::min)
+    }
+
+    /// What is due at `now`; call again until it is nothing.
+    pub(crate) fn handle_timeout(&mut self, now: Instant) -> Due {
+        if let Some(attempt) = self.attempt.as_ref().filter(|a| a.retry_at <= now) {
+            if now.duration_since(attempt.started) < REKEY_ATTEMPT {
+                return Due::Initiate;
+            }
+            self.attempt = None;
+            let dropped = self.waiting.len();
+            self.waiting = VecDeque::new();
+            return Due::GaveUp(dropped);
+        }
+        if self.silence_at.is_some_and(|at| at <= now) {
+            self.silence_at = None;
+            if self.attempt.is_none() {
+                return Due::Initiate;
+            }
+        }
+        if self.keepalive_at.is_some_and(|at| at <= now) {
+            self.keepalive_at = None;
+            if self.ready(now) {
+                return Due::Keepalive;
+            }
+        }
+        if self.last_used + IDLE_AFTER <= now {
+            return Due::Idle;
+        }
+        Due::Nothing
+    }
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn packet() -> Vec<u8> {
+        let mut p = vec![0; 60];
+        p[0] = 0x45;
+        p[3] = 60;
+        p
+    }
+
+    struct Pair {
+        a: Tunnel,
+        b: Tunnel,
+        now: Instant,
+    }
+
+    fn pair() -> Pair {
+        let (a, b) = (Identity::new([7; 32]), Identity::new([9; 32]));
+        let now = Instant::now();
+        Pair {
+            a: Tunnel::new(&a, b.public.to_bytes(), 0x0012_3456, 1, now),
+            b: Tunnel::new(&b, a.public.to_bytes(), 0x0065_4321, 2, now),
+            now,
+        }
+    }
+
+    fn handshake(from: &mut Tunnel, to: &mut Tunnel, now: Instant) {
+        let init = from.initiate(now).expect("allowed");
+        let mut out = [0; 256];
+        let Opened::Response(len) = to.open(&init, &mut out, now) else { panic!("no response") };
+        let response = out[..len].to_vec();
+        let Opened::Established(len) = from.open(&response, &mut out, now) else { panic!("not established") };
+        let keepalive = out[..len].to_vec();
+        assert_eq!(to.open(&keepalive, &mut [0; 256], now), Opened::Keepalive);
+    }
+
+    fn send(from: &mut Tunnel, to: &mut Tunnel, now: Instant) -> Opened {
+        let mut out = [0; 256];
+        let sealed = from.seal(&packet(), &mut out, now).expect("a session");
+        to.open(&out[..sealed.len].to_vec(), &mut out, now)
+    }
+
+    #[test]
+    fn a_session_carries_packets_until_it_is_180_seconds_old() {
+        let Pair { mut a, mut b, now } = pair();
+        assert!(a.seal(&packet(), &mut [0; 256], now).is_none());
+        handshake(&mut a, &mut b, now);
+        assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+        assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60));
+        let old = now + Duration::from_secs(121);
+        let rekey = |t: &mut Tunnel| t.seal(&packet(), &mut [0; 256], old).map(|s| s.rekey);
+        assert_eq!(rekey(&mut a), Some(true), "the initiator makes the next session");
+        assert_eq!(rekey(&mut b), Some(false), "the responder does not");
+        let mut late = [0; 256];
+        let sealed =
+            b.seal(&packet(), &mut late, now + REJECT_AFTER - Duration::from_millis(1)).expect("still");
+        assert_eq!(a.open(&late[..sealed.len], &mut [0; 256], now + REJECT_AFTER), Opened::Rejected);
+        assert!(a.seal(&packet(), &mut [0; 256], now + REJECT_AFTER).is_none());
+        assert!(!b.ready(now + REJECT_AFTER));
+    }
+
+    #[test]
+    fn a_packet_of_an_older_session_is_taken_but_does_not_bring_the_session_back() {
+        let Pair { mut a, mut b, mut now } = pair();
+        handshake(&mut a, &mut b, now);
+        let mut old = [0; 256];
+        let sealed = b.seal(&packet(), &mut old, now).expect("a session");
+        now += Duration::from_secs(120);
+        handshake(&mut a, &mut b, now);
+        let newest = a.current;
+        assert_eq!(a.open(&old[..sealed.len], &mut [0; 256], now), Opened::Packet(60));
+        assert_eq!(a.current, newest);
+        assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+        assert_eq!(b.current & 7, 2, "the second session");
+    }
+
+    #[test]
+    fn the_mirror_agrees_with_boringtun_over_many_sessions_in_both_directions() {
+        let Pair { mut a, mut b, mut now } = pair();
+        for round in 0..600 {
+            if round % 3 == 0 {
+                handshake(&mut b, &mut a, now);
+            } else {
+                handshake(&mut a, &mut b, now);
+            }
+            assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60), "round {round}");
+            assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60), "round {round}");
+            now += Duration::from_secs(6);
+        }
+    }
+
+    #[test]
+    fn both_sides_at_once_end_with_a_session_each_way() {
+        let Pair { mut a, mut b, now } = pair();
+        let (ia, ib) = (a.initiate(now).expect("a"), b.initiate(now).expect("b"));
+        let mut out = [0; 256];
+        let Opened::Response(len) = b.open(&ia, &mut out, now) else { panic!() };
+        let rb = out[..len].to_vec();
+        let Opened::Response(len) = a.open(&ib, &mut out, now) else { panic!() };
+        let ra = out[..len].to_vec();
+        assert!(matches!(a.open(&rb, &mut out, now), Opened::Established(_)));
+        assert!(matches!(b.open(&ra, &mut out, now), Opened::Established(_)));
+        for _ in 0..3 {
+            assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+            assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60));
+        }
+    }
+
+    #[test]
+    fn a_peer_that_does_not_answer_is_retried_every_five_seconds_for_ninety() {
+        let Pair { mut a, now, .. } = pair();
+        assert_eq!((0..MAX_WAITING + 6).map(|_| a.wait(&packet(), now)).sum::<usize>(), 6);
+        assert!(a.initiate(now).is_some());
+        assert!(a.initiate(now + Duration::from_secs(4)).is_none(), "not yet");
+        let (mut sent, mut at) = (1, now);
+        let gave_up = loop {
+            at = a.deadline();
+            match a.handle_timeout(at) {
+                Due::Initiate => sent += usize::from(a.initiate(at).is_some()),
+                other => break other,
+            }
+        };
+        assert_eq!(gave_up, Due::GaveUp(MAX_WAITING));
+        assert!((17..=19).contains(&sent), "{sent}");
+        assert!((90..96).contains(&(at - now).as_secs()));
+        assert_eq!(a.handle_timeout(a.deadline()), Due::Idle);
+    }
+
+    #[test]
+    fn received_data_is_acknowledged_after_ten_seconds_and_silence_is_noticed_after_fifteen() {
+        let Pair { mut a, mut b, now } = pair();
+        handshake(&mut a, &mut b, now);
+        assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+        assert_eq!(b.deadline(), now + KEEPALIVE);
+        assert_eq!(b.handle_timeout(b.deadline()), Due::Keepalive);
+        let silence = a.deadline() - now;
+        assert!(silence >= Duration::from_secs(15) && silence < Duration::from_millis(15_400));
+        assert_eq!(a.handle_timeout(a.deadline()), Due::Initiate);
+    }
+
+    #[test]
+    fn a_replayed_initiation_is_rejected_and_a_flood_has_to_prove_its_address() {
+        let mut identity = Identity::new([9; 32]);
+        let peer = Identity::new([7; 32]);
+        let now = Instant::now();
+        let mut a = Tunnel::new(&peer, identity.public.to_bytes(), 5, 3, now);
+        let mut b = Tunnel::new(&identity, peer.public.to_bytes(), 6, 4, now);
+        let init = a.initiate(now).expect("first");
+        assert_eq!(identity.initiator(&init), Some(peer.public.to_bytes()));
+        assert!(matches!(b.open(&init, &mut [0; 256], now), Opened::Response(_)));
+        assert_eq!(b.open(&init, &mut [0; 256], now), Opened::Rejected);
+
+        let from = IpAddr::from([192, 0, 2, 1]);
+        let mut reply = [0; 256];
+        let admitted =
+            (0..1000).take_while(|_| identity.admit(from, &init, now, &mut reply) == Admission::Yes);
+        assert_eq!(admitted.count(), INITIATIONS_PER_S as usize);
+        let Admission::Cookie(len) = identity.admit(from, &init, now, &mut reply) else {
+            panic!("no cookie")
+        };
+        assert_eq!(a.open(&reply[..len].to_vec(), &mut [0; 256], now), Opened::Cookie);
+        let proven = a.initiate(now + REKEY_TIMEOUT).expect("second");
+        assert_eq!(identity.admit(from, &proven, now, &mut reply), Admission::Yes);
+        assert!(matches!(
+            identity.admit(IpAddr::from([192, 0, 2, 2]), &proven, now, &mut reply),
+            Admission::Cookie(_)
+        ));
+        let later = now + Duration::from_secs(1);
+        assert_eq!(identity.admit(from, &init, later, &mut reply), Admission::Yes);
+    }
+}
