@@ -19,7 +19,6 @@
 
 mod compile;
 mod flows;
-mod rule;
 
 use std::net::IpAddr;
 
@@ -27,8 +26,8 @@ use ipnet::IpNet;
 
 use self::compile::{Address, Family};
 use self::flows::{Flows, Tuple};
-pub use self::rule::{FilterRule, NetPortRange, PortRange};
 use crate::packet::{Fragment, Parsed, protocol};
+use crate::tailcfg::FilterRule;
 
 /// Compiled rules.
 #[derive(Debug, Clone)]

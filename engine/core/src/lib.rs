@@ -17,6 +17,7 @@ pub mod batch;
 pub mod derp;
 pub mod disco;
 pub mod engine;
+pub mod dns;
 pub mod filter;
 pub mod key;
 pub mod map_frame;

@@ -10,8 +10,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::FilterRule;
 use crate::packet::protocol;
+use crate::tailcfg::FilterRule;
 
 /// Entries over all tables; a rule set beyond that is cut, which opens nothing.
 const MAX_ENTRIES: usize = 1 << 18;

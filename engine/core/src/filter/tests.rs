@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::packet::build::{fragment4, fragment6, ip, ports};
 use crate::packet::tcp_flag::{ACK, SYN};
+use crate::tailcfg::{NetPortRange, PortRange};
 
 const ME4: &str = "100.64.0.2";
 const ME6: &str = "fd7a:115c:a1e0::2";
