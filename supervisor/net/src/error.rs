@@ -36,6 +36,12 @@ pub enum Error {
         /// Upper end.
         last: u16,
     },
+    /// Something of a link is not as it should be.
+    #[error("{what}")]
+    Broken {
+        /// The first difference, as a sentence.
+        what: String,
+    },
     /// Input that cannot be used.
     #[error("{what}: {reason}")]
     Invalid {
@@ -68,6 +74,7 @@ impl Error {
             | Self::InterfaceExists { .. }
             | Self::TunBusy { .. }
             | Self::NoFreePort { .. }
+            | Self::Broken { .. }
             | Self::Invalid { .. } => None,
         }
     }

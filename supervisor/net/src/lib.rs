@@ -12,6 +12,7 @@
 
 mod error;
 pub mod isolate;
+pub mod link;
 pub mod netlink;
 pub mod netns;
 pub mod sockets;

@@ -1,0 +1,337 @@
+//! A pod's link, from `ts0` in the pod through a namespace of its own to the TUN an engine reads.
+//!
+//! ```text
+//! pod namespace    ts0   the tailnet addresses; tailnet ranges via 169.254.1.1 and fe80::1, onlink
+//!                   |    veth
+//! link namespace   pod0  permanent neighbours for the pod's addresses; forwarding on
+//!                  lo    100.100.100.100 and fd7a:115c:a1e0::53, for the engine's own services
+//!                  tun0  persistent; default routes
+//! ```
+//!
+//! Both ends of the veth know each other's hardware address as a permanent neighbour, and neither side
+//! has link-local addresses or multicast: nothing but the pod's own packets ever reaches the TUN.
+//!
+//! Every function states what should be and can be repeated; making, re-adopting and repairing a link are
+//! the same call.
+
+mod apply;
+mod plan;
+mod routes;
+#[cfg(test)]
+mod tests;
+mod wanted;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+
+use self::apply::{observe, settle};
+use self::plan::Wanted;
+pub use self::routes::{tailnet_ranges, tailnet_routes};
+use self::wanted::configured;
+use crate::error::{Error, Result};
+use crate::netlink::{self, Mac, Netlink, VethEnd};
+use crate::netns::{self, Netns};
+use crate::sockets;
+use crate::sysctl;
+use crate::tun;
+
+/// The TUN's name in every link namespace.
+pub const TUN_NAME: &str = "tun0";
+/// The veth's name on the link's side.
+pub const LINK_SIDE_NAME: &str = "pod0";
+/// Next hop of the pod's IPv4 routes; exists only as a permanent neighbour.
+pub const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// Next hop of the pod's IPv6 routes; exists only as a permanent neighbour.
+pub const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+/// MagicDNS.
+pub const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
+/// MagicDNS.
+pub const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
+
+/// Which link: enough to find, make, check and remove it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkSpec {
+    /// Names the link on this node: a file name of up to 200 letters, digits, `-`, `_`, `.`.
+    pub id: String,
+    /// Where namespaces are pinned; [`netns::prepare_dir`] made it.
+    pub netns_dir: PathBuf,
+    /// The pod's namespace.
+    pub pod_netns: PathBuf,
+    /// Interface in the pod.
+    pub ifname: String,
+    /// MTU of the whole link.
+    pub mtu: u32,
+}
+
+/// What the pod should have on its interface.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PodConfig {
+    /// Addresses (/32 and /128).
+    pub addresses: Vec<IpNet>,
+    /// Destinations routed into the link, see [`tailnet_routes`].
+    pub routes: Vec<IpNet>,
+}
+
+/// A link that is there.
+#[derive(Debug)]
+pub struct Link {
+    /// The link's namespace.
+    pub namespace: Netns,
+    /// The pod's.
+    pub pod: Netns,
+    /// Index of the pod's interface.
+    pub ifindex: u32,
+    /// Its hardware address.
+    pub mac: Mac,
+    /// What the pod's side offers for IPv6.
+    pub ipv6: Ipv6,
+    /// The TUN's descriptor, when this call had to make the device.
+    tun: Option<OwnedFd>,
+}
+
+/// Whether IPv6 works on a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ipv6 {
+    /// It does.
+    Available,
+    /// The kernel has none.
+    NotInKernel,
+    /// `disable_ipv6` is set in the pod's namespace; what the pod's owner switched off stays off.
+    DisabledInPod,
+}
+
+/// What [`configure_pod`] made true.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configured {
+    /// Addresses on the interface, in the order given.
+    pub addresses: Vec<IpNet>,
+    /// Routes with their next hops.
+    pub routes: Vec<(IpNet, IpAddr)>,
+    /// Why there may be no IPv6 among them.
+    pub ipv6: Ipv6,
+}
+
+impl LinkSpec {
+    /// Where the link's namespace is pinned.
+    #[must_use]
+    pub fn pin(&self) -> PathBuf {
+        self.netns_dir.join(&self.id)
+    }
+
+    fn check(&self) -> Result<()> {
+        tun::check_name(&self.ifname)?;
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        if self.id.is_empty()
+            || self.id.len() > 200
+            || self.id.starts_with('.')
+            || !self.id.bytes().all(plain)
+        {
+            return Err(Error::Invalid {
+                what: "link id",
+                reason: format!("{:?} is not a file name", self.id),
+            });
+        }
+        Ok(())
+    }
+
+    /// Opens the pod's namespace, which must not be the node's.
+    fn open_pod(&self) -> Result<Netns> {
+        let pod = Netns::open(&self.pod_netns)?;
+        if pod == Netns::current()? {
+            return Err(Error::HostNamespace { path: self.pod_netns.clone() });
+        }
+        Ok(pod)
+    }
+}
+
+impl Link {
+    /// The TUN's descriptor: made by this call of [`ensure_link`], or attached to again.
+    ///
+    /// # Errors
+    /// [`Error::TunBusy`] while an engine or an earlier call's descriptor lives.
+    pub async fn open_tun(&mut self) -> Result<OwnedFd> {
+        match self.tun.take() {
+            Some(tun) => Ok(tun),
+            None => tun::open(&self.namespace, TUN_NAME).await,
+        }
+    }
+
+    /// Sockets on port 53 of the service addresses, for the engine to answer on.
+    ///
+    /// # Errors
+    /// When somebody has them: an engine of this link still lives.
+    pub async fn open_dns(&self) -> Result<(UdpSocket, Option<UdpSocket>)> {
+        let v4 = sockets::udp_in(&self.namespace, SocketAddr::new(SERVICE_V4.into(), 53)).await?;
+        let v6 = match self.ipv6 {
+            Ipv6::NotInKernel => None,
+            Ipv6::Available | Ipv6::DisabledInPod => {
+                Some(sockets::udp_in(&self.namespace, SocketAddr::new(SERVICE_V6.into(), 53)).await?)
+            }
+        };
+        Ok((v4, v6))
+    }
+}
+
+/// Makes whatever of the link is missing, repairs what differs, and leaves addresses and routes alone.
+///
+/// # Errors
+/// [`Error::NamespaceGone`] and [`Error::HostNamespace`] for the pod's namespace,
+/// [`Error::InterfaceExists`] for an interface of that name that is not this link's.
+pub async fn ensure_link(spec: &LinkSpec) -> Result<Link> {
+    spec.check()?;
+    let pod = spec.open_pod()?;
+    let in_pod = Netlink::open(&pod).await?;
+    // Asked before anything is made: a pod that cannot have the link leaves no trace.
+    ours_in_pod(spec, &in_pod).await?;
+    let namespace = Netns::ensure_pinned(&spec.pin()).await?;
+    let in_link = Netlink::open(&namespace).await?;
+    let v6 = ipv6_in_kernel(&namespace).await?;
+    // Defaults first, so that the devices are born with them.
+    settle(&namespace, &in_link, &Wanted { devices: vec![], ..spec.link_side(v6, None) }).await?;
+    let tun = match in_link.link(TUN_NAME).await? {
+        Some(_) => None,
+        None => Some(tun::open(&namespace, TUN_NAME).await?),
+    };
+    ensure_pair(spec, &in_link, &in_pod, &pod).await?;
+    settle(&namespace, &in_link, &spec.link_side(v6, None)).await?;
+    let ipv6 = ipv6_of(spec, &pod, v6).await?;
+    settle(&pod, &in_pod, &spec.pod_side(ipv6 == Ipv6::Available, None)).await?;
+    let ifindex = in_pod
+        .link(&spec.ifname)
+        .await?
+        .ok_or_else(|| Error::Broken { what: format!("{} is missing", spec.ifname) })?
+        .index;
+    Ok(Link { namespace, pod, ifindex, mac: spec.pod_mac(), ipv6, tun })
+}
+
+/// Gives the pod exactly these addresses and routes on its interface, and the link's side the way back.
+///
+/// # Errors
+/// As the kernel says.
+pub async fn configure_pod(spec: &LinkSpec, link: &Link, config: &PodConfig) -> Result<Configured> {
+    let v6 = link.ipv6 == Ipv6::Available;
+    let in_link = Netlink::open(&link.namespace).await?;
+    settle(&link.namespace, &in_link, &spec.link_side(link.ipv6 != Ipv6::NotInKernel, Some(config))).await?;
+    let in_pod = Netlink::open(&link.pod).await?;
+    settle(&link.pod, &in_pod, &spec.pod_side(v6, Some(config))).await?;
+    Ok(configured(config, v6, link.ipv6))
+}
+
+/// Compares the link with what it should be.
+///
+/// # Errors
+/// [`Error::Broken`] with the first difference; other errors when that cannot be found out.
+pub async fn check(spec: &LinkSpec, config: &PodConfig) -> Result<()> {
+    spec.check()?;
+    let pod = spec.open_pod()?;
+    let in_pod = Netlink::open(&pod).await?;
+    if ours_in_pod(spec, &in_pod).await?.is_none() {
+        return Err(Error::Broken { what: format!("{} is missing", spec.ifname) });
+    }
+    let namespace = Netns::open(&spec.pin())?;
+    let v6 = ipv6_in_kernel(&namespace).await?;
+    let ipv6 = ipv6_of(spec, &pod, v6).await?;
+    let in_link = Netlink::open(&namespace).await?;
+    let sides = [
+        (&pod, &in_pod, spec.pod_side(ipv6 == Ipv6::Available, Some(config))),
+        (&namespace, &in_link, spec.link_side(v6, Some(config))),
+    ];
+    for (ns, netlink, wanted) in sides {
+        let observed = observe(ns, netlink, &wanted).await?;
+        if let Some(step) = plan::plan(&wanted, &observed).first() {
+            return Err(Error::Broken { what: step.to_string() });
+        }
+    }
+    Ok(())
+}
+
+/// Takes the link away, however much of it is there. Goes on past failures and reports the first.
+///
+/// # Errors
+/// When something is there and cannot be removed.
+pub async fn remove(spec: &LinkSpec) -> Result<()> {
+    spec.check()?;
+    let results = [remove_pod_side(spec).await, remove_link_side(spec).await, netns::unpin(&spec.pin())];
+    results.into_iter().collect()
+}
+
+async fn remove_pod_side(spec: &LinkSpec) -> Result<()> {
+    let pod = match spec.open_pod() {
+        Ok(pod) => pod,
+        Err(Error::NamespaceGone { .. } | Error::HostNamespace { .. }) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    let in_pod = Netlink::open(&pod).await?;
+    match ours_in_pod(spec, &in_pod).await {
+        Ok(Some(_)) => in_pod.delete_link(&spec.ifname).await,
+        // Somebody else's interface stays.
+        Ok(None) | Err(Error::InterfaceExists { .. }) => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+async fn remove_link_side(spec: &LinkSpec) -> Result<()> {
+    let namespace = match Netns::open(&spec.pin()) {
+        Ok(namespace) => namespace,
+        Err(Error::NamespaceGone { .. }) => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    // Deleted by name, because an engine's descriptors may keep the namespace for a while.
+    let in_link = Netlink::open(&namespace).await?;
+    in_link.delete_link(LINK_SIDE_NAME).await?;
+    in_link.delete_link(TUN_NAME).await
+}
+
+/// The pod's interface of this name, when it is ours.
+async fn ours_in_pod(spec: &LinkSpec, in_pod: &Netlink) -> Result<Option<netlink::Link>> {
+    match in_pod.link(&spec.ifname).await? {
+        Some(link) if !spec.is_ours(&link) => Err(Error::InterfaceExists { name: spec.ifname.clone() }),
+        found => Ok(found),
+    }
+}
+
+/// Both ends, joined to each other. Half a pair (an end renamed, moved, or of a link namespace that is
+/// gone) is made anew.
+async fn ensure_pair(spec: &LinkSpec, in_link: &Netlink, in_pod: &Netlink, pod: &Netns) -> Result<()> {
+    let far = ours_in_pod(spec, in_pod).await?;
+    let near = in_link.link(LINK_SIDE_NAME).await?;
+    if let (Some(near), Some(far)) = (&near, &far)
+        && near.peer == Some(far.index)
+        && far.peer == Some(near.index)
+    {
+        return Ok(());
+    }
+    if far.is_some() {
+        in_pod.delete_link(&spec.ifname).await?;
+    }
+    if near.is_some() {
+        in_link.delete_link(LINK_SIDE_NAME).await?;
+    }
+    let near =
+        VethEnd { namespace: None, name: LINK_SIDE_NAME, mac: Some(spec.link_side_mac()), mtu: spec.mtu };
+    let far = VethEnd { namespace: Some(pod), name: &spec.ifname, mac: Some(spec.pod_mac()), mtu: spec.mtu };
+    match in_link.add_veth(near, far).await {
+        Err(e) if e.errno() == Some(libc::EEXIST) => {
+            Err(Error::InterfaceExists { name: spec.ifname.clone() })
+        }
+        made => made,
+    }
+}
+
+async fn ipv6_in_kernel(ns: &Netns) -> Result<bool> {
+    Ok(ns.run(|| sysctl::read("net/ipv6/conf/all/disable_ipv6")).await??.is_some())
+}
+
+async fn ipv6_of(spec: &LinkSpec, pod: &Netns, in_kernel: bool) -> Result<Ipv6> {
+    if !in_kernel {
+        return Ok(Ipv6::NotInKernel);
+    }
+    let key = format!("net/ipv6/conf/{}/disable_ipv6", spec.ifname);
+    match pod.run(move || sysctl::read(&key)).await??.as_deref() {
+        Some("0") => Ok(Ipv6::Available),
+        Some(_) | None => Ok(Ipv6::DisabledInPod),
+    }
+}
