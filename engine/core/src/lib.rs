@@ -12,21 +12,23 @@
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
 
+mod path;
+mod random;
+mod wg;
+
 pub mod backoff;
 pub mod batch;
 pub mod derp;
 pub mod disco;
-pub mod engine;
 pub mod dns;
+pub mod engine;
 pub mod filter;
 pub mod key;
 pub mod map_frame;
 pub mod netmap;
+pub mod noise;
 pub mod packet;
-mod path;
-mod random;
-pub mod snapshot;
 pub mod register;
+pub mod snapshot;
 pub mod stun;
 pub mod tailcfg;
-mod wg;
