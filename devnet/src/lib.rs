@@ -1,1 +1,44 @@
 //! A whole tailnet on one machine: control server, DERP, STUN, admin API and a network lab.
+//!
+//! ```no_run
+//! # async fn example() -> Result<(), podtether_devnet::StartError> {
+//! use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig};
+//! let devnet = Devnet::start(DevnetConfig::default()).await?;
+//! let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() });
+//! println!("tailscale up --login-server {} --authkey {}", devnet.http_url(), key.secret);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! It stands in for the outside world, so it is as strict as the real servers: what they refuse is
+//! refused with their words, and what they let pass although it is wrong is recorded in
+//! [`Devnet::complaints`]. State is in memory only.
+//!
+//! | part | modules |
+//! |---|---|
+//! | start, handle, settings | [`Devnet`], [`DevnetConfig`] |
+//! | control server | `control`, inside the connections of `http_server` |
+//! | access rules | [`acl`] |
+//! | admin API | `api` |
+//! | relays | `derp`, `stun` |
+//! | what goes wrong on request | [`fault`] |
+
+pub mod acl;
+mod api;
+mod ca;
+mod config;
+pub mod control;
+mod derp;
+mod devnet;
+pub mod fault;
+mod http_server;
+mod listen;
+mod random;
+mod shared;
+mod stun;
+mod sync;
+
+pub use config::{DevnetConfig, Dialect, OauthConfig, RegionConfig};
+pub use control::state::AuthKeyOptions;
+pub use derp::{Mode, RelayStats};
+pub use devnet::{AuthKeyInfo, Devnet, NodeInfo, StartError};

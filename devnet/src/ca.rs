@@ -1,0 +1,53 @@
+//! The devnet's own certificate authority: one root and one server certificate, made at start.
+
+use std::sync::Arc;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose,
+};
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio_rustls::TlsAcceptor;
+
+use crate::StartError;
+
+/// A root certificate and the TLS acceptor that serves under it.
+pub(crate) struct Authority {
+    /// The root, for clients' trust stores.
+    pub(crate) root_pem: String,
+    /// Serves a certificate for all names given at start. No ALPN: both users speak HTTP/1.1.
+    pub(crate) acceptor: TlsAcceptor,
+}
+
+impl Authority {
+    /// Makes a root and a certificate valid for `names`, DNS names and textual addresses alike.
+    ///
+    /// # Errors
+    /// When a name does not fit a certificate.
+    pub(crate) fn new(names: Vec<String>) -> Result<Self, StartError> {
+        let root_key = KeyPair::generate()?;
+        let mut root = CertificateParams::new(Vec::new())?;
+        root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        root.distinguished_name.push(DnType::CommonName, "podtether devnet root");
+        let root_certificate = root.self_signed(&root_key)?;
+
+        let leaf_key = KeyPair::generate()?;
+        let mut leaf = CertificateParams::new(names)?;
+        leaf.distinguished_name.push(DnType::CommonName, "podtether devnet");
+        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        leaf.use_authority_key_identifier_extension = true;
+        let leaf_certificate = leaf.signed_by(&leaf_key, &Issuer::from_params(&root, &root_key))?;
+
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![leaf_certificate.der().clone()],
+                PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(leaf_key.serialize_der())),
+            )?;
+        Ok(Self { root_pem: root_certificate.pem(), acceptor: TlsAcceptor::from(Arc::new(config)) })
+    }
+}

@@ -1,0 +1,557 @@
+//! The whole tailnet, in memory: nodes, keys, policy, and who may see whom.
+//!
+//! Every node carries the revision of its last change. `topology` is the revision of the last change
+//! that can alter who sees whom or any filter: a node came, went, or changed its name, tags or
+//! addresses, or the policy changed.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+use podtether_core::key::{DiscoPublic, MachinePublic, NodePublic};
+use serde_json::Value;
+
+use super::wire::{self, Hostinfo};
+use crate::acl::{Policy, Subject};
+use crate::config::DevnetConfig;
+use crate::random;
+
+pub(crate) type NodeId = u64;
+
+/// A registered device.
+#[derive(Clone, Debug)]
+pub(crate) struct Node {
+    pub(crate) id: NodeId,
+    pub(crate) stable_id: String,
+    /// First DNS label, unique.
+    pub(crate) name: String,
+    pub(crate) hostname: String,
+    pub(crate) machine_key: MachinePublic,
+    pub(crate) node_key: NodePublic,
+    pub(crate) disco_key: DiscoPublic,
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) tags: Vec<String>,
+    pub(crate) ephemeral: bool,
+    pub(crate) created: Timestamp,
+    pub(crate) expiry: Option<Timestamp>,
+    pub(crate) expired: bool,
+    pub(crate) endpoints: Vec<SocketAddr>,
+    pub(crate) home_derp: u32,
+    pub(crate) hostinfo: Hostinfo,
+    pub(crate) version: u32,
+    pub(crate) online: bool,
+    pub(crate) last_seen: Timestamp,
+    /// The map session that owns this node; an older one ends when it sees a newer number.
+    pub(crate) session: u64,
+    pub(crate) streaming: bool,
+    pub(crate) offline_since: Instant,
+    /// Ping requests its stream has to deliver.
+    pub(crate) pings: VecDeque<wire::PingRequest>,
+    pub(crate) revision: u64,
+}
+
+impl Node {
+    pub(crate) fn subject(&self) -> Subject<'_> {
+        Subject { name: &self.name, tags: &self.tags, addresses: &self.addresses }
+    }
+
+    pub(crate) fn owner(&self) -> u64 {
+        if self.tags.is_empty() { wire::USER } else { wire::TAGGED_DEVICES }
+    }
+}
+
+/// A pre-authentication key.
+#[derive(Clone, Debug)]
+pub(crate) struct AuthKey {
+    pub(crate) id: String,
+    pub(crate) secret: String,
+    pub(crate) description: String,
+    pub(crate) reusable: bool,
+    pub(crate) ephemeral: bool,
+    pub(crate) preauthorized: bool,
+    pub(crate) tags: Vec<String>,
+    pub(crate) created: Timestamp,
+    pub(crate) expires: Timestamp,
+    pub(crate) used: bool,
+    pub(crate) revoked: Option<Timestamp>,
+}
+
+/// Why an auth key is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum KeyProblem {
+    Unknown,
+    Revoked,
+    Expired,
+    Used,
+}
+
+impl AuthKey {
+    pub(crate) fn check(&self, now: Timestamp) -> Result<(), KeyProblem> {
+        if self.revoked.is_some() {
+            return Err(KeyProblem::Revoked);
+        }
+        if self.expires < now {
+            return Err(KeyProblem::Expired);
+        }
+        if self.used && !self.reusable {
+            return Err(KeyProblem::Used);
+        }
+        Ok(())
+    }
+}
+
+/// How a key is to be made.
+#[derive(Clone, Debug)]
+pub struct AuthKeyOptions {
+    /// Registers any number of nodes.
+    pub reusable: bool,
+    /// Its nodes are forgotten when they log out or stay away.
+    pub ephemeral: bool,
+    /// Its nodes' tags.
+    pub tags: Vec<String>,
+    /// How long it is valid.
+    pub lifetime: Duration,
+    /// Free text.
+    pub description: String,
+}
+
+impl Default for AuthKeyOptions {
+    fn default() -> Self {
+        Self {
+            reusable: false,
+            ephemeral: false,
+            tags: Vec::new(),
+            lifetime: Duration::from_secs(3600),
+            description: String::new(),
+        }
+    }
+}
+
+/// An interactive login that waits for somebody to approve it.
+#[derive(Clone, Debug)]
+pub(crate) struct PendingLogin {
+    pub(crate) machine_key: MachinePublic,
+    pub(crate) node_key: NodePublic,
+    pub(crate) hostinfo: Hostinfo,
+    pub(crate) approved: bool,
+}
+
+const MAX_PENDING: usize = 256;
+
+pub(crate) struct State {
+    pub(crate) nodes: BTreeMap<NodeId, Node>,
+    by_node_key: HashMap<NodePublic, NodeId>,
+    by_machine_key: HashMap<MachinePublic, NodeId>,
+    pub(crate) keys: BTreeMap<String, AuthKey>,
+    pub(crate) pending: BTreeMap<String, PendingLogin>,
+    pub(crate) policy: Option<Policy>,
+    pub(crate) derp_map: wire::DerpMap,
+    pub(crate) derp_revision: u64,
+    pub(crate) topology: u64,
+    pub(crate) revision: u64,
+    next_id: NodeId,
+    next_session: u64,
+    next_v4: Ipv4Addr,
+    next_v6: Ipv6Addr,
+    max_nodes: usize,
+}
+
+/// What a new node starts with.
+pub(crate) struct NewNode {
+    pub(crate) machine_key: MachinePublic,
+    pub(crate) node_key: NodePublic,
+    pub(crate) hostinfo: Hostinfo,
+    pub(crate) tags: Vec<String>,
+    pub(crate) ephemeral: bool,
+    pub(crate) expiry: Option<Timestamp>,
+    pub(crate) version: u32,
+}
+
+/// The tailnet cannot take another node.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NodeError {
+    #[error("node key already in use by another machine")]
+    NodeKeyInUse,
+    #[error("allocating IPs: failed to find available IP")]
+    Full,
+}
+
+impl State {
+    pub(crate) fn new(config: &DevnetConfig) -> Self {
+        Self {
+            nodes: BTreeMap::new(),
+            by_node_key: HashMap::new(),
+            by_machine_key: HashMap::new(),
+            keys: BTreeMap::new(),
+            pending: BTreeMap::new(),
+            policy: config.policy.clone(),
+            derp_map: wire::DerpMap::default(),
+            derp_revision: 1,
+            topology: 1,
+            revision: 1,
+            next_id: 1,
+            next_session: 1,
+            next_v4: config.ipv4_start,
+            next_v6: config.ipv6_start,
+            max_nodes: config.max_nodes,
+        }
+    }
+
+    pub(crate) fn node_by_key(&self, key: &NodePublic) -> Option<&Node> {
+        self.nodes.get(self.by_node_key.get(key)?)
+    }
+
+    pub(crate) fn node_by_machine(&self, key: &MachinePublic) -> Option<&Node> {
+        self.nodes.get(self.by_machine_key.get(key)?)
+    }
+
+    pub(crate) fn touch(&mut self, id: NodeId) {
+        self.revision += 1;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.revision = self.revision;
+        }
+    }
+
+    pub(crate) fn touch_topology(&mut self) {
+        self.revision += 1;
+        self.topology = self.revision;
+    }
+
+    pub(crate) fn set_derp_map(&mut self, map: wire::DerpMap) {
+        self.revision += 1;
+        self.derp_revision = self.revision;
+        self.derp_map = map;
+    }
+
+    pub(crate) fn add_node(&mut self, new: NewNode, now: Timestamp) -> Result<NodeId, NodeError> {
+        if self.by_node_key.contains_key(&new.node_key) {
+            return Err(NodeError::NodeKeyInUse);
+        }
+        if self.nodes.len() >= self.max_nodes {
+            return Err(NodeError::Full);
+        }
+        let addresses = vec![IpAddr::V4(self.allocate_v4()?), IpAddr::V6(self.allocate_v6()?)];
+        let id = self.next_id;
+        self.next_id += 1;
+        let hostname = text(&new.hostinfo, "Hostname").to_owned();
+        let name = self.free_name(&sanitize(&hostname), id);
+        self.by_node_key.insert(new.node_key, id);
+        self.by_machine_key.insert(new.machine_key, id);
+        self.nodes.insert(
+            id,
+            Node {
+                id,
+                stable_id: format!("n{}CNTRL", random::token(11)),
+                name,
+                hostname,
+                machine_key: new.machine_key,
+                node_key: new.node_key,
+                disco_key: DiscoPublic::default(),
+                addresses,
+                tags: new.tags,
+                ephemeral: new.ephemeral,
+                created: now,
+                expiry: new.expiry,
+                expired: false,
+                endpoints: Vec::new(),
+                home_derp: 0,
+                hostinfo: new.hostinfo,
+                version: new.version,
+                online: false,
+                last_seen: now,
+                session: 0,
+                streaming: false,
+                offline_since: Instant::now(),
+                pings: VecDeque::new(),
+                revision: 0,
+            },
+        );
+        self.touch(id);
+        self.touch_topology();
+        Ok(id)
+    }
+
+    pub(crate) fn remove_node(&mut self, id: NodeId) -> bool {
+        let Some(node) = self.nodes.remove(&id) else { return false };
+        self.by_node_key.remove(&node.node_key);
+        self.by_machine_key.remove(&node.machine_key);
+        self.touch_topology();
+        true
+    }
+
+    /// Gives a node another key.
+    pub(crate) fn rotate_key(&mut self, id: NodeId, key: NodePublic) -> Result<(), NodeError> {
+        match self.by_node_key.get(&key) {
+            Some(&holder) if holder != id => return Err(NodeError::NodeKeyInUse),
+            Some(_) => return Ok(()),
+            None => {}
+        }
+        if let Some(node) = self.nodes.get_mut(&id) {
+            self.by_node_key.remove(&node.node_key);
+            node.node_key = key;
+            self.by_node_key.insert(key, id);
+            self.touch(id);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_expiry(&mut self, id: NodeId, expiry: Option<Timestamp>, now: Timestamp) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.expiry = expiry;
+            node.expired = expiry.is_some_and(|at| at <= now);
+            self.touch(id);
+        }
+    }
+
+    /// Takes over what a client says about its host. An absent `NetInfo` keeps the last one.
+    pub(crate) fn set_hostinfo(&mut self, id: NodeId, mut hostinfo: Hostinfo) {
+        let Some(node) = self.nodes.get(&id) else { return };
+        if hostinfo.get("NetInfo").is_none_or(Value::is_null)
+            && let Some(kept) = node.hostinfo.get("NetInfo")
+        {
+            hostinfo.insert("NetInfo".into(), kept.clone());
+        }
+        if node.hostinfo == hostinfo {
+            return;
+        }
+        let home = hostinfo
+            .get("NetInfo")
+            .and_then(|info| info.get("PreferredDERP"))
+            .and_then(Value::as_u64)
+            .and_then(|region| u32::try_from(region).ok())
+            .unwrap_or(0);
+        let hostname = text(&hostinfo, "Hostname").to_owned();
+        let renamed = (!hostname.is_empty() && hostname != node.hostname)
+            .then(|| self.free_name(&sanitize(&hostname), id));
+        if let Some(node) = self.nodes.get_mut(&id) {
+            if home != 0 {
+                node.home_derp = home;
+            }
+            node.hostinfo = hostinfo;
+            if let Some(name) = renamed {
+                node.hostname = hostname;
+                node.name = name;
+                self.touch_topology();
+            }
+            self.touch(id);
+        }
+    }
+
+    /// A new map session takes the node over; its number is returned.
+    pub(crate) fn begin_session(&mut self, id: NodeId) -> u64 {
+        let session = self.next_session;
+        self.next_session += 1;
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.session = session;
+            node.streaming = true;
+            if !node.online {
+                node.online = true;
+                self.touch(id);
+            }
+        }
+        session
+    }
+
+    pub(crate) fn end_session(&mut self, id: NodeId, session: u64, now: Timestamp) {
+        if let Some(node) = self.nodes.get_mut(&id)
+            && node.session == session
+        {
+            node.streaming = false;
+            node.offline_since = Instant::now();
+            node.last_seen = now;
+        }
+    }
+
+    /// Lets time pass: keys expire, silent nodes go offline, ephemeral ones are forgotten.
+    pub(crate) fn tick(&mut self, config: &DevnetConfig, now: Timestamp) -> bool {
+        let before = self.revision;
+        let mut forgotten = Vec::new();
+        let mut changed = Vec::new();
+        for node in self.nodes.values_mut() {
+            let expired = node.expiry.is_some_and(|at| at <= now);
+            let away = if node.streaming { Duration::ZERO } else { node.offline_since.elapsed() };
+            let online = node.streaming || (node.online && away < config.offline_delay);
+            if expired != node.expired || online != node.online {
+                node.expired = expired;
+                node.online = online;
+                changed.push(node.id);
+            }
+            if node.ephemeral && away >= config.ephemeral_timeout {
+                forgotten.push(node.id);
+            }
+        }
+        for id in changed {
+            self.touch(id);
+        }
+        for id in forgotten {
+            self.remove_node(id);
+        }
+        self.revision != before
+    }
+
+    pub(crate) fn create_key(&mut self, options: AuthKeyOptions, now: Timestamp) -> AuthKey {
+        let id = format!("k{}CNTRL", random::token(10));
+        let lifetime = SignedDuration::try_from(options.lifetime).unwrap_or(SignedDuration::MAX);
+        let key = AuthKey {
+            secret: format!("tskey-auth-{id}-{}", random::token(32)),
+            id: id.clone(),
+            description: options.description,
+            reusable: options.reusable,
+            ephemeral: options.ephemeral,
+            preauthorized: true,
+            tags: options.tags,
+            created: now,
+            expires: now.saturating_add(lifetime).unwrap_or(Timestamp::MAX),
+            used: false,
+            revoked: None,
+        };
+        self.keys.insert(id, key.clone());
+        key
+    }
+
+    pub(crate) fn key_by_secret(&mut self, secret: &str) -> Option<&mut AuthKey> {
+        self.keys.values_mut().find(|key| key.secret == secret)
+    }
+
+    /// Notes an interactive login; the oldest is forgotten when there are too many.
+    pub(crate) fn add_pending(&mut self, login: PendingLogin) -> String {
+        while self.pending.len() >= MAX_PENDING {
+            self.pending.pop_first();
+        }
+        // Ordered by time, so that the first is the oldest.
+        let id = format!("{:016x}{}", self.revision, random::token(8));
+        self.revision += 1;
+        self.pending.insert(id.clone(), login);
+        id
+    }
+
+    fn allocate_v4(&mut self) -> Result<Ipv4Addr, NodeError> {
+        loop {
+            let address = self.next_v4;
+            let [a, b, c, d] = address.octets();
+            if a != 100 || !(64..128).contains(&b) {
+                return Err(NodeError::Full);
+            }
+            self.next_v4 = Ipv4Addr::from(u32::from(address) + 1);
+            // ChromeOS's own range and the service address are never a node's.
+            let reserved = (b == 115 && matches!(c, 92 | 93)) || address.octets() == [100, 100, 100, 100];
+            if !reserved && !matches!(d, 0 | 255) && !self.is_taken(IpAddr::V4(address)) {
+                return Ok(address);
+            }
+        }
+    }
+
+    fn allocate_v6(&mut self) -> Result<Ipv6Addr, NodeError> {
+        loop {
+            let address = self.next_v6;
+            if address.segments()[..3] != [0xfd7a, 0x115c, 0xa1e0] {
+                return Err(NodeError::Full);
+            }
+            self.next_v6 = Ipv6Addr::from(u128::from(address) + 1);
+            // fd7a:115c:a1e0::53 is the service address.
+            let service = address.segments()[3..] == [0, 0, 0, 0, 0x53];
+            if !service && !self.is_taken(IpAddr::V6(address)) {
+                return Ok(address);
+            }
+        }
+    }
+
+    fn is_taken(&self, address: IpAddr) -> bool {
+        self.nodes.values().any(|node| node.addresses.contains(&address))
+    }
+
+    fn free_name(&self, wanted: &str, own: NodeId) -> String {
+        let taken = |name: &str| self.nodes.values().any(|node| node.id != own && node.name == name);
+        if !taken(wanted) {
+            return wanted.to_owned();
+        }
+        (1..)
+            .map(|number: u32| {
+                let suffix = format!("-{number}");
+                format!("{}{suffix}", &wanted[..wanted.len().min(63 - suffix.len())])
+            })
+            .find(|name| !taken(name))
+            .unwrap_or_default()
+    }
+}
+
+/// A text field of a host description, empty when absent.
+pub(crate) fn text<'a>(hostinfo: &'a Hostinfo, field: &str) -> &'a str {
+    hostinfo.get(field).and_then(Value::as_str).unwrap_or_default()
+}
+
+/// The DNS label made of a host name: lower case, letters, digits and inner hyphens, at most 63.
+fn sanitize(hostname: &str) -> String {
+    let mut label: String = hostname
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
+        .take(63)
+        .collect();
+    label = label.trim_matches('-').to_owned();
+    if label.is_empty() { "node".into() } else { label }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn new_node(seed: u8, hostname: &str) -> NewNode {
+        let mut hostinfo = Hostinfo::new();
+        hostinfo.insert("Hostname".into(), hostname.into());
+        NewNode {
+            machine_key: MachinePublic::from_bytes([seed; 32]),
+            node_key: NodePublic::from_bytes([seed; 32]),
+            hostinfo,
+            tags: Vec::new(),
+            ephemeral: false,
+            expiry: None,
+            version: 113,
+        }
+    }
+
+    #[test]
+    fn addresses_avoid_reserved_ranges_and_are_never_given_twice() {
+        let config = DevnetConfig {
+            ipv4_start: Ipv4Addr::new(100, 100, 100, 99),
+            ipv6_start: "fd7a:115c:a1e0::52".parse().unwrap(),
+            ..DevnetConfig::default()
+        };
+        let mut state = State::new(&config);
+        for seed in 1..=3 {
+            state.add_node(new_node(seed, "x"), Timestamp::UNIX_EPOCH).unwrap();
+        }
+        let addresses: Vec<_> = state.nodes.values().map(|node| node.addresses.clone()).collect();
+        let text = |index: usize| addresses[index].iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(text(0), ["100.100.100.99", "fd7a:115c:a1e0::52"]);
+        assert_eq!(text(1), ["100.100.100.101", "fd7a:115c:a1e0::54"]);
+        assert_eq!(text(2), ["100.100.100.102", "fd7a:115c:a1e0::55"]);
+    }
+
+    #[test]
+    fn names_become_unique_labels() {
+        let mut state = State::new(&DevnetConfig::default());
+        let long = "a".repeat(70);
+        let hostnames = ["Pod_A.local", "pod-a.local", "--", "", &long, &long];
+        for (seed, hostname) in (1..).zip(hostnames) {
+            state.add_node(new_node(seed, hostname), Timestamp::UNIX_EPOCH).unwrap();
+        }
+        let names: Vec<_> = state.nodes.values().map(|node| node.name.clone()).collect();
+        assert_eq!(names[..4], ["pod-a-local", "pod-a-local-1", "node", "node-1"]);
+        assert_eq!(names[4], "a".repeat(63));
+        assert_eq!(names[5], format!("{}-1", "a".repeat(61)));
+    }
+
+    #[test]
+    fn a_node_key_belongs_to_one_machine() {
+        let mut state = State::new(&DevnetConfig::default());
+        let first = state.add_node(new_node(1, "a"), Timestamp::UNIX_EPOCH).unwrap();
+        let second = state.add_node(new_node(2, "b"), Timestamp::UNIX_EPOCH).unwrap();
+        let key = NodePublic::from_bytes([2; 32]);
+        assert!(matches!(state.rotate_key(first, key), Err(NodeError::NodeKeyInUse)));
+        state.remove_node(second);
+        state.rotate_key(first, key).unwrap();
+        assert_eq!(state.node_by_key(&key).unwrap().id, first);
+        assert!(state.node_by_key(&NodePublic::from_bytes([1; 32])).is_none());
+    }
+}

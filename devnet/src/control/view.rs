@@ -1,0 +1,253 @@
+//! What one map session has been told, and the message that brings it up to date.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde_json::json;
+
+use super::state::{Node, NodeId, State};
+use super::wire::{self, MapResponse, PeerChange, Timestamp3339};
+use crate::acl::{self, FilterRule};
+
+/// Of one session: whom it serves and what was sent.
+pub(crate) struct View {
+    node: NodeId,
+    session: u64,
+    version: u32,
+    base_domain: String,
+    sent: Option<Sent>,
+}
+
+struct Sent {
+    topology: u64,
+    derp_revision: u64,
+    own: wire::Node,
+    own_revision: u64,
+    filter: Vec<FilterRule>,
+    peers: BTreeMap<NodeId, (u64, wire::Node)>,
+}
+
+/// What a session has to do next.
+pub(crate) enum Update {
+    Send(Box<MapResponse>),
+    Nothing,
+    /// The node is gone, or another session serves it.
+    End,
+}
+
+impl View {
+    pub(crate) fn new(node: NodeId, session: u64, version: u32, base_domain: String) -> Self {
+        Self { node, session, version, base_domain, sent: None }
+    }
+
+    /// Compares and remembers: what is returned counts as sent.
+    pub(crate) fn update(&mut self, state: &State, now: Timestamp) -> Update {
+        let Some(own) = state.nodes.get(&self.node).filter(|node| node.session == self.session) else {
+            return Update::End;
+        };
+        let Some(mut sent) = self.sent.take() else {
+            return self.first(state, own, now);
+        };
+        let mut message = MapResponse::default();
+        let mut news = false;
+        if own.revision != sent.own_revision {
+            sent.own_revision = own.revision;
+            let node = self.render_self(own);
+            if node != sent.own {
+                sent.own = node.clone();
+                message.node = Some(node);
+                news = true;
+            }
+        }
+        if state.derp_revision != sent.derp_revision {
+            sent.derp_revision = state.derp_revision;
+            message.derp_map = Some(state.derp_map.clone());
+            news = true;
+        }
+        if state.topology != sent.topology {
+            sent.topology = state.topology;
+            let filter = filter_for(state, own);
+            if filter != sent.filter {
+                sent.filter.clone_from(&filter);
+                message.packet_filters = Some(chunk(filter));
+                news = true;
+            }
+            sent.peers.retain(|&id, _| {
+                let keep = state.nodes.get(&id).is_some_and(|peer| visible(state, own, peer));
+                if !keep {
+                    message.peers_removed.push(id);
+                }
+                keep
+            });
+            for peer in state.nodes.values() {
+                if peer.id != own.id && !sent.peers.contains_key(&peer.id) && visible(state, own, peer) {
+                    let node = self.render_peer(peer);
+                    sent.peers.insert(peer.id, (peer.revision, node.clone()));
+                    message.peers_changed.push(node);
+                }
+            }
+        }
+        for (&id, (revision, old)) in &mut sent.peers {
+            let Some(peer) = state.nodes.get(&id).filter(|peer| peer.revision != *revision) else { continue };
+            *revision = peer.revision;
+            let new = self.render_peer(peer);
+            match difference(old, &new) {
+                Difference::None => {}
+                Difference::Patch(patch) => message.peers_changed_patch.push(*patch),
+                Difference::Whole => message.peers_changed.push(new.clone()),
+            }
+            *old = new;
+        }
+        news |= !message.peers_changed.is_empty()
+            || !message.peers_changed_patch.is_empty()
+            || !message.peers_removed.is_empty();
+        self.sent = Some(sent);
+        if !news {
+            return Update::Nothing;
+        }
+        message.control_time = Some(Timestamp3339(now));
+        Update::Send(Box::new(message))
+    }
+
+    fn first(&mut self, state: &State, own: &Node, now: Timestamp) -> Update {
+        let filter = filter_for(state, own);
+        let own_node = self.render_self(own);
+        let peers: BTreeMap<_, _> = state
+            .nodes
+            .values()
+            .filter(|peer| peer.id != own.id && visible(state, own, peer))
+            .map(|peer| (peer.id, (peer.revision, self.render_peer(peer))))
+            .collect();
+        let message = MapResponse {
+            node: Some(own_node.clone()),
+            derp_map: Some(state.derp_map.clone()),
+            peers: peers.values().map(|(_, node)| node.clone()).collect(),
+            dns_config: Some(wire::DnsConfig {
+                routes: BTreeMap::from([(self.base_domain.clone(), Vec::new())]),
+                domains: vec![self.base_domain.clone()],
+                proxied: true,
+            }),
+            domain: self.base_domain.clone(),
+            collect_services: Some(false),
+            packet_filters: Some(chunk(filter.clone())),
+            user_profiles: wire::user_profiles(),
+            control_time: Some(Timestamp3339(now)),
+            debug: Some(wire::Debug { disable_log_tail: true }),
+            ..MapResponse::default()
+        };
+        self.sent = Some(Sent {
+            topology: state.topology,
+            derp_revision: state.derp_revision,
+            own: own_node,
+            own_revision: own.revision,
+            filter,
+            peers,
+        });
+        Update::Send(Box::new(message))
+    }
+
+    fn render_self(&self, node: &Node) -> wire::Node {
+        let mut rendered = self.render(node);
+        rendered.cap = self.version;
+        rendered.cap_map = BTreeMap::from([
+            ("default-auto-update", vec![json!(false)]),
+            ("https://tailscale.com/cap/file-sharing", Vec::new()),
+        ]);
+        rendered
+    }
+
+    fn render_peer(&self, node: &Node) -> wire::Node {
+        let mut rendered = self.render(node);
+        // A peer's network details are its own business; its home and endpoints have fields.
+        rendered.hostinfo.remove("NetInfo");
+        rendered
+    }
+
+    fn render(&self, node: &Node) -> wire::Node {
+        let addresses: Vec<String> = node
+            .addresses
+            .iter()
+            .map(|address| format!("{address}/{}", if address.is_ipv4() { 32 } else { 128 }))
+            .collect();
+        wire::Node {
+            id: node.id,
+            stable_id: node.stable_id.clone(),
+            name: format!("{}.{}.", node.name, self.base_domain),
+            user: node.owner(),
+            key: node.node_key,
+            key_expiry: node.expiry.map(Timestamp3339),
+            machine: node.machine_key,
+            disco_key: (!node.disco_key.is_zero()).then_some(node.disco_key),
+            allowed_ips: addresses.clone(),
+            addresses,
+            endpoints: node.endpoints.clone(),
+            home_derp: node.home_derp,
+            hostinfo: node.hostinfo.clone(),
+            created: Timestamp3339(node.created),
+            cap: node.version,
+            tags: node.tags.clone(),
+            last_seen: (!node.online).then_some(Timestamp3339(node.last_seen)),
+            online: node.online,
+            machine_authorized: !node.expired,
+            cap_map: BTreeMap::new(),
+            expired: node.expired,
+        }
+    }
+}
+
+fn visible(state: &State, own: &Node, peer: &Node) -> bool {
+    state.policy.as_ref().is_none_or(|policy| policy.connects(&own.subject(), &peer.subject()))
+}
+
+fn filter_for(state: &State, node: &Node) -> Vec<FilterRule> {
+    match &state.policy {
+        None => acl::allow_all(),
+        Some(policy) => policy.filter_for(&node.subject(), state.nodes.values().map(Node::subject)),
+    }
+}
+
+/// An empty filter is null on the wire, as Headscale writes it.
+fn chunk(filter: Vec<FilterRule>) -> BTreeMap<&'static str, Option<Vec<FilterRule>>> {
+    BTreeMap::from([("base", (!filter.is_empty()).then_some(filter))])
+}
+
+enum Difference {
+    None,
+    Patch(Box<PeerChange>),
+    Whole,
+}
+
+fn difference(old: &wire::Node, new: &wire::Node) -> Difference {
+    if old == new {
+        return Difference::None;
+    }
+    let patched = wire::Node {
+        key: new.key,
+        disco_key: new.disco_key,
+        endpoints: new.endpoints.clone(),
+        home_derp: new.home_derp,
+        online: new.online,
+        last_seen: new.last_seen,
+        key_expiry: new.key_expiry,
+        ..old.clone()
+    };
+    // Absent and zero mean "unchanged" in a patch, so a value that vanishes needs the whole node.
+    // Going online makes LastSeen vanish without meaning.
+    let vanishes = (new.endpoints.is_empty() && !old.endpoints.is_empty())
+        || (new.disco_key.is_none() && old.disco_key.is_some())
+        || (new.home_derp == 0 && old.home_derp != 0)
+        || (new.key_expiry.is_none() && old.key_expiry.is_some());
+    if patched != *new || vanishes {
+        return Difference::Whole;
+    }
+    Difference::Patch(Box::new(PeerChange {
+        node_id: new.id,
+        derp_region: (old.home_derp != new.home_derp).then_some(new.home_derp),
+        endpoints: if old.endpoints == new.endpoints { Vec::new() } else { new.endpoints.clone() },
+        key: (old.key != new.key).then_some(new.key),
+        disco_key: if old.disco_key == new.disco_key { None } else { new.disco_key },
+        online: (old.online != new.online).then_some(new.online),
+        last_seen: if old.last_seen == new.last_seen { None } else { new.last_seen },
+        key_expiry: if old.key_expiry == new.key_expiry { None } else { new.key_expiry },
+    }))
+}

@@ -1,0 +1,99 @@
+//! What every part of a running devnet holds on to.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Mutex, OnceLock};
+
+use podtether_core::key::MachinePrivate;
+use tokio::sync::{oneshot, watch};
+
+use crate::api::Tokens;
+use crate::config::DevnetConfig;
+use crate::control::state::State;
+use crate::fault::Switchboard;
+use crate::sync::lock;
+
+const MAX_COMPLAINTS: usize = 1000;
+
+pub(crate) struct Shared {
+    pub(crate) config: DevnetConfig,
+    pub(crate) noise_key: MachinePrivate,
+    pub(crate) tokens: Tokens,
+    pub(crate) faults: Switchboard,
+    /// Bumped when anything a map session may have to tell has changed.
+    pub(crate) changed: watch::Sender<u64>,
+    /// While true, map streams stay open and silent.
+    pub(crate) stalled: watch::Sender<bool>,
+    /// Waiting answers to ping requests, by their id.
+    pings: Mutex<HashMap<String, oneshot::Sender<Vec<u8>>>>,
+    server_url: OnceLock<String>,
+    state: Mutex<State>,
+    complaints: Mutex<VecDeque<String>>,
+}
+
+impl Shared {
+    pub(crate) fn new(config: DevnetConfig, noise_key: MachinePrivate) -> Self {
+        Self {
+            state: Mutex::new(State::new(&config)),
+            config,
+            noise_key,
+            tokens: Tokens::default(),
+            faults: Switchboard::default(),
+            changed: watch::Sender::new(1),
+            stalled: watch::Sender::new(false),
+            pings: Mutex::default(),
+            server_url: OnceLock::new(),
+            complaints: Mutex::default(),
+        }
+    }
+
+    /// Runs `work` on the state and wakes the map sessions if it changed anything.
+    pub(crate) fn with_state<R>(&self, work: impl FnOnce(&mut State) -> R) -> R {
+        let (result, revision) = {
+            let mut state = lock(&self.state);
+            let result = work(&mut state);
+            (result, state.revision)
+        };
+        self.changed.send_if_modified(|seen| {
+            let newer = revision > *seen;
+            *seen = revision.max(*seen);
+            newer
+        });
+        result
+    }
+
+    /// Known once the listeners are bound.
+    pub(crate) fn set_server_url(&self, url: String) {
+        let _ = self.server_url.set(url);
+    }
+
+    pub(crate) fn server_url(&self) -> &str {
+        self.server_url.get().map_or("", String::as_str)
+    }
+
+    pub(crate) fn expect_ping(&self, id: String, answer: oneshot::Sender<Vec<u8>>) {
+        lock(&self.pings).insert(id, answer);
+    }
+
+    pub(crate) fn forget_ping(&self, id: &str) {
+        lock(&self.pings).remove(id);
+    }
+
+    /// Hands a node's answer to whoever waits for it.
+    pub(crate) fn complete_ping(&self, id: &str, answer: &[u8]) -> bool {
+        lock(&self.pings).remove(id).is_some_and(|waiting| waiting.send(answer.to_vec()).is_ok())
+    }
+
+    /// Records something a client did that a real server lets pass although it is wrong.
+    pub(crate) fn complain(&self, what: String) {
+        tracing::warn!(what, "client is wrong");
+        let mut complaints = lock(&self.complaints);
+        if complaints.len() >= MAX_COMPLAINTS {
+            complaints.pop_front();
+        }
+        complaints.push_back(what);
+    }
+
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        lock(&self.complaints).iter().cloned().collect()
+    }
+}
