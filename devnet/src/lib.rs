@@ -42,3 +42,4 @@ pub use config::{DevnetConfig, Dialect, OauthConfig, RegionConfig};
 pub use control::state::AuthKeyOptions;
 pub use derp::{Mode, RelayStats};
 pub use devnet::{AuthKeyInfo, Devnet, NodeInfo, StartError};
+pub mod probe;
