@@ -53,8 +53,9 @@ pub struct AddRequest {
     pub annotations: BTreeMap<String, String>,
 }
 
-/// What ADD made.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What ADD made. The default, without an interface name, says that the pod joins nothing (an exempt
+/// namespace): the plugin then passes prevResult on as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attached {
     /// Interface name.
     pub ifname: String,
@@ -66,6 +67,14 @@ pub struct Attached {
     pub addresses: Vec<IpNet>,
     /// Routes through the interface.
     pub routes: Vec<AttachedRoute>,
+}
+
+impl Attached {
+    /// True when the pod joins nothing.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.ifname.is_empty()
+    }
 }
 
 /// A route of [`Attached`].

@@ -1,0 +1,246 @@
+//! One call of the plugin.
+//!
+//! What the absence of the supervisor means differs by verb:
+//!
+//! | verb | no supervisor | no answer in time, or a broken connection |
+//! |---|---|---|
+//! | ADD | 11 (or prevResult unchanged when `failurePolicy` is `open`) | the same |
+//! | DEL | success: its record is still there, and a starting supervisor removes what has no pod | 11 |
+//! | CHECK, GC | 11 | 11 |
+//! | STATUS | 50 | 50 |
+
+use std::io::Read;
+use std::time::{Duration, Instant};
+
+use podtether_proto::node::{AddRequest, AttachmentId, CheckRequest, CniError, GcRequest, code};
+use serde_json::{Map, Value, json};
+
+use crate::config::{Config, SpecVersion, invalid, parse_object, read_bytes, version_of};
+use crate::env::{Lookup, Params, Verb};
+use crate::result::PrevResult;
+use crate::supervisor::{Supervisor, Unanswered};
+
+/// How long STATUS waits, so that its answer is out within three seconds.
+const STATUS_TIMEOUT: Duration = Duration::from_millis(2800);
+/// How long the half-made attachment of a pod that starts without a tailnet may take to go.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// What the process prints and how it exits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) success: bool,
+}
+
+impl Outcome {
+    pub(crate) fn failed_to_start(error: &std::io::Error) -> Self {
+        let details = "the node is short of descriptors or memory; the runtime tries again".into();
+        let error = CniError { code: code::IO, msg: format!("cannot start: {error}"), details };
+        Self::failure(SpecVersion::NEWEST, &error)
+    }
+
+    fn failure(version: SpecVersion, error: &CniError) -> Self {
+        let stdout = json!({
+            "cniVersion": version.text(),
+            "code": error.code,
+            "msg": error.msg,
+            "details": error.details,
+        });
+        Self { stdout: format!("{stdout}\n"), stderr: String::new(), success: false }
+    }
+}
+
+/// What a successful verb says.
+#[derive(Default)]
+struct Said {
+    result: Option<Value>,
+    /// For the runtime's log.
+    warning: Option<String>,
+}
+
+/// Runs the plugin with this environment and this stdin.
+pub(crate) async fn run(lookup: Lookup<'_>, stdin: &mut dyn Read) -> Outcome {
+    let mut version = SpecVersion::NEWEST;
+    match answer(lookup, stdin, &mut version).await {
+        Ok(said) => Outcome {
+            stdout: said.result.map(|result| format!("{result}\n")).unwrap_or_default(),
+            stderr: said.warning.map(|warning| format!("podtether-cni: {warning}\n")).unwrap_or_default(),
+            success: true,
+        },
+        Err(error) => Outcome::failure(version, &error),
+    }
+}
+
+/// `version` becomes the configuration's as soon as it is known, for the error's sake.
+async fn answer(
+    lookup: Lookup<'_>,
+    stdin: &mut dyn Read,
+    version: &mut SpecVersion,
+) -> Result<Said, CniError> {
+    let started = Instant::now();
+    let params = Params::read(lookup)?;
+    if params.verb == Verb::Version {
+        return versions(stdin);
+    }
+    let object = parse_object(&read_bytes(stdin)?)?;
+    *version = version_of(&object)?;
+    let config = Config::read(params.verb, *version, object)?;
+    let deadline = started + config.timeout;
+    match params.verb {
+        Verb::Add => add(&params, &config, deadline).await,
+        Verb::Del => del(&params, &config, deadline).await,
+        Verb::Check => check(&params, &config, deadline).await,
+        Verb::Gc => gc(&config, deadline).await,
+        Verb::Status => status(&config, started + STATUS_TIMEOUT.min(config.timeout)).await,
+        Verb::Version => Ok(Said::default()),
+    }
+}
+
+/// VERSION takes whatever version it is asked in: it is how a runtime finds out.
+fn versions(stdin: &mut dyn Read) -> Result<Said, CniError> {
+    let bytes = read_bytes(stdin)?;
+    let object = if bytes.trim_ascii().is_empty() { Map::new() } else { parse_object(&bytes)? };
+    let asked = object.get("cniVersion").and_then(Value::as_str).unwrap_or(SpecVersion::NEWEST.text());
+    let result = json!({"cniVersion": asked, "supportedVersions": SpecVersion::ALL.map(SpecVersion::text)});
+    Ok(Said { result: Some(result), warning: None })
+}
+
+async fn add(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+    let Some(prev) = &config.prev_result else {
+        return Err(invalid(
+            "ADD without prevResult",
+            "podtether-cni adds to a pod that another plugin has networked: \
+             chain it after the primary plugin in the network's list of plugins",
+        ));
+    };
+    let prev = PrevResult::read(prev, config.version)?;
+    if prev.has_interface(&config.ifname) {
+        return Err(CniError {
+            code: code::INTERFACE_EXISTS,
+            msg: format!("prevResult has an interface {} in the pod already", config.ifname),
+            details: "chain this plugin once only, or give it another \"ifName\"".into(),
+        });
+    }
+    let pod = params.pod()?;
+    let joined = async {
+        let supervisor = reach(config, deadline).await?;
+        let request = AddRequest {
+            attachment: attachment(params, config),
+            netns: params.netns.clone(),
+            pod,
+            tailnet: config.tailnet.clone(),
+            timeout_ms: supervisor.budget_ms(),
+            annotations: config.annotations.clone(),
+        };
+        let call = supervisor.client.add(supervisor.context(), request);
+        supervisor.wait(call).await.map_err(|why| no_answer(config, &why))?
+    };
+    match joined.await {
+        Ok(attached) if attached.is_nothing() => Ok(Said { result: Some(prev.unchanged()), warning: None }),
+        Ok(attached) => Ok(Said { result: Some(prev.with(&attached, &params.netns)), warning: None }),
+        Err(error) if config.fail_open && may_start_without(&error) => {
+            undo(params, config).await;
+            let warning = format!("{} starts without a tailnet: {error}", params.container_id);
+            Ok(Said { result: Some(prev.unchanged()), warning: Some(warning) })
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// With `failurePolicy` `open`: what another try or another day could mend. A request that is wrong in
+/// itself is an error under either policy, or nobody would ever notice.
+fn may_start_without(error: &CniError) -> bool {
+    matches!(
+        error.code,
+        code::IO | code::TRY_AGAIN | code::UNAVAILABLE | code::REFUSED | code::LINK | code::NEEDS_ACTION
+    )
+}
+
+/// The runtime will believe that ADD succeeded, so nothing half-made may appear in the pod later.
+async fn undo(params: &Params, config: &Config) {
+    if let Ok(supervisor) = Supervisor::reach(&config.socket, Instant::now() + UNDO_TIMEOUT).await {
+        let call = supervisor.client.del(supervisor.context(), attachment(params, config));
+        // A supervisor that cannot do it now has the record and goes on trying.
+        let _ = supervisor.wait(call).await;
+    }
+}
+
+async fn del(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+    let supervisor = match Supervisor::reach(&config.socket, deadline).await {
+        Ok(supervisor) => supervisor,
+        Err(why @ Unanswered::Nobody(_)) => {
+            let warning = format!(
+                "supervisor at {}: {why}; it removes {} when it is back",
+                config.socket.display(),
+                params.container_id
+            );
+            return Ok(Said { result: None, warning: Some(warning) });
+        }
+        Err(why) => return Err(no_answer(config, &why)),
+    };
+    let call = supervisor.client.del(supervisor.context(), attachment(params, config));
+    supervisor.wait(call).await.map_err(|why| no_answer(config, &why))??;
+    Ok(Said::default())
+}
+
+async fn check(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+    let Some(prev) = &config.prev_result else {
+        return Err(invalid("CHECK without prevResult", "the runtime must pass the result of the last ADD"));
+    };
+    // A pod that was let through without a tailnet has nothing of ours to check.
+    let Some(ours) = PrevResult::read(prev, config.version)?.ours(&config.ifname) else {
+        return Ok(Said::default());
+    };
+    let supervisor = reach(config, deadline).await?;
+    let request = CheckRequest {
+        attachment: attachment(params, config),
+        netns: params.netns.clone(),
+        addresses: ours.addresses,
+        routes: ours.routes,
+    };
+    let call = supervisor.client.check(supervisor.context(), request);
+    supervisor.wait(call).await.map_err(|why| no_answer(config, &why))??;
+    Ok(Said::default())
+}
+
+async fn gc(config: &Config, deadline: Instant) -> Result<Said, CniError> {
+    let request = GcRequest { network: config.network.clone(), valid: config.valid_attachments()? };
+    let supervisor = reach(config, deadline).await?;
+    let call = supervisor.client.gc(supervisor.context(), request);
+    supervisor.wait(call).await.map_err(|why| no_answer(config, &why))??;
+    Ok(Said::default())
+}
+
+async fn status(config: &Config, deadline: Instant) -> Result<Said, CniError> {
+    match Supervisor::reach(&config.socket, deadline).await {
+        Ok(_) => Ok(Said::default()),
+        Err(why) => Err(CniError { code: code::UNAVAILABLE, ..no_answer(config, &why) }),
+    }
+}
+
+async fn reach(config: &Config, deadline: Instant) -> Result<Supervisor, CniError> {
+    Supervisor::reach(&config.socket, deadline).await.map_err(|why| no_answer(config, &why))
+}
+
+fn no_answer(config: &Config, why: &Unanswered) -> CniError {
+    let details = match why {
+        Unanswered::Nobody(_) => "see whether podtether-supervisor runs on this node with this socket",
+        Unanswered::Late => "see podtether-supervisor's log; the runtime tries again",
+        Unanswered::Broken(_) => "podtether-supervisor restarted or crashed; the runtime tries again",
+        Unanswered::Foreign(_) => "an upgrade is under way, or one of the two was left behind by it",
+    };
+    CniError {
+        code: code::TRY_AGAIN,
+        msg: format!("supervisor at {}: {why}", config.socket.display()),
+        details: details.into(),
+    }
+}
+
+fn attachment(params: &Params, config: &Config) -> AttachmentId {
+    AttachmentId {
+        network: config.network.clone(),
+        container_id: params.container_id.clone(),
+        ifname: config.ifname.clone(),
+    }
+}
