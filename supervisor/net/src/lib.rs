@@ -19,6 +19,7 @@ pub mod sockets;
 pub mod sysctl;
 pub mod testing;
 pub mod tun;
+pub mod underlay;
 
 pub use error::{Error, Result};
 pub use netns::Netns;

@@ -132,7 +132,8 @@ pub(super) fn route_message(route: Route) -> RouteMessage {
     message
 }
 
-pub(super) fn route_of(message: &RouteMessage) -> Option<Route> {
+/// One route per link it leads over; `None` for what [`super::Netlink::routes`] leaves out.
+pub(super) fn route_of(message: &RouteMessage) -> Option<impl Iterator<Item = Route> + use<>> {
     let ip = |address: &RouteAddress| match address {
         RouteAddress::Inet(a) => Some(IpAddr::V4(*a)),
         RouteAddress::Inet6(a) => Some(IpAddr::V6(*a)),
@@ -152,21 +153,19 @@ pub(super) fn route_of(message: &RouteMessage) -> Option<Route> {
         AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         _ => return None,
     };
-    let (mut gateway, mut link) = (None, None);
+    let (mut gateway, mut links) = (None, Vec::new());
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Destination(a) => dst = ip(a)?,
             RouteAttribute::Gateway(a) => gateway = ip(a),
-            RouteAttribute::Oif(index) => link = Some(*index),
+            RouteAttribute::Oif(index) => links.push(*index),
+            RouteAttribute::MultiPath(hops) => links.extend(hops.iter().map(|h| h.interface_index)),
             _ => {}
         }
     }
-    Some(Route {
-        dst: IpNet::new(dst, header.destination_prefix_length).ok()?,
-        gateway,
-        link: link?,
-        onlink: header.flags.contains(RouteFlags::Onlink),
-    })
+    let dst = IpNet::new(dst, header.destination_prefix_length).ok()?;
+    let onlink = header.flags.contains(RouteFlags::Onlink);
+    Some(links.into_iter().map(move |link| Route { dst, gateway, link, onlink }))
 }
 
 pub(super) fn neighbour_of(message: &NeighbourMessage) -> Option<Neighbour> {

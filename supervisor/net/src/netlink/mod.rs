@@ -335,7 +335,7 @@ impl Netlink {
             let mut wanted = RouteMessage::default();
             wanted.header.address_family = family;
             let found = self.dump("list routes", self.handle.route().get(wanted).execute()).await?;
-            all.extend(found.iter().filter_map(route_of));
+            all.extend(found.iter().filter_map(route_of).flatten());
         }
         Ok(all)
     }

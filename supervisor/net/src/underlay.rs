@@ -1,0 +1,216 @@
+//! Which of the node's addresses peers may reach, and when that changes.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::time::Duration;
+
+use nix::sys::socket::{MsgFlags, recv};
+use rtnetlink::constants::{
+    RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE, RTMGRP_LINK,
+};
+use rtnetlink::sys::protocols::NETLINK_ROUTE;
+use rtnetlink::sys::{Socket, SocketAddr};
+use tokio::io::unix::AsyncFd;
+
+use crate::error::{Result, Step};
+use crate::link::tailnet_ranges;
+use crate::netlink::{Address, Link, Netlink, Route};
+use crate::netns::Netns;
+
+/// More addresses than this help no peer.
+const MAX_ADDRESSES: usize = 16;
+/// Changes come in bursts: an interface that comes up is several events, a pod that starts is some more.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// Watches a namespace for changes of its reachable addresses.
+#[derive(Debug)]
+pub struct Monitor {
+    netlink: Netlink,
+    events: AsyncFd<OwnedFd>,
+    known: Vec<IpAddr>,
+}
+
+impl Monitor {
+    /// Starts watching `ns`.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub async fn open(ns: &Netns) -> Result<Self> {
+        let step = || "watch the node's addresses".to_owned();
+        let socket = ns.run(subscribe).await?.step(step)?;
+        // SAFETY: an OwnedFd is always the same descriptor and stays open until it is dropped.
+        let events = unsafe { AsyncFd::register(socket) }.step(step)?;
+        let netlink = Netlink::open(ns).await?;
+        let known = addresses(&netlink).await?;
+        Ok(Self { netlink, events, known })
+    }
+
+    /// The addresses as last seen, in a stable order.
+    #[must_use]
+    pub fn addresses(&self) -> &[IpAddr] {
+        &self.known
+    }
+
+    /// Waits until the addresses differ from those seen last, and returns them. Can be dropped and called
+    /// again.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub async fn changed(&mut self) -> Result<&[IpAddr]> {
+        loop {
+            let mut ready = self.events.readable().await.step(|| "wait for netlink events".into())?;
+            tokio::time::sleep(SETTLE).await;
+            // What was missed while the queue overflowed is seen by looking again anyway.
+            drain(ready.get_inner());
+            ready.clear_ready();
+            let now = addresses(&self.netlink).await?;
+            if now != self.known {
+                self.known = now;
+                return Ok(&self.known);
+            }
+        }
+    }
+}
+
+/// Runs on the thread inside the namespace.
+fn subscribe() -> io::Result<OwnedFd> {
+    let mut socket = Socket::new(NETLINK_ROUTE)?;
+    let groups =
+        RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE;
+    socket.bind(&SocketAddr::new(0, groups))?;
+    socket.set_non_blocking(true)?;
+    // SAFETY: the descriptor was just released by its only owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(socket.into_raw_fd()) })
+}
+
+/// Reads until the queue is empty. That something happened is all that matters, so a message may be cut.
+fn drain(socket: &OwnedFd) {
+    let mut buffer = [0_u8; 64];
+    loop {
+        match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+            Ok(_) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// The node's reachable addresses now.
+///
+/// # Errors
+/// As the kernel says.
+pub async fn addresses(netlink: &Netlink) -> Result<Vec<IpAddr>> {
+    let links = netlink.links().await?;
+    let routes = netlink.routes().await?;
+    Ok(choose(&links, &netlink.addresses().await?, &routes))
+}
+
+/// Addresses of the interfaces that have a default route: those are the node's own way out, and a CNI's
+/// bridges and tunnels have none. On a node without one, every address that is not a CNI's.
+fn choose(links: &[Link], addresses: &[Address], routes: &[Route]) -> Vec<IpAddr> {
+    let uplinks: BTreeSet<u32> = routes.iter().filter(|r| r.dst.prefix_len() == 0).map(|r| r.link).collect();
+    let usable = |address: &&Address| {
+        let Some(link) = links.iter().find(|l| l.index == address.link) else { return false };
+        let on_uplink = if uplinks.is_empty() {
+            !matches!(link.kind.as_deref(), Some("bridge" | "tun" | "vxlan" | "dummy" | "wireguard"))
+                && link.master.is_none()
+        } else {
+            uplinks.contains(&link.index)
+        };
+        let ip = address.net.addr();
+        // Of another tailnet node on this machine.
+        let tailnet = tailnet_ranges().iter().any(|range| range.contains(&ip));
+        link.up && on_uplink && address.global && address.stable && !ip.is_loopback() && !tailnet
+    };
+    let found: BTreeSet<IpAddr> = addresses.iter().filter(usable).map(|a| a.net.addr()).collect();
+    found.into_iter().take(MAX_ADDRESSES).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::VethEnd;
+    use crate::testing::{block_on, in_namespaces};
+
+    fn link(index: u32, kind: Option<&str>, master: Option<u32>) -> Link {
+        Link {
+            index,
+            name: format!("l{index}"),
+            up: true,
+            multicast: true,
+            mtu: 1500,
+            mac: None,
+            alias: None,
+            kind: kind.map(Into::into),
+            peer: None,
+            peer_elsewhere: false,
+            master,
+        }
+    }
+
+    fn address(link: u32, net: &str) -> Address {
+        Address { link, net: net.parse().unwrap(), global: true, stable: true }
+    }
+
+    fn texts(addresses: &[IpAddr]) -> Vec<String> {
+        addresses.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn uplinks_are_the_interfaces_with_a_default_route() {
+        let links = [
+            link(1, None, None),
+            link(2, None, None),
+            link(3, Some("bridge"), None),
+            link(4, Some("tun"), None),
+        ];
+        let addresses = [
+            address(1, "10.0.0.5/24"),
+            address(1, "2001:db8::5/64"),
+            Address { stable: false, ..address(1, "2001:db8::abcd/64") },
+            Address { global: false, ..address(1, "fe80::1/64") },
+            address(1, "100.101.102.103/32"),
+            address(2, "192.168.7.1/24"),
+            address(3, "10.244.0.1/24"),
+            address(4, "100.64.0.9/32"),
+            address(9, "1.2.3.4/32"),
+        ];
+        let default = Route { dst: "0.0.0.0/0".parse().unwrap(), gateway: None, link: 1, onlink: false };
+        let other = Route { dst: "10.9.0.0/16".parse().unwrap(), ..default };
+        let chosen = choose(&links, &addresses, &[default, Route { link: 2, ..other }]);
+        assert_eq!(texts(&chosen), ["10.0.0.5", "2001:db8::5"]);
+        let without = choose(&links, &addresses, &[]);
+        assert_eq!(texts(&without), ["10.0.0.5", "192.168.7.1", "2001:db8::5"]);
+    }
+
+    #[test]
+    fn a_change_is_reported_once_and_only_when_it_matters() {
+        in_namespaces("underlay::tests::a_change_is_reported_once_and_only_when_it_matters", |_| {
+            block_on(async {
+                let here = Netns::current().unwrap();
+                let netlink = Netlink::open(&here).await.unwrap();
+                let end = |name| VethEnd { namespace: None, name, mac: None, mtu: 1500 };
+                netlink.add_veth(end("up0"), end("up1")).await.unwrap();
+                let index = netlink.link("up0").await.unwrap().unwrap().index;
+                let other = netlink.link("up1").await.unwrap().unwrap().index;
+                netlink.set_up(index).await.unwrap();
+                netlink.set_up(other).await.unwrap();
+                netlink.add_address(index, "10.1.0.1/24".parse().unwrap()).await.unwrap();
+                let gateway = Some("10.1.0.254".parse().unwrap());
+                let dst = "0.0.0.0/0".parse().unwrap();
+                netlink.add_route(Route { dst, gateway, link: index, onlink: false }).await.unwrap();
+
+                let mut monitor = Monitor::open(&here).await.unwrap();
+                assert_eq!(texts(monitor.addresses()), ["10.1.0.1"]);
+                // Not on an uplink: no news.
+                netlink.add_address(other, "10.2.0.1/24".parse().unwrap()).await.unwrap();
+                let quiet = tokio::time::timeout(Duration::from_millis(400), monitor.changed()).await;
+                assert!(quiet.is_err());
+                netlink.add_address(index, "10.1.0.2/24".parse().unwrap()).await.unwrap();
+                let news = tokio::time::timeout(Duration::from_secs(5), monitor.changed()).await;
+                assert_eq!(texts(news.unwrap().unwrap()), ["10.1.0.1", "10.1.0.2"]);
+            });
+        });
+    }
+}
