@@ -138,6 +138,7 @@ mod tests {
             index,
             name: format!("l{index}"),
             up: true,
+            running: true,
             multicast: true,
             mtu: 1500,
             mac: None,

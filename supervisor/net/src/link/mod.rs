@@ -199,6 +199,8 @@ pub async fn ensure_link(spec: &LinkSpec) -> Result<Link> {
     settle(&namespace, &in_link, &spec.link_side(v6, None)).await?;
     let ipv6 = ipv6_of(spec, &pod, v6).await?;
     settle(&pod, &in_pod, &spec.pod_side(ipv6 == Ipv6::Available, None)).await?;
+    in_link.wait_running(LINK_SIDE_NAME).await?;
+    in_pod.wait_running(&spec.ifname).await?;
     let ifindex = in_pod
         .link(&spec.ifname)
         .await?

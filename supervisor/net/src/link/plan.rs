@@ -207,6 +207,7 @@ mod tests {
             index: 5,
             name: "ts0".into(),
             up: true,
+            running: true,
             multicast: false,
             mtu: 1280,
             mac: Some([2, 0, 0, 0, 0, 1]),

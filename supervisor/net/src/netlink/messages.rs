@@ -50,6 +50,7 @@ pub(super) fn link_of(message: LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         up: flags.contains(LinkFlags::Up),
+        running: flags.contains(LinkFlags::Running),
         multicast: flags.contains(LinkFlags::Multicast),
         mtu: 0,
         mac: None,

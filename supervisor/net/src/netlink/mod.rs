@@ -7,6 +7,7 @@ mod messages;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::{FromRawFd, IntoRawFd};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use ipnet::IpNet;
@@ -51,6 +52,8 @@ pub struct Link {
     pub name: String,
     /// Administratively up.
     pub up: bool,
+    /// Up, with a carrier, and its queue set to work: what is sent now is not dropped.
+    pub running: bool,
     /// Whether it takes part in multicast.
     pub multicast: bool,
     /// MTU in bytes.
@@ -230,6 +233,21 @@ impl Netlink {
     /// As the kernel says.
     pub async fn set_up(&self, link: u32) -> Result<()> {
         self.set(LinkUnspec::new_with_index(link).up().build(), || format!("set link {link} up")).await
+    }
+
+    /// Waits until an interface that is up also carries packets: the kernel sets its queue to work a
+    /// moment after the other end has come up, and drops what is sent before.
+    ///
+    /// # Errors
+    /// As the kernel says, and after two seconds.
+    pub async fn wait_running(&self, name: &str) -> Result<()> {
+        for _ in 0..400 {
+            if self.link(name).await?.is_some_and(|l| l.running) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Err(io::Error::from(io::ErrorKind::TimedOut)).step(|| format!("wait for a carrier on {name}"))
     }
 
     /// Sets an interface down.
