@@ -5,6 +5,7 @@
 //! control outage does not touch traffic.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::tailcfg::{
     ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, NodeId, PeerChange,
@@ -15,6 +16,8 @@ use crate::tailcfg::{
 pub const MAX_PEERS: usize = 100_000;
 /// Most health texts and display messages kept.
 const MAX_MESSAGES: usize = 32;
+/// Longest pause a server may ask for.
+const MAX_SLEEP: Duration = Duration::from_secs(300);
 /// Below this, a difference to the server's clock is noise.
 const CLOCK_TOLERANCE_MS: i64 = 60_000;
 
@@ -49,8 +52,8 @@ pub struct NetMapChange {
     pub ping_request: Option<PingRequest>,
     /// Where to find the server next time.
     pub dial_plan: Option<ControlDialPlan>,
-    /// The server asks to stay away for this many seconds.
-    pub sleep_seconds: f64,
+    /// The server asks to let this pass before anything else; at most five minutes.
+    pub sleep: Duration,
     /// Elements that made no sense: patches of unknown peers, peers over the bound.
     pub ignored: u32,
 }
@@ -180,19 +183,20 @@ impl NetMap {
             if message.node.is_none() {
                 return Err(ApplyError::FirstWithoutNode);
             }
-            self.start(&mut message, &mut change);
+            self.start(&mut change);
         }
         self.apply_self(&mut message, &mut change);
         self.apply_peers(&mut message, &mut change);
         self.apply_filter(&mut message, &mut change);
         self.apply_health(&mut message, &mut change);
         if let Some(debug) = message.debug {
-            change.sleep_seconds = debug.sleep_seconds;
+            let asked = Duration::try_from_secs_f64(debug.sleep_seconds).unwrap_or_default();
+            change.sleep = asked.min(MAX_SLEEP);
         }
         Ok(change)
     }
 
-    fn start(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
+    fn start(&mut self, change: &mut NetMapChange) {
         self.awaiting_first = false;
         change.session = true;
         change.dns_changed = true;
@@ -203,9 +207,6 @@ impl NetMap {
         self.chunks = None;
         self.health.clear();
         self.messages.clear();
-        // A first message without peers means that there are none, where in a later one it means
-        // that none has changed.
-        self.replace_peers(std::mem::take(&mut message.peers), change);
     }
 
     fn apply_self(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
@@ -228,8 +229,13 @@ impl NetMap {
     }
 
     fn apply_peers(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
-        if !message.peers.is_empty() {
+        // A first message without peers means that there are none, where in a later one it means
+        // that none has changed.
+        let full = !message.peers.is_empty();
+        if full || change.session {
             self.replace_peers(std::mem::take(&mut message.peers), change);
+        }
+        if full {
             return;
         }
         for id in std::mem::take(&mut message.peers_removed) {
@@ -267,6 +273,7 @@ impl NetMap {
         // Removed and named again in the same message: it is there.
         let peers = &self.peers;
         change.changed.retain(|id| peers.contains_key(id));
+        change.removed.retain(|node| !peers.contains_key(&node.id));
     }
 
     fn replace_peers(&mut self, peers: Vec<Node>, change: &mut NetMapChange) {

@@ -42,10 +42,14 @@ pub enum StunError {
     WrongFingerprint,
 }
 
-/// True when a datagram has a STUN header; WireGuard and disco never do.
+/// True when a datagram has the header of a STUN binding message. The second byte tells it from WireGuard,
+/// where it is zero and the cookie's place is taken by an index that may have any value.
 #[must_use]
 pub fn is_stun(datagram: &[u8]) -> bool {
-    datagram.len() >= HEADER_LEN && datagram[0] & 0xc0 == 0 && datagram[4..8] == MAGIC_COOKIE
+    datagram.len() >= HEADER_LEN
+        && datagram[0] & 0xc0 == 0
+        && datagram[1] == 1
+        && datagram[4..8] == MAGIC_COOKIE
 }
 
 /// A binding request.
@@ -270,6 +274,38 @@ mod tests {
     }
 
     #[test]
+    fn rfc5769_sample_responses_are_read() {
+        // Sections 2.2 and 2.3; the integrity attribute is nobody's business here.
+        let v4 = "0101003c2112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000080001a147e112a643\
+                  000800142b91f599fd9e90c38c7489f92af9ba53f06be7d780280004c07d4c96";
+        let v6 = "010100482112a442b7e7a701bc34d686fa87dfae8022000b7465737420766563746f7220002000140002a1470113a9fa\
+                  a5d3f179bc25f4b5bed2b9d900080014a382954e4be67bf11784c97c8292c275bfe3ed4180280004c8fb0b4c";
+        for (text, expected) in
+            [(v4, "192.0.2.1:32853"), (v6, "[2001:db8:1234:5678:11:2233:4455:6677]:32853")]
+        {
+            let bytes = hex::decode(text).unwrap();
+            let (_, observed) = parse_response(&bytes).unwrap();
+            assert_eq!(observed, expected.parse().unwrap());
+            let (body, fingerprint) = bytes.split_at(bytes.len() - 4);
+            let crc = crc32(&body[..body.len() - 4]) ^ FINGERPRINT_XOR;
+            assert_eq!(fingerprint, crc.to_be_bytes());
+        }
+    }
+
+    #[test]
+    fn wireguard_is_never_taken_for_stun() {
+        for kind in 1..=4 {
+            // A receiver index that happens to be the cookie.
+            let mut packet = [0; 40];
+            packet[0] = kind;
+            packet[4..8].copy_from_slice(&MAGIC_COOKIE);
+            assert!(!is_stun(&packet));
+        }
+        assert!(is_stun(&request(&[0; 12])));
+        assert!(!is_stun(&request(&[0; 12])[..19]));
+    }
+
+    #[test]
     fn plain_mapped_address_is_the_fallback() {
         let mut bytes = response(&[0; 12], "1.2.3.4:5".parse().unwrap());
         bytes[20..22].copy_from_slice(&ATTR_MAPPED_ADDRESS.to_be_bytes());
@@ -283,6 +319,7 @@ mod tests {
         fn fuzz_parsers_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..120), stun: bool) {
             if stun && bytes.len() >= 8 {
                 bytes[0] &= 1;
+                bytes[1] = 1;
                 bytes[4..8].copy_from_slice(&MAGIC_COOKIE);
             }
             let _ = parse_request(&bytes);

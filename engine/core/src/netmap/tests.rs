@@ -59,6 +59,28 @@ fn a_first_message_without_peers_means_none() {
 }
 
 #[test]
+fn a_first_message_is_judged_by_the_same_rules() {
+    let mut map = session(json!([node(2)]));
+    map.begin_session();
+    let both =
+        json!({"Node": node(1), "Peers": [node(2), node(3)], "PeersRemoved": [3], "PeersChanged": [node(4)]});
+    map.apply(message(both), WALL).unwrap();
+    assert_eq!(ids(&map), [2, 3], "Peers silences the deltas beside it");
+    map.begin_session();
+    map.apply(message(json!({"Node": node(1), "PeersChanged": [node(4)]})), WALL).unwrap();
+    assert_eq!(ids(&map), [4], "what was not mentioned is gone");
+}
+
+#[test]
+fn a_pause_is_bounded() {
+    let mut map = session(json!([]));
+    for (seconds, expected) in [(json!(2.5), 2_500), (json!(1e9), 300_000), (json!(-1), 0), (json!("x"), 0)] {
+        let change = map.apply(message(json!({"Debug": {"SleepSeconds": seconds}})), WALL).unwrap();
+        assert_eq!(change.sleep, Duration::from_millis(expected), "{seconds}");
+    }
+}
+
+#[test]
 fn later_empty_peers_mean_unchanged() {
     let mut map = session(json!([node(2)]));
     for value in [json!({"Peers": []}), json!({"Peers": null}), json!({})] {
@@ -93,6 +115,7 @@ fn deltas_apply_in_the_protocols_order() {
     let peer = map.peer(NodeId(2)).unwrap();
     assert_eq!((peer.home_derp.0, peer.online), (9, Some(true)), "patched last");
     assert_eq!(change.changed, [NodeId(2), NodeId(4)]);
+    assert_eq!(change.removed.iter().map(|n| n.id.0).collect::<Vec<_>>(), [3], "2 is not gone");
     assert_eq!(change.ignored, 2, "two unknown peers named");
 }
 

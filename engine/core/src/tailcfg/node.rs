@@ -35,7 +35,7 @@ fn no_region(value: &RegionId) -> bool {
 /// Older forms are already brought up to date: `allowed_ips` is never "same as addresses", and the
 /// home region is a number.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", from = "WireNode")]
+#[serde(rename_all = "PascalCase", try_from = "WireNode")]
 pub struct Node {
     /// The node's number.
     #[serde(rename = "ID")]
@@ -207,8 +207,18 @@ struct WireNode {
     is_jailed: bool,
 }
 
-impl From<WireNode> for Node {
-    fn from(wire: WireNode) -> Self {
+/// A node without a number or a key is no node.
+#[derive(Debug, thiserror::Error)]
+#[error("a node without ID or Key")]
+struct Nameless;
+
+impl TryFrom<WireNode> for Node {
+    type Error = Nameless;
+
+    fn try_from(wire: WireNode) -> Result<Self, Nameless> {
+        if wire.key.is_zero() || wire.id.0 == 0 {
+            return Err(Nameless);
+        }
         let home_derp = if wire.home_derp.is_some() {
             wire.home_derp
         } else {
@@ -222,7 +232,7 @@ impl From<WireNode> for Node {
         for capability in wire.capabilities {
             cap_map.entry(capability).or_default();
         }
-        Self {
+        Ok(Self {
             id: wire.id,
             stable_id: wire.stable_id,
             name: wire.name,
@@ -250,7 +260,7 @@ impl From<WireNode> for Node {
             masq_v6: wire.masq_v6,
             is_wireguard_only: wire.is_wireguard_only,
             is_jailed: wire.is_jailed,
-        }
+        })
     }
 }
 
