@@ -414,6 +414,15 @@ mod tests {
     }
 
     #[test]
+    fn a_box_of_another_implementation_opens() {
+        let (a, b) = (NodePrivate::from_bytes([1; 32]), NodePrivate::from_bytes([2; 32]));
+        let boxed = "7ed8a8fbb2ef5cbc88b59acdd6a0a9fd08ab48d2a9fa7a94cdb16aa96c600be10c17530fa95b43b0d9dc0c5babaf4033";
+        let body = hex::decode(format!("{}{boxed}", "05".repeat(24))).unwrap();
+        let info = open_client_info(&b, &a.public(), &body).unwrap();
+        assert_eq!(info, ClientInfo { version: 2, can_ack_pings: true });
+    }
+
+    #[test]
     fn stock_spelling_of_the_client_info_is_read() {
         let info: ClientInfo =
             serde_json::from_str(r#"{"version":2,"CanAckPings":true,"IsProber":false}"#).unwrap();
@@ -434,7 +443,40 @@ mod tests {
         assert_eq!(reader.next_frame(), Ok(None));
     }
 
+    fn any_frame() -> impl Strategy<Value = (u8, Vec<u8>)> {
+        let kind = prop_oneof![1u8..=8, 0x0au8..=0x15, any::<u8>()];
+        (kind, proptest::collection::vec(any::<u8>(), 0..90))
+    }
+
     proptest! {
+        #[test]
+        fn frames_survive_any_fragmentation(frames in proptest::collection::vec(any_frame(), 0..6), step in 1usize..200) {
+            let mut stream = Vec::new();
+            let mut expected = Vec::new();
+            for (kind, body) in &frames {
+                if let Ok(frame) = Frame::parse(*kind, body) {
+                    let written = wire(&frame);
+                    expected.push(written.clone());
+                    stream.extend(written);
+                }
+            }
+            let (mut reader, mut seen) = (FrameReader::new(), Vec::new());
+            for piece in stream.chunks(step) {
+                reader.push(piece);
+                while let Some(frame) = reader.next_frame().unwrap() {
+                    seen.push(wire(&frame));
+                }
+            }
+            prop_assert_eq!(seen, expected);
+        }
+
+        #[test]
+        fn fuzz_greetings_never_panic(body in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let (a, b) = (NodePrivate::from_bytes([1; 32]), NodePrivate::from_bytes([2; 32]));
+            prop_assert!(open_client_info(&b, &a.public(), &body).is_err());
+            prop_assert!(open_server_info(&a, &b.public(), &body).is_err());
+        }
+
         #[test]
         fn fuzz_reader_never_panics(parts in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..80), 0..8)) {
             let mut reader = FrameReader::new();

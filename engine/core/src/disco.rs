@@ -218,6 +218,20 @@ mod tests {
     }
 
     #[test]
+    fn a_sealed_packet_is_pinned() {
+        // The box was made by another implementation of NaCl's crypto_box.
+        let (a, b) = pair();
+        let sender = "a4e09292b651c278b9772c569f5fa9bb13d906b46ab68c9df9dc2b4409f8a209";
+        let boxed = "16cdad829baef9ec30cf8d18ef20e86c72893fb5d88d16fda49b59914b4e";
+        let expected = format!("5453f09f92ac{sender}{}{boxed}", "05".repeat(24));
+        let message = Message::Ping { tx: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], node_key: None };
+        let mut packet = Vec::new();
+        SharedKey::new(&a, &b.public()).seal(&a.public(), [5; 24], &message, &mut packet);
+        assert_eq!(hex::encode(&packet), expected);
+        assert_eq!(SharedKey::new(&b, &a.public()).open(&mut packet), Ok(message));
+    }
+
+    #[test]
     fn sealed_for_one_peer_opens_there_only() {
         let (a, b) = pair();
         let message = Message::Ping { tx: [7; 12], node_key: Some(NodePublic::from_bytes([3; 32])) };
@@ -243,7 +257,37 @@ mod tests {
         assert_eq!(decode(&[2, 0, 1]), Err(DiscoError::Malformed));
     }
 
+    fn any_message() -> impl Strategy<Value = Message> {
+        let endpoint = (any::<std::net::IpAddr>(), any::<u16>())
+            .prop_map(|(ip, port)| SocketAddr::new(ip.to_canonical(), port));
+        prop_oneof![
+            (any::<TxId>(), proptest::option::of(any::<[u8; 32]>()))
+                .prop_map(|(tx, key)| Message::Ping { tx, node_key: key.map(NodePublic::from_bytes) }),
+            (any::<TxId>(), endpoint.clone()).prop_map(|(tx, observed)| Message::Pong { tx, observed }),
+            proptest::collection::vec(endpoint, 0..MAX_ENDPOINTS)
+                .prop_map(|endpoints| Message::CallMeMaybe { endpoints }),
+            (4u8..).prop_map(Message::Other),
+        ]
+    }
+
     proptest! {
+        #[test]
+        fn messages_round_trip(message in any_message(), nonce in any::<[u8; 24]>()) {
+            let (a, b) = pair();
+            let mut packet = Vec::new();
+            SharedKey::new(&a, &b.public()).seal(&a.public(), nonce, &message, &mut packet);
+            prop_assert_eq!(SharedKey::new(&b, &a.public()).open(&mut packet), Ok(message));
+        }
+
+        #[test]
+        fn fuzz_open_never_panics(mut bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let (a, b) = pair();
+            for (to, from) in bytes.iter_mut().zip(MAGIC) {
+                *to = from;
+            }
+            prop_assert!(SharedKey::new(&a, &b.public()).open(&mut bytes).is_err());
+        }
+
         #[test]
         fn fuzz_decode_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(&bytes);

@@ -104,7 +104,7 @@ fn a_full_message_is_read() {
         ([6].as_slice(), PortRange { first: 80, last: 80 })
     );
     assert_eq!(message.ping_request.unwrap().url, "https://c/ping?a=1&b=2");
-    assert_eq!(message.online_change[&NodeId(8)], false);
+    assert!(!message.online_change[&NodeId(8)]);
     assert_eq!(message.display_messages.unwrap()["*"], None);
     assert_eq!(message.control_time.unwrap().as_millis(), 1_748_736_000_000);
 }
