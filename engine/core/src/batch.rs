@@ -83,6 +83,12 @@ impl<M> Batch<M> {
         })
     }
 
+    /// The packet appended last.
+    #[must_use]
+    pub fn last(&self) -> Option<&[u8]> {
+        self.items.last().map(|(_, range)| &self.buf[range.clone()])
+    }
+
     /// Forgets the packets and keeps the memory.
     pub fn clear(&mut self) {
         self.items.clear();

@@ -1,10 +1,30 @@
-//! The node as a whole.
+//! The node as a whole: one owner of all protocol state, driven by facts and time.
+//!
+//! | file | decides |
+//! |---|---|
+//! | `outbound` | where the pod's packets go, and how WireGuard messages are sent |
+//! | `inbound` | what datagrams and relay packets are, and which of their content reaches the pod |
+//! | `discovery` | disco and STUN: finding and keeping paths |
+//! | `relay` | which DERP regions are connected, and what waits for one |
+//! | `control` | what a netmap change means for peers, filter, names and relays |
+//! | `timers` | what is due when |
+//! | `view` | what others are shown |
+//! | `warm` | what a restart carries over |
 
 pub mod api;
+mod control;
+mod discovery;
+mod inbound;
+mod outbound;
+mod relay;
+mod timers;
+mod tsmp;
+mod view;
+mod warm;
 
-use std::collections::VecDeque;
-use std::net::IpAddr;
-use std::time::Instant;
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
 
 pub use api::{
     Config, ControlEvent, Counters, DerpEvent, DropReason, Event, Gauges, HostUpdate, PathView, PeerView,
@@ -12,65 +32,140 @@ pub use api::{
 };
 
 use crate::batch::{Batch, Outbox, RegionId};
-use crate::snapshot::{Body, Snapshot};
-use crate::tailcfg::{DerpRegion, NetInfo};
-use std::net::SocketAddr;
+use crate::disco;
+use crate::dns::{DnsAction, Magic};
+use crate::filter::FilterState;
+use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
+use crate::netcheck::{Netcheck, StunRequest};
+use crate::netmap::NetMap;
+use crate::path::{Action, PathAgent};
+use crate::peer::{Active, PeerTable, Slot};
+use crate::random::Random;
+use crate::tailcfg::{DerpRegion, EndpointType, UnixTime};
+use crate::wg::{Identity, Tunnel};
+
+use relay::Relays;
+
+/// Packets that wait for handshakes, all peers together.
+const MAX_WAITING: usize = 1024;
+
+/// The underlay as the shell last described it. Before that, both families are assumed to work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Underlay {
+    known: bool,
+    addresses: Vec<IpAddr>,
+    port_v4: Option<u16>,
+    port_v6: Option<u16>,
+}
+
+impl Underlay {
+    fn v4(&self) -> bool {
+        !self.known || self.port_v4.is_some()
+    }
+
+    fn v6(&self) -> bool {
+        !self.known || self.port_v6.is_some()
+    }
+}
 
 /// One node of a tailnet, without I/O.
 pub struct Engine {
-    config: Config,
+    identity: Identity,
+    node_key: NodePrivate,
+    disco_key: DiscoPrivate,
+    disco_public: DiscoPublic,
+    mtu: usize,
+    started: Instant,
+    wall_at_start: UnixTime,
+    random: Random,
+
+    netmap: NetMap,
+    running: bool,
+    control_connected: bool,
+    key_expired: bool,
+    own: HashSet<IpAddr>,
+    filter: FilterState,
+    names: Magic,
+
+    peers: PeerTable,
+    by_index: HashMap<u32, Slot>,
+    timers: BTreeSet<(Instant, Slot)>,
+    waiting: usize,
+    /// Peers of an earlier life that are to be greeted first thing.
+    greet: Vec<Slot>,
+    last_nudge: Option<Instant>,
+
+    relays: Relays,
+    netcheck: Netcheck,
+    underlay: Underlay,
+    endpoints: Vec<(SocketAddr, EndpointType)>,
+    reported: Option<discovery::Reported>,
+    report_at: Option<Instant>,
+    last_report: Option<Instant>,
+    snapshot_at: Option<Instant>,
+    last_snapshot: Option<Instant>,
+
     events: VecDeque<Event>,
     counters: Counters,
+    // Reused between calls.
+    scratch: Vec<u8>,
+    actions: Vec<Action>,
+    stun_requests: Vec<StunRequest>,
+    to_resolve: Vec<String>,
 }
 
 impl Engine {
     /// A node that starts now; with a snapshot it is running at once.
     #[must_use]
-    pub fn new(config: Config, _now: Instant) -> Self {
-        Self { config, events: VecDeque::new(), counters: Counters::default() }
+    pub fn new(config: Config, now: Instant) -> Self {
+        let disco_key = config.snapshot.as_ref().map_or(config.disco_key, |s| s.disco.clone());
+        let mut engine = Self {
+            identity: Identity::new(*config.node_key.expose()),
+            node_key: config.node_key,
+            disco_public: disco_key.public(),
+            disco_key,
+            mtu: usize::from(config.mtu),
+            started: now,
+            wall_at_start: config.wall,
+            random: Random::new(config.random_seed),
+            netmap: NetMap::new(),
+            running: false,
+            control_connected: false,
+            key_expired: false,
+            own: HashSet::new(),
+            filter: FilterState::default(),
+            names: Magic::new(),
+            peers: PeerTable::default(),
+            by_index: HashMap::new(),
+            timers: BTreeSet::new(),
+            waiting: 0,
+            greet: Vec::new(),
+            last_nudge: None,
+            relays: Relays::default(),
+            netcheck: Netcheck::default(),
+            underlay: Underlay::default(),
+            endpoints: Vec::new(),
+            reported: None,
+            report_at: None,
+            last_report: None,
+            snapshot_at: None,
+            last_snapshot: None,
+            events: VecDeque::new(),
+            counters: Counters::default(),
+            scratch: vec![0; usize::from(config.mtu) + 256],
+            actions: Vec::new(),
+            stun_requests: Vec::new(),
+            to_resolve: Vec::new(),
+        };
+        if let Some(snapshot) = config.snapshot {
+            engine.restore(snapshot.body, now);
+        }
+        engine
     }
 
-    /// IP packets from the pod.
-    pub fn handle_tun(&mut self, _packets: &mut Batch<()>, _now: Instant, _out: &mut Outbox) {}
-
-    /// Datagrams from the underlay, with their sources.
-    pub fn handle_udp(&mut self, _datagrams: &mut Batch<SocketAddr>, _now: Instant, _out: &mut Outbox) {}
-
-    /// News of a DERP connection.
-    pub fn handle_derp(
-        &mut self,
-        _region: RegionId,
-        _event: DerpEvent<'_>,
-        _now: Instant,
-        _out: &mut Outbox,
-    ) {
-    }
-
-    /// News of the control session.
-    pub fn handle_control(&mut self, _event: ControlEvent, _now: Instant, _out: &mut Outbox) {}
-
-    /// The underlay's addresses and the ports that the UDP sockets are bound to; `None` without a socket
-    /// of the family.
-    pub fn handle_underlay(
-        &mut self,
-        _addresses: &[IpAddr],
-        _port_v4: Option<u16>,
-        _port_v6: Option<u16>,
-        _now: Instant,
-        _out: &mut Outbox,
-    ) {
-    }
-
-    /// Answer to [`Event::Resolve`]; none when the name has no address or nobody knows.
-    pub fn handle_resolved(&mut self, _host: &str, _addresses: &[IpAddr], _now: Instant, _out: &mut Outbox) {}
-
-    /// The time of [`Engine::poll_timeout`] has come. Calling early does no harm.
-    pub fn handle_timeout(&mut self, _now: Instant, _out: &mut Outbox) {}
-
-    /// When to call [`Engine::handle_timeout`] next.
-    #[must_use]
-    pub fn poll_timeout(&self) -> Option<Instant> {
-        None
+    /// Answers a DNS query of the pod; what the answer is goes to `reply`.
+    pub fn handle_dns(&mut self, query: &[u8], _now: Instant, reply: &mut Vec<u8>) -> DnsAction {
+        self.names.answer(query, reply)
     }
 
     /// The next thing for the shell to do. Ask after every call until there is none.
@@ -78,49 +173,68 @@ impl Engine {
         self.events.pop_front()
     }
 
-    /// The node as its netmap has it.
-    #[must_use]
-    pub fn status(&self) -> Status {
-        Status::default()
+    /// Wall clock at `now`, as the node's own machine has it.
+    fn wall(&self, now: Instant) -> UnixTime {
+        self.wall_at_start.saturating_add(now.saturating_duration_since(self.started))
     }
 
-    /// One entry per peer.
-    #[must_use]
-    pub fn peers(&self, _now: Instant) -> Vec<PeerView> {
-        Vec::new()
+    /// Gives a peer its running state, unless it has it or its key has expired.
+    fn activate(&mut self, slot: Slot, now: Instant) -> bool {
+        let wall = self.netmap.control_time(self.wall(now));
+        let Some(peer) = self.peers.get(slot) else { return false };
+        if peer.active.is_some() {
+            return true;
+        }
+        if self.netmap.peer(peer.id).is_some_and(|node| node.is_expired(wall)) {
+            return false;
+        }
+        let index = loop {
+            let [a, b, c, ..] = self.random.next_u64().to_le_bytes();
+            let index = u32::from_le_bytes([a, b, c, 0]);
+            if !self.by_index.contains_key(&index) {
+                break index;
+            }
+        };
+        let Some(peer) = self.peers.get_mut(slot) else { return false };
+        let jitter = self.random.next_u64();
+        let mut path = PathAgent::new(peer.wireguard_only);
+        path.set_endpoints(&peer.endpoints);
+        let disco = peer.disco;
+        peer.active = Some(Box::new(Active {
+            tunnel: Tunnel::new(&self.identity, *peer.key.as_bytes(), index, jitter, now),
+            path,
+            index,
+            shared: (!disco.is_zero()).then(|| disco::SharedKey::new(&self.disco_key, &disco)),
+            scheduled: None,
+            last_tx: None,
+            last_rx: None,
+            tx_bytes: 0,
+            rx_bytes: 0,
+        }));
+        self.by_index.insert(index, slot);
+        self.schedule(slot);
+        true
     }
 
-    /// Counters since the start.
-    #[must_use]
-    pub fn counters(&self) -> &Counters {
-        &self.counters
-    }
-
-    /// Gauges of now.
-    #[must_use]
-    pub fn gauges(&self, _now: Instant) -> Gauges {
-        Gauges::default()
-    }
-
-    /// What control must know about this node's reachability.
-    #[must_use]
-    pub fn host_update(&self) -> HostUpdate {
-        HostUpdate {
-            endpoints: Vec::new(),
-            net_info: NetInfo::default(),
-            disco: self.config.disco_key.public(),
+    /// Ends a peer's running state.
+    fn deactivate(&mut self, slot: Slot) {
+        if let Some(active) = self.peers.get_mut(slot).and_then(|peer| peer.active.take()) {
+            self.forget(slot, &active);
         }
     }
 
-    /// How to reach a region.
-    #[must_use]
-    pub fn derp_node(&self, _region: RegionId) -> Option<&DerpRegion> {
-        None
+    fn forget(&mut self, slot: Slot, active: &Active) {
+        self.waiting -= active.tunnel.waiting().min(self.waiting);
+        self.by_index.remove(&active.index);
+        if let Some(at) = active.scheduled {
+            self.timers.remove(&(at, slot));
+        }
     }
+}
 
-    /// What the next life needs.
-    #[must_use]
-    pub fn snapshot(&self, _now: Instant) -> Snapshot {
-        Snapshot { disco: self.config.disco_key.clone(), body: Body::default() }
-    }
+/// How a packet came in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Via {
+    Udp(SocketAddr),
+    Derp(RegionId, NodePublic),
 }

@@ -12,10 +12,6 @@
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
 
-mod path;
-mod random;
-mod wg;
-
 pub mod backoff;
 pub mod batch;
 pub mod derp;
@@ -25,10 +21,15 @@ pub mod engine;
 pub mod filter;
 pub mod key;
 pub mod map_frame;
+mod netcheck;
 pub mod netmap;
 pub mod noise;
 pub mod packet;
+mod path;
+mod peer;
+mod random;
 pub mod register;
 pub mod snapshot;
 pub mod stun;
 pub mod tailcfg;
+mod wg;

@@ -33,7 +33,6 @@ const MAX_PROBES: usize = 1024;
 const HOME_GAIN: Duration = Duration::from_millis(10);
 /// Traffic on the home relay within this time shows that it lives although STUN does not answer.
 const HOME_HEARD: Duration = Duration::from_secs(120);
-const DEFAULT_STUN_PORT: u16 = 3478;
 
 /// A STUN transaction id.
 pub(crate) type TxId = [u8; 12];
@@ -127,16 +126,15 @@ impl Netcheck {
     /// Takes over a DERP map; a full round follows when the regions changed.
     pub(crate) fn set_map(&mut self, map: &DerpMap, now: Instant) {
         let mut regions = BTreeMap::new();
-        for (id, region) in map.regions.iter().take(MAX_REGIONS) {
-            let score = map.home_params.region_score.get(id).copied();
-            let old = self.regions.get(id);
+        for (id, region) in map.iter().take(MAX_REGIONS) {
+            let old = self.regions.get(&id);
             regions.insert(
-                *id,
+                id,
                 Region {
                     nodes: region.nodes.iter().filter_map(stun_node).take(NODES_PER_REGION).collect(),
                     home_allowed: !region.avoid && !region.no_measure_no_home && has_derp(&region.nodes),
                     measured: !region.no_measure_no_home,
-                    score: score.filter(|s| s.is_finite() && *s > 0.0).unwrap_or(1.0),
+                    score: map.region_score(id),
                     latency: old.and_then(|r| r.latency),
                     latency_v6: old.and_then(|r| r.latency_v6),
                 },
@@ -150,6 +148,11 @@ impl Netcheck {
     /// Whether any region is known.
     pub(crate) fn has_regions(&self) -> bool {
         !self.regions.is_empty()
+    }
+
+    /// Whether there is one possible home, so that measuring can wait.
+    pub(crate) fn only_choice(&self) -> bool {
+        self.regions.values().filter(|r| r.home_allowed).count() == 1
     }
 
     /// Measures anew soon: our addresses changed.
@@ -170,6 +173,16 @@ impl Netcheck {
             let due = self.last_round.map_or(now, |at| at + Duration::from_millis(QUICK_MIN_MS));
             self.next_quick = Some(due.max(now));
         }
+    }
+
+    /// Host names and their addresses, for a snapshot.
+    pub(crate) fn resolved(&self) -> impl Iterator<Item = (&String, &Vec<IpAddr>)> {
+        self.resolved.iter()
+    }
+
+    /// What an earlier life resolved.
+    pub(crate) fn restore_resolved(&mut self, resolved: Vec<(String, Vec<IpAddr>)>) {
+        self.resolved = resolved.into_iter().take(MAX_REGIONS).collect();
     }
 
     /// A host name's addresses.
@@ -216,7 +229,12 @@ impl Netcheck {
         [repeat, first_home, Some(round.started + ROUND_MAX)].into_iter().flatten().min()
     }
 
-    pub(crate) fn handle_timeout(&mut self, has_home: bool, home: RegionId, ctx: &mut Context<'_>) -> Changed {
+    pub(crate) fn handle_timeout(
+        &mut self,
+        has_home: bool,
+        home: RegionId,
+        ctx: &mut Context<'_>,
+    ) -> Changed {
         let now = ctx.now;
         if let Some(round) = &mut self.round {
             if now >= round.started + ROUND_MAX {
@@ -294,8 +312,14 @@ impl Netcheck {
                 let first = |v6: bool| addrs.iter().copied().find(|a| a.is_ipv6() == v6);
                 for addr in [first(false).filter(|_| ctx.v4), first(true).filter(|_| ctx.v6)] {
                     let Some(addr) = addr.filter(|_| round.probes.len() < MAX_PROBES) else { continue };
-                    let request = StunRequest { to: SocketAddr::new(addr, node.port), txid: ctx.random.bytes() };
-                    round.probes.push(Probe { txid: request.txid, region: *id, to: request.to, sent: ctx.now });
+                    let request =
+                        StunRequest { to: SocketAddr::new(addr, node.port), txid: ctx.random.bytes() };
+                    round.probes.push(Probe {
+                        txid: request.txid,
+                        region: *id,
+                        to: request.to,
+                        sent: ctx.now,
+                    });
                     ctx.requests.push(request);
                 }
             }
@@ -406,10 +430,7 @@ fn has_derp(nodes: &[DerpNode]) -> bool {
 }
 
 fn stun_node(node: &DerpNode) -> Option<StunNode> {
-    let port = match node.stun_port {
-        0 => DEFAULT_STUN_PORT,
-        port => u16::try_from(port).ok()?,
-    };
+    let port = node.stun_port()?;
     // An address "none" switches a family off; an empty one is looked up.
     let fixed: Vec<IpAddr> = [&node.ipv4, &node.ipv6].iter().filter_map(|text| text.parse().ok()).collect();
     let look_up = node.ipv4.is_empty() && node.ipv6.is_empty() || fixed.is_empty();

@@ -203,6 +203,15 @@ impl PathAgent {
         }
     }
 
+    /// We have other addresses now: the paths are to be found again, beginning at once if they are used.
+    pub(crate) fn move_away(&mut self, ctx: &mut Context<'_>) {
+        self.restart(ctx.now);
+        self.last_call = None;
+        if self.active(ctx.now) && !self.wireguard_only {
+            self.ping_all(true, ctx);
+        }
+    }
+
     /// Where a packet goes now.
     pub(crate) fn route(&self, now: Instant) -> Route {
         if self.wireguard_only {

@@ -82,13 +82,10 @@ fn routes(node: &Node) -> Box<[IpNet]> {
 }
 
 /// What an update means for a peer's running state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Upserted {
     pub(crate) slot: Slot,
-    /// The receiver index of a tunnel that ended because the peer has a new key.
-    pub(crate) dropped_index: Option<u32>,
-    /// The peer started anew: its disco key changed.
-    pub(crate) restarted: bool,
+    /// Running state that ended because the peer has another key or none that is valid.
+    pub(crate) dropped: Option<Box<Active>>,
 }
 
 /// All peers, with the look-ups that the data path needs. Changing one peer costs that peer.
@@ -137,8 +134,8 @@ impl PeerTable {
         (0..).map(Slot).zip(&self.slots).filter_map(|(slot, peer)| Some((slot, peer.as_ref()?)))
     }
 
-    pub(crate) fn ids(&self) -> impl Iterator<Item = NodeId> {
-        self.by_id.keys().copied()
+    pub(crate) fn slot(&self, id: NodeId) -> Option<Slot> {
+        self.by_id.get(&id).copied()
     }
 
     /// Adds a peer or brings it up to date.
@@ -151,19 +148,18 @@ impl PeerTable {
             });
             self.link(slot, &new);
             self.slots[slot.at()] = Some(new);
-            return Upserted { slot, dropped_index: None, restarted: false };
+            return Upserted { slot, dropped: None };
         };
-        let mut result = Upserted { slot, dropped_index: None, restarted: false };
+        let mut result = Upserted { slot, dropped: None };
         let Some(old) = self.slots[slot.at()].take() else { return result };
         self.unlink(slot, &old);
         if let Some(mut active) = old.active {
             if old.key != new.key || new.expired || old.wireguard_only != new.wireguard_only {
-                result.dropped_index = Some(active.index);
+                result.dropped = Some(active);
             } else {
                 if old.disco != new.disco {
                     active.shared = None;
                     active.path.restart(now);
-                    result.restarted = true;
                 }
                 if old.endpoints != new.endpoints {
                     active.path.set_endpoints(&new.endpoints);

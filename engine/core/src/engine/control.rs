@@ -1,0 +1,89 @@
+//! What control says, put into force.
+
+use super::*;
+use crate::filter::Filter;
+use crate::netmap::NetMapChange;
+
+impl Engine {
+    /// News of the control session.
+    pub fn handle_control(&mut self, event: ControlEvent, now: Instant, _out: &mut Outbox) {
+        match event {
+            ControlEvent::SessionStarted => {
+                self.control_connected = true;
+                self.netmap.begin_session();
+            }
+            ControlEvent::SessionLost => self.control_connected = false,
+            ControlEvent::Map(message) => {
+                let wall = self.wall(now);
+                match self.netmap.apply(*message, wall) {
+                    Ok(change) => self.apply(change, now),
+                    Err(error) => tracing::warn!(%error, "map message ignored"),
+                }
+            }
+        }
+    }
+
+    pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) {
+        let wall = self.netmap.control_time(self.wall(now));
+        if let Some(ping) = change.ping_request {
+            self.events.push_back(Event::PingRequest(Box::new(ping)));
+        }
+        for node in &change.removed {
+            if let Some(slot) = self.peers.slot(node.id) {
+                self.deactivate(slot);
+                self.peers.remove(node.id);
+            }
+            self.names.remove(node.id);
+        }
+        for id in &change.changed {
+            let Some(node) = self.netmap.peer(*id) else { continue };
+            self.names.upsert(node);
+            let expired = node.is_expired(wall);
+            let update = self.peers.upsert(node, expired, now);
+            if let Some(active) = update.dropped {
+                self.forget(update.slot, &active);
+            }
+        }
+        if change.self_changed {
+            self.apply_self();
+        }
+        if change.self_changed || change.dns_changed {
+            if let Some(node) = self.netmap.self_node() {
+                let none = crate::tailcfg::DnsConfig::default();
+                self.names.configure(node, self.netmap.dns().unwrap_or(&none));
+                self.names.upsert(node);
+            }
+        }
+        if change.self_changed || change.filter_changed {
+            let own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();
+            self.filter.set_filter(Filter::compile(self.netmap.packet_filter().as_deref(), &own));
+        }
+        if change.derp_changed {
+            self.netcheck.set_map(self.netmap.derp_map(), now);
+            let map = self.netmap.derp_map();
+            self.relays.retain(|region| map.region(region).is_some(), &mut self.events);
+            if self.netcheck.only_choice() || self.relays.home().is_some() {
+                // Nothing to measure before the one home there can be is taken, or to leave one that went.
+                self.choose_home(now);
+            }
+        }
+        let worth_keeping = change.session
+            || change.self_changed
+            || change.dns_changed
+            || change.derp_changed
+            || change.filter_changed
+            || !change.changed.is_empty()
+            || !change.removed.is_empty();
+        if worth_keeping {
+            self.snapshot_dirty(now);
+        }
+    }
+
+    fn apply_self(&mut self) {
+        let Some(node) = self.netmap.self_node() else { return };
+        self.running = true;
+        self.own = node.addresses.iter().map(ipnet::IpNet::addr).collect();
+        self.key_expired = false;
+        self.events.push_back(Event::SelfChanged);
+    }
+}

@@ -1,0 +1,313 @@
+//! From the underlay and the relays to the pod.
+
+use std::net::Ipv6Addr;
+
+use super::*;
+use crate::filter::{Pass, Verdict};
+use crate::packet::{Parsed, protocol};
+use crate::stun;
+use crate::wg::{Admission, Kind, Opened, classify};
+
+/// Holds any handshake message.
+const HANDSHAKE_BUF: usize = 256;
+/// The least time between two handshakes that messages for lost sessions cause.
+const NUDGE_EVERY: Duration = Duration::from_millis(100);
+
+/// What came out of a data message.
+enum Inner {
+    /// The batch for the pod is full.
+    NotTaken,
+    Rejected,
+    Keepalive,
+    Delivered(usize),
+    Denied(DropReason),
+    /// A TSMP ping, and the answer to it.
+    Answer(tsmp::Answer),
+    Consumed,
+}
+
+impl Engine {
+    /// Datagrams from the underlay, with their sources.
+    pub fn handle_udp(&mut self, datagrams: &mut Batch<SocketAddr>, now: Instant, out: &mut Outbox) {
+        for (from, datagram) in datagrams.iter_mut() {
+            let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+            if datagram.first_chunk() == Some(&[4, 0, 0, 0]) {
+                self.handle_wireguard(Via::Udp(from), datagram, now, out);
+            } else if stun::is_stun(datagram) {
+                self.handle_stun(datagram, now, out);
+            } else if let Some(sender) = disco::sender(datagram) {
+                self.handle_disco(Via::Udp(from), &sender, datagram, now, out);
+            } else {
+                self.handle_wireguard(Via::Udp(from), datagram, now, out);
+            }
+        }
+    }
+
+    /// News of a DERP connection.
+    pub fn handle_derp(&mut self, region: RegionId, event: DerpEvent<'_>, now: Instant, out: &mut Outbox) {
+        match event {
+            DerpEvent::Connected => self.relays.handle_connected(region, now, out),
+            DerpEvent::Disconnected => self.relays.handle_disconnected(region),
+            DerpEvent::Health { problem } => self.relays.handle_health(region, problem),
+            DerpEvent::PeerGone { peer } => {
+                let slot = self.peers.by_key(&peer);
+                if let Some(active) = slot.and_then(|slot| self.active(slot)) {
+                    if active.path.heard == Some(region) {
+                        active.path.heard = None;
+                    }
+                }
+            }
+            DerpEvent::Packet { source, payload } => {
+                self.relays.handle_heard(region, now);
+                let via = Via::Derp(region, source);
+                match disco::sender(payload) {
+                    Some(sender) => self.handle_disco(via, &sender, payload, now, out),
+                    None => self.handle_wireguard(via, payload, now, out),
+                }
+            }
+        }
+    }
+
+    fn handle_wireguard(&mut self, via: Via, datagram: &mut [u8], now: Instant, out: &mut Outbox) {
+        let result = match classify(datagram) {
+            Kind::Malformed => Err(DropReason::UnknownDatagram),
+            Kind::Initiation => self.handle_initiation(via, datagram, now, out),
+            Kind::Indexed(index) => match self.by_index.get(&(index >> 8)).copied() {
+                Some(slot) if datagram[0] == 4 => self.handle_data(slot, via, datagram, now, out),
+                Some(slot) => self.handle_answer(slot, via, datagram, now, out),
+                None => {
+                    self.nudge(via, now, out);
+                    Err(DropReason::UnknownSession)
+                }
+            },
+        };
+        if let Err(reason) = result {
+            self.counters.drop(reason, 1);
+        }
+    }
+
+    fn handle_initiation(
+        &mut self,
+        via: Via,
+        datagram: &[u8],
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), DropReason> {
+        let mut buf = [0; HANDSHAKE_BUF];
+        match self.identity.admit(via.address(), datagram, now, &mut buf) {
+            Admission::Yes => {}
+            Admission::No => return Err(DropReason::BadCrypto),
+            Admission::Cookie(len) => {
+                match via {
+                    Via::Udp(from) => {
+                        out.udp.push(from, &buf[..len]);
+                    }
+                    Via::Derp(region, peer) => {
+                        let to = crate::batch::DerpDestination { region, peer };
+                        self.relays.send(to, &buf[..len], now, out, &mut self.events);
+                    }
+                }
+                return Err(DropReason::UnderLoad);
+            }
+        }
+        let key = self.identity.initiator(datagram).ok_or(DropReason::BadCrypto)?;
+        let key = NodePublic::from_bytes(key);
+        if matches!(via, Via::Derp(_, source) if source != key) {
+            return Err(DropReason::BadCrypto);
+        }
+        let slot = self.peers.by_key(&key).ok_or(DropReason::UnknownPeer)?;
+        if !self.activate(slot, now) {
+            return Err(DropReason::UnknownPeer);
+        }
+        let active = self.active(slot).ok_or(DropReason::UnknownPeer)?;
+        let Opened::Response(len) = active.tunnel.open(datagram, &mut buf, now) else {
+            return Err(DropReason::BadCrypto);
+        };
+        let answers = match via {
+            Via::Udp(from) => Some(from),
+            Via::Derp(..) => None,
+        };
+        self.note_via(slot, via, now);
+        self.note_handshake(now);
+        self.transmit(slot, &buf[..len], false, answers, now, out);
+        Ok(())
+    }
+
+    /// A handshake response or a cookie reply.
+    fn handle_answer(
+        &mut self,
+        slot: Slot,
+        via: Via,
+        datagram: &[u8],
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), DropReason> {
+        let mut buf = [0; HANDSHAKE_BUF];
+        let active = self.active(slot).ok_or(DropReason::UnknownSession)?;
+        match active.tunnel.open(datagram, &mut buf, now) {
+            Opened::Established(len) => {
+                let confirms = active.tunnel.waiting() == 0;
+                self.note_via(slot, via, now);
+                self.note_handshake(now);
+                if confirms {
+                    self.transmit(slot, &buf[..len], false, None, now, out);
+                }
+                self.flush(slot, now, out);
+                self.schedule(slot);
+                Ok(())
+            }
+            Opened::Cookie => Ok(()),
+            Opened::Packet(_) | Opened::Keepalive | Opened::Response(_) | Opened::Rejected => {
+                Err(DropReason::BadCrypto)
+            }
+        }
+    }
+
+    fn handle_data(
+        &mut self,
+        slot: Slot,
+        via: Via,
+        datagram: &[u8],
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), DropReason> {
+        // Taken out for a moment so that the filter can look at the other peers.
+        let Some(mut active) = self.peers.get_mut(slot).and_then(|p| p.active.take()) else {
+            return Err(DropReason::UnknownSession);
+        };
+        let was_ready = active.tunnel.ready(now);
+        let mut inner = Inner::NotTaken;
+        out.tun.push_with((), datagram.len(), |buf| {
+            inner = match active.tunnel.open(datagram, buf, now) {
+                Opened::Packet(len) => self.judge(slot, buf.get(..len)?),
+                Opened::Keepalive => Inner::Keepalive,
+                Opened::Response(_) | Opened::Established(_) | Opened::Cookie | Opened::Rejected => {
+                    Inner::Rejected
+                }
+            };
+            match inner {
+                Inner::Delivered(len) => Some(len),
+                Inner::NotTaken
+                | Inner::Rejected
+                | Inner::Keepalive
+                | Inner::Denied(_)
+                | Inner::Answer(_)
+                | Inner::Consumed => None,
+            }
+        });
+        let now_ready = active.tunnel.ready(now);
+        let rekey = active.tunnel.must_rekey(now);
+        if let Inner::Delivered(len) = inner {
+            let len = u64::try_from(len).unwrap_or_default();
+            self.counters.rx_packets += 1;
+            self.counters.rx_bytes += len;
+            active.rx_bytes += len;
+            active.last_rx = Some(now);
+        }
+        if let Some(peer) = self.peers.get_mut(slot) {
+            peer.active = Some(active);
+        }
+        if matches!(inner, Inner::NotTaken) {
+            return Err(DropReason::QueueFull);
+        }
+        if matches!(inner, Inner::Rejected) {
+            return Err(DropReason::BadCrypto);
+        }
+        self.note_via(slot, via, now);
+        if now_ready && !was_ready {
+            self.flush(slot, now, out);
+        }
+        if rekey {
+            self.initiate(slot, false, now, out);
+        }
+        self.schedule(slot);
+        match inner {
+            Inner::Denied(reason) => Err(reason),
+            Inner::Answer(answer) => self.send_data(slot, answer.packet(), now, out),
+            Inner::Delivered(_) | Inner::Keepalive | Inner::Consumed | Inner::NotTaken | Inner::Rejected => {
+                Ok(())
+            }
+        }
+    }
+
+    /// Decides about a decrypted packet.
+    fn judge(&mut self, slot: Slot, packet: &[u8]) -> Inner {
+        let Ok(parsed) = Parsed::parse(packet) else { return Inner::Denied(DropReason::Malformed) };
+        if self.peers.by_ip(parsed.src) != Some(slot) {
+            return Inner::Denied(DropReason::PeerSource);
+        }
+        if parsed.protocol == protocol::TSMP {
+            return match tsmp::answer(packet, &parsed) {
+                Some(answer) if self.own.contains(&parsed.dst) => Inner::Answer(answer),
+                Some(_) | None => Inner::Consumed,
+            };
+        }
+        let Some(peer) = self.peers.get(slot) else { return Inner::Denied(DropReason::PeerSource) };
+        let (id, jailed) = (peer.id, peer.jailed);
+        let netmap = &self.netmap;
+        let has_cap = |cap: &str| netmap.peer(id).is_some_and(|node| node.cap_map.contains_key(cap));
+        match self.filter.check_in(&parsed, has_cap) {
+            Verdict::Accept(Pass::Rule(_)) if jailed => Inner::Denied(DropReason::Filter),
+            Verdict::Accept(_) => Inner::Delivered(parsed.length),
+            Verdict::Drop(crate::filter::DropReason::NotOwn) => Inner::Denied(DropReason::NotForUs),
+            Verdict::Drop(_) => Inner::Denied(DropReason::Filter),
+        }
+    }
+
+    /// A peer's authentic WireGuard message came this way.
+    fn note_via(&mut self, slot: Slot, via: Via, now: Instant) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let key = peer.key;
+        let Some(active) = peer.active.as_deref_mut() else { return };
+        match via {
+            Via::Udp(from) => active.path.note_received(from, now),
+            Via::Derp(region, source) if source == key => active.path.heard = Some(region),
+            Via::Derp(..) => {}
+        }
+    }
+
+    fn note_handshake(&mut self, now: Instant) {
+        self.counters.handshakes += 1;
+        self.counters.last_handshake = Some(self.wall(now));
+        self.snapshot_dirty(now);
+    }
+
+    /// A message for a session that is not ours any more: its sender will find out in 15 s by itself, or
+    /// at once from a handshake.
+    fn nudge(&mut self, via: Via, now: Instant, out: &mut Outbox) {
+        if self.last_nudge.is_some_and(|last| now.duration_since(last) < NUDGE_EVERY) {
+            return;
+        }
+        self.last_nudge = Some(now);
+        let slot = match via {
+            Via::Derp(_, source) => self.peers.by_key(&source),
+            Via::Udp(from) => self.peers.iter().find_map(|(slot, peer)| {
+                let best = peer.active.as_ref().and_then(|a| a.path.best());
+                (best == Some(from) || peer.endpoints.contains(&from)).then_some(slot)
+            }),
+        };
+        let Some(slot) = slot.filter(|slot| self.activate(*slot, now)) else { return };
+        if let Via::Derp(region, _) = via {
+            if let Some(active) = self.active(slot) {
+                active.path.heard = Some(region);
+            }
+        }
+        if self.active(slot).is_some_and(|a| !a.tunnel.ready(now) && !a.tunnel.attempting()) {
+            self.initiate(slot, false, now, out);
+        }
+    }
+}
+
+impl Via {
+    /// What a cookie is bound to: the address, or a stand-in for a sender that the relay vouches for.
+    fn address(self) -> IpAddr {
+        match self {
+            Via::Udp(from) => from.ip(),
+            Via::Derp(_, source) => {
+                let mut octets = [0; 16];
+                octets.copy_from_slice(&source.as_bytes()[..16]);
+                IpAddr::V6(Ipv6Addr::from(octets))
+            }
+        }
+    }
+}

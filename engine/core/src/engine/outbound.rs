@@ -1,0 +1,248 @@
+//! From the pod to peers.
+
+use super::*;
+use crate::batch::DerpDestination;
+use crate::packet::Parsed;
+use crate::path::{Context, Route};
+use crate::wg::{INITIATION_LEN, OVERHEAD};
+
+/// What became of a packet that should be encrypted.
+enum Sent {
+    Yes { rekey: bool },
+    NoSession,
+    Dropped(DropReason),
+}
+
+impl Engine {
+    /// IP packets from the pod.
+    pub fn handle_tun(&mut self, packets: &mut Batch<()>, now: Instant, out: &mut Outbox) {
+        for (_, packet) in packets.iter() {
+            if let Err(reason) = self.route_packet(packet, now, out) {
+                self.counters.drop(reason, 1);
+            }
+        }
+    }
+
+    fn route_packet(&mut self, packet: &[u8], now: Instant, out: &mut Outbox) -> Result<(), DropReason> {
+        if packet.len() > self.mtu {
+            return Err(DropReason::TooBig);
+        }
+        let parsed = Parsed::parse(packet).map_err(|_| DropReason::Malformed)?;
+        if !self.own.contains(&parsed.src) {
+            return Err(DropReason::SourceNotOurs);
+        }
+        if is_service(parsed.dst) {
+            return Err(DropReason::ServiceAddress);
+        }
+        // Nodes speak TSMP, pods do not.
+        if parsed.protocol == crate::packet::protocol::TSMP {
+            return Err(DropReason::Filter);
+        }
+        let slot = self.peers.by_ip(parsed.dst).ok_or(DropReason::NoPeer)?;
+        if !self.activate(slot, now) {
+            return Err(DropReason::NoPeer);
+        }
+        self.filter.note_out(&parsed);
+        self.send_data(slot, packet, now, out)
+    }
+
+    /// Encrypts and sends, or keeps the packet until a handshake is done.
+    pub(super) fn send_data(
+        &mut self,
+        slot: Slot,
+        packet: &[u8],
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), DropReason> {
+        let rekey = match self.seal(slot, packet, now, out) {
+            Sent::Yes { rekey } => rekey,
+            Sent::Dropped(reason) => return Err(reason),
+            Sent::NoSession => {
+                let full = self.waiting >= MAX_WAITING;
+                let Some(active) = self.active(slot) else { return Err(DropReason::NoPeer) };
+                if full {
+                    return Err(DropReason::HandshakeQueueFull);
+                }
+                let dropped = active.tunnel.wait(packet, now);
+                let attempting = active.tunnel.attempting();
+                self.waiting += 1;
+                self.waiting -= dropped;
+                self.counters.drop(DropReason::HandshakeQueueFull, dropped);
+                if attempting {
+                    self.note_sent(slot, now, out);
+                } else {
+                    self.initiate(slot, false, now, out);
+                }
+                self.schedule(slot);
+                return Ok(());
+            }
+        };
+        let len = u64::try_from(packet.len()).unwrap_or_default();
+        self.counters.tx_packets += 1;
+        self.counters.tx_bytes += len;
+        if let Some(active) = self.active(slot) {
+            active.last_tx = Some(now);
+            active.tx_bytes += len;
+        }
+        self.note_sent(slot, now, out);
+        if rekey {
+            self.initiate(slot, false, now, out);
+        }
+        self.schedule(slot);
+        Ok(())
+    }
+
+    fn seal(&mut self, slot: Slot, packet: &[u8], now: Instant, out: &mut Outbox) -> Sent {
+        let Some(peer) = self.peers.get_mut(slot) else { return Sent::NoSession };
+        let (home, key) = (peer.home, peer.key);
+        let Some(active) = peer.active.as_deref_mut() else { return Sent::NoSession };
+        if !active.tunnel.ready(now) {
+            return Sent::NoSession;
+        }
+        let route = active.path.route(now);
+        let to = relay_for(active, home, key, &self.relays);
+        let need = (packet.len() + OVERHEAD).max(INITIATION_LEN);
+        let mut sealed = None;
+        if let Some(addr) = route.udp {
+            let tunnel = &mut active.tunnel;
+            let pushed = out.udp.push_with(addr, need, |buf| {
+                sealed = tunnel.seal(packet, buf, now);
+                sealed.as_ref().map(|s| s.len)
+            });
+            match (&sealed, pushed) {
+                (Some(sealed), true) => {
+                    let rekey = sealed.rekey;
+                    self.counters.udp_sent += 1;
+                    if let (true, Some(to), Some(copy)) = (route.derp, to, out.udp.last()) {
+                        // A copy for safety: its loss is no loss.
+                        self.scratch.clear();
+                        self.scratch.extend_from_slice(copy);
+                        if self.relays.send(to, &self.scratch, now, out, &mut self.events) {
+                            self.counters.derp_sent += 1;
+                        }
+                    }
+                    return Sent::Yes { rekey };
+                }
+                (None, false) if active.tunnel.ready(now) => return Sent::Dropped(DropReason::QueueFull),
+                _ => return Sent::NoSession,
+            }
+        }
+        let Some(to) = to.filter(|_| route.derp) else { return Sent::Dropped(DropReason::NoPath) };
+        self.scratch.resize(need, 0);
+        let Some(sealed) = active.tunnel.seal(packet, &mut self.scratch, now) else { return Sent::NoSession };
+        if !self.relays.send(to, &self.scratch[..sealed.len], now, out, &mut self.events) {
+            return Sent::Dropped(DropReason::QueueFull);
+        }
+        self.counters.derp_sent += 1;
+        Sent::Yes { rekey: sealed.rekey }
+    }
+
+    /// Begins or repeats a handshake. False when it is too early for that.
+    pub(super) fn initiate(&mut self, slot: Slot, again: bool, now: Instant, out: &mut Outbox) -> bool {
+        let Some(active) = self.active(slot) else { return false };
+        let again = again && active.tunnel.attempting();
+        let Some(message) = active.tunnel.initiate(now) else { return false };
+        // What was not answered by one way is tried by both.
+        self.transmit(slot, &message, again, None, now, out);
+        self.schedule(slot);
+        true
+    }
+
+    pub(super) fn send_keepalive(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
+        match self.seal(slot, &[], now, out) {
+            Sent::Yes { .. } => self.note_sent(slot, now, out),
+            Sent::NoSession | Sent::Dropped(_) => {}
+        }
+    }
+
+    /// Sends what waited for a session.
+    pub(super) fn flush(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
+        while let Some(active) = self.active(slot).filter(|a| a.tunnel.ready(now)) {
+            let Some(packet) = active.tunnel.next_waiting() else { return };
+            self.waiting = self.waiting.saturating_sub(1);
+            if let Err(reason) = self.send_data(slot, &packet, now, out) {
+                self.counters.drop(reason, 1);
+            }
+        }
+    }
+
+    /// Sends a finished WireGuard message the way packets go, by both ways if so wished, and straight
+    /// back to where the message came from that it answers.
+    pub(super) fn transmit(
+        &mut self,
+        slot: Slot,
+        message: &[u8],
+        both: bool,
+        answers: Option<SocketAddr>,
+        now: Instant,
+        out: &mut Outbox,
+    ) {
+        let Some(peer) = self.peers.get_mut(slot) else { return };
+        let (home, key) = (peer.home, peer.key);
+        let both = both && !peer.wireguard_only;
+        let Some(active) = peer.active.as_deref_mut() else { return };
+        let Route { udp, derp } = active.path.route(now);
+        let to = relay_for(active, home, key, &self.relays).filter(|_| derp || both);
+        let mut sent = false;
+        for addr in [udp, answers.filter(|a| Some(*a) != udp)].into_iter().flatten() {
+            sent |= out.udp.push(addr, message);
+            self.counters.udp_sent += 1;
+        }
+        if let Some(to) = to {
+            sent |= self.relays.send(to, message, now, out, &mut self.events);
+            self.counters.derp_sent += 1;
+        }
+        if !sent {
+            self.counters.drop(DropReason::NoPath, 1);
+        }
+        self.note_sent(slot, now, out);
+        self.schedule(slot);
+    }
+
+    fn note_sent(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
+        self.netcheck.note_traffic(now);
+        self.with_path(slot, now, out, PathAgent::note_send);
+    }
+
+    /// Lets `call` work on a peer's path and does what the path wants.
+    pub(super) fn with_path(
+        &mut self,
+        slot: Slot,
+        now: Instant,
+        out: &mut Outbox,
+        call: impl FnOnce(&mut PathAgent, &mut Context<'_>),
+    ) {
+        let Some(active) = self.peers.get_mut(slot).and_then(|p| p.active.as_deref_mut()) else { return };
+        let mut ctx = Context {
+            now,
+            random: &mut self.random,
+            actions: &mut self.actions,
+            v4: self.underlay.v4(),
+            v6: self.underlay.v6(),
+        };
+        call(&mut active.path, &mut ctx);
+        if !self.actions.is_empty() {
+            self.act(slot, now, out);
+        }
+    }
+}
+
+/// The relay a peer is reached through: where it was last heard as long as that is connected, else its
+/// home, else ours.
+pub(super) fn relay_for(
+    active: &Active,
+    home: RegionId,
+    peer: NodePublic,
+    relays: &Relays,
+) -> Option<DerpDestination> {
+    let heard = active.path.heard.filter(|region| relays.is_connected(*region));
+    let region = heard.or(Some(home)).filter(|r| r.is_some()).unwrap_or(relays.home());
+    region.is_some().then_some(DerpDestination { region, peer })
+}
+
+fn is_service(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => ip.octets() == [100, 100, 100, 100],
+        IpAddr::V6(ip) => ip.segments() == [0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53],
+    }
+}

@@ -1,0 +1,125 @@
+//! What is due when. Each active peer has one entry; it may fire early, never late.
+
+use super::*;
+use crate::wg::Due;
+
+/// The least time between two snapshots, and how long changes are gathered.
+const SNAPSHOT_EVERY: Duration = Duration::from_secs(2);
+const SNAPSHOT_AFTER: Duration = Duration::from_millis(200);
+
+impl Engine {
+    /// When to call [`Engine::handle_timeout`] next.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let greet = (!self.greet.is_empty()).then_some(self.started);
+        [
+            greet,
+            self.timers.first().map(|(at, _)| *at),
+            self.relays.deadline(),
+            self.netcheck.deadline(self.relays.home().is_some()),
+            self.report_at,
+            self.snapshot_at,
+            self.key_expiry(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// The time of [`Engine::poll_timeout`] has come. Calling early does no harm.
+    pub fn handle_timeout(&mut self, now: Instant, out: &mut Outbox) {
+        self.greet_peers(now, out);
+        while let Some((at, slot)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
+            self.timers.remove(&(at, slot));
+            if let Some(active) = self.active(slot) {
+                active.scheduled = None;
+            }
+            self.peer_timeout(slot, now, out);
+            self.schedule(slot);
+        }
+        if self.relays.deadline().is_some_and(|at| at <= now) {
+            self.relays.handle_timeout(now, &mut self.events);
+        }
+        if self.netcheck.deadline(self.relays.home().is_some()).is_some_and(|at| at <= now) {
+            self.netcheck_timeout(now, out);
+        }
+        if self.report_at.is_some_and(|at| at <= now) {
+            self.report(now);
+        }
+        if self.snapshot_at.is_some_and(|at| at <= now) {
+            self.snapshot_at = None;
+            self.last_snapshot = Some(now);
+            self.events.push_back(Event::SnapshotDirty);
+        }
+        if self.key_expiry().is_some_and(|at| at <= now) {
+            self.key_expired = true;
+            self.events.push_back(Event::KeyExpired);
+        }
+    }
+
+    pub(super) fn active(&mut self, slot: Slot) -> Option<&mut Active> {
+        self.peers.get_mut(slot)?.active.as_deref_mut()
+    }
+
+    fn peer_timeout(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
+        self.with_path(slot, now, out, |path, ctx| path.handle_timeout(ctx));
+        loop {
+            let Some(active) = self.active(slot) else { return };
+            match active.tunnel.handle_timeout(now) {
+                Due::Nothing => return,
+                Due::Initiate => {
+                    if !self.initiate(slot, true, now, out) {
+                        return;
+                    }
+                }
+                Due::Keepalive => self.send_keepalive(slot, now, out),
+                Due::GaveUp(dropped) => {
+                    self.waiting -= dropped.min(self.waiting);
+                    self.counters.drop(DropReason::HandshakeTimeout, dropped);
+                }
+                Due::Idle => {
+                    self.deactivate(slot);
+                    self.snapshot_dirty(now);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Sees to it that a peer's entry is early enough.
+    pub(super) fn schedule(&mut self, slot: Slot) {
+        let Some(active) = self.peers.get_mut(slot).and_then(|p| p.active.as_deref_mut()) else { return };
+        let tunnel = active.tunnel.deadline();
+        let due = active.path.deadline().map_or(tunnel, |path| path.min(tunnel));
+        match active.scheduled {
+            Some(at) if at <= due => return,
+            Some(at) => {
+                self.timers.remove(&(at, slot));
+            }
+            None => {}
+        }
+        active.scheduled = Some(due);
+        self.timers.insert((due, slot));
+    }
+
+    pub(super) fn snapshot_dirty(&mut self, now: Instant) {
+        if self.snapshot_at.is_none() {
+            let spaced = self.last_snapshot.map_or(now, |at| at + SNAPSHOT_EVERY);
+            self.snapshot_at = Some(spaced.max(now + SNAPSHOT_AFTER));
+        }
+    }
+
+    /// When the node's own key expires, if that was not reported yet.
+    fn key_expiry(&self) -> Option<Instant> {
+        if self.key_expired {
+            return None;
+        }
+        let node = self.netmap.self_node()?;
+        if node.expired {
+            return Some(self.started);
+        }
+        let start = self.netmap.control_time(self.wall_at_start);
+        // Beyond what an Instant can hold it does not expire in this life.
+        self.started.checked_add(node.key_expiry?.saturating_since(start))
+    }
+}

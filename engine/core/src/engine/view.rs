@@ -1,0 +1,91 @@
+//! What others are shown.
+
+use super::*;
+
+impl Engine {
+    /// The node as its netmap has it.
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let node = self.netmap.self_node().map(|node| SelfView {
+            name: node.name.trim_end_matches('.').to_owned(),
+            addresses: node.addresses.clone(),
+            tags: node.tags.clone(),
+            stable_id: node.stable_id.clone(),
+            key_expiry: node.key_expiry,
+            machine_authorized: node.machine_authorized,
+        });
+        let relay = self.relays.health().map(str::to_owned);
+        Status {
+            running: self.running,
+            control_connected: self.control_connected,
+            node,
+            home_derp: self.relays.home(),
+            health: self.netmap.health().map(str::to_owned).chain(relay).collect(),
+        }
+    }
+
+    /// One entry per peer.
+    #[must_use]
+    pub fn peers(&self, now: Instant) -> Vec<PeerView> {
+        let view = |(_, peer): (Slot, &crate::peer::Peer)| {
+            let node = self.netmap.peer(peer.id);
+            let active = peer.active.as_deref();
+            let age = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
+            PeerView {
+                id: peer.id,
+                key: peer.key,
+                name: node.map(|n| n.name.trim_end_matches('.').to_owned()).unwrap_or_default(),
+                addresses: node
+                    .map(|n| n.addresses.iter().map(ipnet::IpNet::addr).collect())
+                    .unwrap_or_default(),
+                path: active.map_or(PathView::Idle, |a| self.path_view(a, peer.home, now)),
+                handshake_age: age(active.and_then(|a| a.tunnel.established())),
+                last_tx_age: age(active.and_then(|a| a.last_tx)),
+                last_rx_age: age(active.and_then(|a| a.last_rx)),
+                tx_bytes: active.map_or(0, |a| a.tx_bytes),
+                rx_bytes: active.map_or(0, |a| a.rx_bytes),
+            }
+        };
+        self.peers.iter().map(view).collect()
+    }
+
+    fn path_view(&self, active: &Active, home: RegionId, now: Instant) -> PathView {
+        if let Some((addr, rtt)) = active.path.trusted(now) {
+            return PathView::Direct(addr, rtt);
+        }
+        if !active.path.active(now) {
+            return PathView::Idle;
+        }
+        let to = outbound::relay_for(active, home, self.node_key.public(), &self.relays);
+        to.map_or(PathView::Idle, |to| PathView::Relay(to.region))
+    }
+
+    /// Counters since the start.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Gauges of now.
+    #[must_use]
+    pub fn gauges(&self, now: Instant) -> Gauges {
+        let mut gauges =
+            Gauges { peers: self.peers.len(), derp_connected: self.relays.connected(), ..Gauges::default() };
+        for slot in self.by_index.values() {
+            let Some(peer) = self.peers.get(*slot) else { continue };
+            let Some(active) = peer.active.as_deref() else { continue };
+            match self.path_view(active, peer.home, now) {
+                PathView::Direct(..) => gauges.peers_direct += 1,
+                PathView::Relay(_) => gauges.peers_relay += 1,
+                PathView::Idle => {}
+            }
+        }
+        gauges
+    }
+
+    /// How to reach a region.
+    #[must_use]
+    pub fn derp_node(&self, region: RegionId) -> Option<&DerpRegion> {
+        self.netmap.derp_map().region(region)
+    }
+}

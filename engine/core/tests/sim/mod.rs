@@ -1,0 +1,699 @@
+//! Real engines on a simulated network with a simulated clock: hosts with and without NAT, lossy and
+//! reordering links, relays with STUN, and a control server that hands every change on.
+
+#![allow(dead_code)]
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use podtether_core::batch::{Batch, DerpDestination, Outbox, RegionId};
+use podtether_core::engine::{Config, ControlEvent, DerpEvent, Engine, Event, PathView};
+use podtether_core::key::{DiscoPrivate, NodePrivate, NodePublic};
+use podtether_core::snapshot::Snapshot;
+use podtether_core::stun;
+use podtether_core::tailcfg::{
+    DerpMap, DerpNode, DerpRegion, FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime,
+};
+
+pub fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+pub fn secs(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+
+/// splitmix64.
+#[derive(Clone)]
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    pub fn chance(&mut self, per_mille: u64) -> bool {
+        self.below(1000) < per_mille
+    }
+
+    pub fn bytes(&mut self) -> [u8; 32] {
+        let mut out = [0; 32];
+        for chunk in out.chunks_mut(8) {
+            chunk.copy_from_slice(&self.next().to_le_bytes());
+        }
+        out
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Nat {
+    /// A public address of its own.
+    None,
+    /// One mapping for all destinations, answers only from where was sent to.
+    PortRestricted,
+    /// A mapping for each destination, answers only from there.
+    Symmetric,
+}
+
+pub struct Host {
+    pub nat: Nat,
+    inside: SocketAddr,
+    outside_ip: IpAddr,
+    next_port: u16,
+    /// Symmetric: by destination; else under a key that is the same for all.
+    mappings: BTreeMap<Option<SocketAddr>, u16>,
+    allowed: BTreeSet<(u16, SocketAddr)>,
+}
+
+pub struct SimNode {
+    pub engine: Option<Engine>,
+    pub key: NodePrivate,
+    pub host: Host,
+    pub tailnet: Ipv4Addr,
+    pub record: Node,
+    connected: BTreeSet<RegionId>,
+    wanted: BTreeSet<RegionId>,
+    pub snapshot: Option<Vec<u8>>,
+    life: u32,
+    /// Sequence numbers received, with their times.
+    pub received: Vec<(usize, u64, Instant)>,
+    pub events: Vec<Event>,
+    joined: bool,
+    pub wakeups: u64,
+}
+
+enum What {
+    Udp { to: usize, life_of_socket: u32, from: SocketAddr, datagram: Vec<u8> },
+    Derp { to: usize, life: u32, region: RegionId, source: NodePublic, packet: Vec<u8> },
+    DerpUp { node: usize, life: u32, region: RegionId },
+    PeerGone { to: usize, life: u32, region: RegionId, peer: NodePublic },
+    Control { to: usize, life: u32, message: Box<MapResponse>, first: bool },
+    HostUpdate { from: usize, record: Box<Node> },
+    Resolved { to: usize, life: u32, host: String },
+}
+
+struct Pending {
+    at: Instant,
+    seq: u64,
+    what: What,
+}
+
+impl PartialEq for Pending {
+    fn eq(&self, other: &Self) -> bool {
+        (self.at, self.seq) == (other.at, other.seq)
+    }
+}
+impl Eq for Pending {}
+impl PartialOrd for Pending {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+impl Ord for Pending {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        (self.at, self.seq).cmp(&(other.at, other.seq))
+    }
+}
+
+pub struct World {
+    pub now: Instant,
+    pub start: Instant,
+    pub rng: Rng,
+    pub nodes: Vec<SimNode>,
+    queue: BinaryHeap<Reverse<Pending>>,
+    seq: u64,
+    /// Lost UDP datagrams, per mille.
+    pub loss: u64,
+    /// One way, fixed and random part.
+    pub latency: Duration,
+    pub jitter: Duration,
+    pub derp_latency: Duration,
+    pub derp_connect: Duration,
+    /// Hosts that UDP neither leaves nor reaches.
+    pub udp_blocked: BTreeSet<usize>,
+    pub derp_down: bool,
+    pub control_down: bool,
+    pub derp_regions: Vec<u32>,
+    pub control_latency: Duration,
+    /// UDP datagrams between nodes, and packets through relays, that were WireGuard data.
+    pub udp_data: u64,
+    pub derp_data: u64,
+    pub rules: Vec<FilterRule>,
+    /// In each direction between these.
+    pub blocked_pairs: BTreeSet<(usize, usize)>,
+}
+
+const PORT: u16 = 41641;
+
+pub fn allow_all() -> Vec<FilterRule> {
+    let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
+    vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }]
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let start = Instant::now() + secs(1_000_000);
+        Self {
+            now: start,
+            start,
+            rng: Rng(seed),
+            nodes: Vec::new(),
+            queue: BinaryHeap::new(),
+            seq: 0,
+            loss: 0,
+            latency: ms(10),
+            jitter: ms(0),
+            derp_latency: ms(20),
+            derp_connect: ms(60),
+            udp_blocked: BTreeSet::new(),
+            derp_down: false,
+            control_down: false,
+            derp_regions: vec![1],
+            control_latency: ms(30),
+            udp_data: 0,
+            derp_data: 0,
+            rules: allow_all(),
+            blocked_pairs: BTreeSet::new(),
+        }
+    }
+
+    fn derp_map(&self) -> DerpMap {
+        let regions = self.derp_regions.iter().map(|id| {
+            let octet = u8::try_from(*id).expect("small");
+            let node = DerpNode {
+                name: format!("{id}a"),
+                region_id: RegionId(*id),
+                host_name: format!("derp{id}.test"),
+                ipv4: if id % 2 == 1 {
+                    Ipv4Addr::new(198, 51, 100, octet).to_string()
+                } else {
+                    String::new()
+                },
+                ..DerpNode::default()
+            };
+            let region = DerpRegion { region_id: RegionId(*id), nodes: vec![node], ..DerpRegion::default() };
+            (RegionId(*id), region)
+        });
+        DerpMap { regions: Some(regions.collect()), ..DerpMap::default() }
+    }
+
+    fn wall(&self) -> UnixTime {
+        UnixTime::from_secs(1_800_000_000).saturating_add(self.now - self.start)
+    }
+
+    pub fn add(&mut self, nat: Nat) -> usize {
+        let n = self.nodes.len();
+        let octet = u8::try_from(n + 1).expect("few nodes");
+        let outside_ip = IpAddr::from([203, 0, 113, octet]);
+        let inside_ip = if nat == Nat::None { outside_ip } else { IpAddr::from([192, 168, octet, 2]) };
+        let key = NodePrivate::from_bytes(self.rng.bytes());
+        let tailnet = Ipv4Addr::new(100, 64, 0, octet);
+        let record = Node {
+            id: NodeId(n as u64 + 1),
+            stable_id: format!("n{n}"),
+            name: format!("n{n}.sim.ts.net."),
+            key: key.public(),
+            addresses: vec![format!("{tailnet}/32").parse().expect("a net")],
+            allowed_ips: vec![format!("{tailnet}/32").parse().expect("a net")],
+            machine_authorized: true,
+            ..Node::default()
+        };
+        self.nodes.push(SimNode {
+            engine: None,
+            key,
+            host: Host {
+                nat,
+                inside: SocketAddr::new(inside_ip, PORT),
+                outside_ip,
+                next_port: 20_000,
+                mappings: BTreeMap::new(),
+                allowed: BTreeSet::new(),
+            },
+            tailnet,
+            record,
+            connected: BTreeSet::new(),
+            wanted: BTreeSet::new(),
+            snapshot: None,
+            life: 0,
+            received: Vec::new(),
+            events: Vec::new(),
+            joined: false,
+            wakeups: 0,
+        });
+        n
+    }
+
+    /// Starts a node's engine: its process begins.
+    pub fn boot(&mut self, n: usize, snapshot: bool) {
+        let seed = self.rng.bytes();
+        let disco = DiscoPrivate::from_bytes(self.rng.bytes());
+        let wall = self.wall();
+        let node = &mut self.nodes[n];
+        let snapshot = node.snapshot.as_ref().filter(|_| snapshot);
+        let snapshot = snapshot.map(|bytes| Snapshot::from_bytes(bytes).expect("our own snapshot"));
+        let config = Config {
+            node_key: node.key.clone(),
+            disco_key: disco,
+            mtu: 1280,
+            random_seed: seed,
+            wall,
+            snapshot,
+        };
+        let mut engine = Engine::new(config, self.now);
+        let mut out = Outbox::default();
+        let inside = node.host.inside;
+        engine.handle_underlay(&[inside.ip()], Some(inside.port()), None, self.now, &mut out);
+        node.engine = Some(engine);
+        self.emit(n, &mut out);
+        self.open_session(n);
+    }
+
+    fn open_session(&mut self, n: usize) {
+        if self.control_down {
+            return;
+        }
+        let update = self.nodes[n].engine.as_ref().expect("booted").host_update();
+        let mut record = self.nodes[n].record.clone();
+        record.disco_key = update.disco;
+        record.endpoints = update.endpoints.iter().map(|e| e.0).collect();
+        record.home_derp = update.net_info.preferred_derp;
+        self.push(self.control_latency, What::HostUpdate { from: n, record: Box::new(record) });
+        let life = self.nodes[n].life;
+        // The answer is made when the request arrives; `first` marks it.
+        self.push(
+            self.control_latency * 2,
+            What::Control { to: n, life, message: Box::default(), first: true },
+        );
+    }
+
+    /// `kill -9`: what was in memory is gone, the socket and its NAT mappings stay.
+    pub fn kill(&mut self, n: usize) {
+        let node = &mut self.nodes[n];
+        node.engine = None;
+        node.life += 1;
+        node.connected.clear();
+        node.wanted.clear();
+    }
+
+    /// The host's NAT forgets and gives new ports from now on.
+    pub fn reset_nat(&mut self, n: usize) {
+        let host = &mut self.nodes[n].host;
+        host.mappings.clear();
+        host.allowed.clear();
+        host.next_port += 1000;
+    }
+
+    fn push(&mut self, after: Duration, what: What) {
+        self.seq += 1;
+        self.queue.push(Reverse(Pending { at: self.now + after, seq: self.seq, what }));
+    }
+
+    pub fn engine(&mut self, n: usize) -> &mut Engine {
+        self.nodes[n].engine.as_mut().expect("booted")
+    }
+
+    pub fn path(&self, from: usize, to: usize) -> PathView {
+        let key = self.nodes[to].key.public();
+        let engine = self.nodes[from].engine.as_ref().expect("booted");
+        engine.peers(self.now).into_iter().find(|p| p.key == key).map_or(PathView::Idle, |p| p.path)
+    }
+
+    pub fn direct(&self, from: usize, to: usize) -> bool {
+        matches!(self.path(from, to), PathView::Direct(..))
+    }
+
+    /// A UDP packet of the pod, with a sequence number.
+    pub fn send(&mut self, from: usize, to: usize, seq: u64) {
+        let packet = udp_packet(self.nodes[from].tailnet, self.nodes[to].tailnet, 5000, 5000, seq);
+        self.send_raw(from, &packet);
+    }
+
+    pub fn send_raw(&mut self, from: usize, packet: &[u8]) {
+        let mut batch = Batch::new();
+        assert!(batch.push((), packet));
+        let mut out = Outbox::default();
+        let now = self.now;
+        if let Some(engine) = self.nodes[from].engine.as_mut() {
+            engine.handle_tun(&mut batch, now, &mut out);
+            self.emit(from, &mut out);
+        }
+    }
+
+    /// Runs until `until`, or for ever early when nothing is left.
+    pub fn run(&mut self, until: Instant) {
+        loop {
+            let packet = self.queue.peek().map(|Reverse(p)| p.at);
+            let timer = self
+                .nodes
+                .iter()
+                .enumerate()
+                .filter_map(|(n, node)| Some((node.engine.as_ref()?.poll_timeout()?, n)))
+                .min();
+            let next = [packet, timer.map(|t| t.0)].into_iter().flatten().min();
+            let Some(next) = next.filter(|next| *next <= until) else { break };
+            self.now = self.now.max(next);
+            if packet == Some(next) {
+                let Some(Reverse(pending)) = self.queue.pop() else { break };
+                self.deliver(pending.what);
+            } else if let Some((_, n)) = timer {
+                let mut out = Outbox::default();
+                let now = self.now;
+                self.nodes[n].wakeups += 1;
+                self.engine(n).handle_timeout(now, &mut out);
+                self.emit(n, &mut out);
+                let again = self.engine(n).poll_timeout();
+                assert!(again.is_none_or(|at| at > now), "node {n} is due again at once");
+            }
+        }
+        self.now = until;
+    }
+
+    pub fn run_for(&mut self, time: Duration) {
+        self.run(self.now + time);
+    }
+
+    /// Sends what an engine wants sent and does what it asks for.
+    fn emit(&mut self, n: usize, out: &mut Outbox) {
+        let udp: Vec<_> = out.udp.iter().map(|(to, d)| (*to, d.to_vec())).collect();
+        let derp: Vec<_> = out.derp.iter().map(|(to, d)| (*to, d.to_vec())).collect();
+        let tun: Vec<_> = out.tun.iter().map(|(_, d)| d.to_vec()).collect();
+        out.clear();
+        for packet in tun {
+            self.take_packet(n, &packet);
+        }
+        for (to, datagram) in udp {
+            self.udp(n, to, datagram);
+        }
+        for (to, packet) in derp {
+            self.derp(n, to, packet);
+        }
+        while let Some(event) = self.engine(n).poll_event() {
+            self.event(n, event);
+        }
+    }
+
+    fn take_packet(&mut self, n: usize, packet: &[u8]) {
+        let octet = usize::from(packet[15]);
+        let seq = packet.get(28..36).map_or(0, |b| u64::from_be_bytes(b.try_into().expect("8")));
+        let now = self.now;
+        self.nodes[n].received.push((octet - 1, seq, now));
+    }
+
+    fn udp(&mut self, n: usize, to: SocketAddr, datagram: Vec<u8>) {
+        if datagram.first() == Some(&4) && datagram.len() > 32 {
+            self.udp_data += 1;
+        }
+        if self.udp_blocked.contains(&n) {
+            return;
+        }
+        let host = &mut self.nodes[n].host;
+        let from = match host.nat {
+            Nat::None => host.inside,
+            Nat::PortRestricted | Nat::Symmetric => {
+                let key = (host.nat == Nat::Symmetric).then_some(to);
+                let next = host.next_port;
+                let port = *host.mappings.entry(key).or_insert(next);
+                if port == next {
+                    host.next_port += 1;
+                }
+                host.allowed.insert((port, to));
+                SocketAddr::new(host.outside_ip, port)
+            }
+        };
+        if self.rng.chance(self.loss) {
+            return;
+        }
+        let jitter = Duration::from_micros(self.rng.below(self.jitter.as_micros().max(1) as u64));
+        let delay = self.latency + jitter;
+        if let IpAddr::V4(ip) = to.ip() {
+            if ip.octets()[..3] == [198, 51, 100] {
+                let distance = ms(u64::from(ip.octets()[3]) * 7);
+                if let Ok(tx) = stun::parse_request(&datagram) {
+                    let answer = stun::response(&tx, from);
+                    self.push(
+                        distance * 2 + ms(2),
+                        What::Udp { to: n, life_of_socket: 0, from: to, datagram: answer },
+                    );
+                    // STUN answers pass the same NAT that the request opened.
+                }
+                return;
+            }
+        }
+        // Private addresses are reachable from nowhere else here.
+        for target in 0..self.nodes.len() {
+            let host = &self.nodes[target].host;
+            let reaches = match host.nat {
+                Nat::None => host.inside == to,
+                Nat::PortRestricted | Nat::Symmetric => {
+                    to.ip() == host.outside_ip && host.allowed.contains(&(to.port(), from))
+                }
+            };
+            if reaches && !self.blocked_pairs.contains(&(n, target)) {
+                let pending = What::Udp { to: target, life_of_socket: 0, from, datagram };
+                self.push(delay, pending);
+                return;
+            }
+        }
+    }
+
+    fn derp(&mut self, n: usize, to: DerpDestination, packet: Vec<u8>) {
+        if packet.first() == Some(&4) && packet.len() > 32 {
+            self.derp_data += 1;
+        }
+        if self.derp_down || !self.nodes[n].connected.contains(&to.region) {
+            return;
+        }
+        let source = self.nodes[n].key.public();
+        let target = self.nodes.iter().position(|node| node.key.public() == to.peer);
+        match target.filter(|t| self.nodes[*t].connected.contains(&to.region)) {
+            Some(target) => {
+                let life = self.nodes[target].life;
+                self.push(
+                    self.derp_latency,
+                    What::Derp { to: target, life, region: to.region, source, packet },
+                );
+            }
+            None => {
+                let life = self.nodes[n].life;
+                let gone = What::PeerGone { to: n, life, region: to.region, peer: to.peer };
+                self.push(self.derp_latency, gone);
+            }
+        }
+    }
+
+    pub fn take_derp_down(&mut self) {
+        self.derp_down = true;
+        for n in 0..self.nodes.len() {
+            let regions = std::mem::take(&mut self.nodes[n].connected);
+            for region in regions {
+                self.tell_derp(n, region, DerpEvent::Disconnected);
+            }
+        }
+    }
+
+    pub fn bring_derp_up(&mut self) {
+        self.derp_down = false;
+        for n in 0..self.nodes.len() {
+            for region in self.nodes[n].wanted.clone() {
+                let life = self.nodes[n].life;
+                self.push(self.derp_connect, What::DerpUp { node: n, life, region });
+            }
+        }
+    }
+
+    fn tell_derp(&mut self, n: usize, region: RegionId, event: DerpEvent<'_>) {
+        let mut out = Outbox::default();
+        let now = self.now;
+        if let Some(engine) = self.nodes[n].engine.as_mut() {
+            engine.handle_derp(region, event, now, &mut out);
+            self.emit(n, &mut out);
+        }
+    }
+
+    fn event(&mut self, n: usize, event: Event) {
+        let life = self.nodes[n].life;
+        match &event {
+            Event::DerpConnect { region } => {
+                self.nodes[n].wanted.insert(*region);
+                self.push(self.derp_connect, What::DerpUp { node: n, life, region: *region });
+            }
+            Event::DerpClose { region } => {
+                self.nodes[n].wanted.remove(region);
+                self.nodes[n].connected.remove(region);
+            }
+            Event::HostUpdate if self.nodes[n].joined && !self.control_down => {
+                let update = self.engine(n).host_update();
+                let mut record = self.nodes[n].record.clone();
+                record.disco_key = update.disco;
+                record.endpoints = update.endpoints.iter().map(|e| e.0).collect();
+                record.home_derp = update.net_info.preferred_derp;
+                self.push(self.control_latency, What::HostUpdate { from: n, record: Box::new(record) });
+            }
+            Event::Resolve { host } => {
+                self.push(ms(5), What::Resolved { to: n, life, host: host.clone() });
+            }
+            Event::SnapshotDirty => {
+                let now = self.now;
+                let bytes = self.engine(n).snapshot(now).to_bytes();
+                self.nodes[n].snapshot = Some(bytes);
+            }
+            Event::HostUpdate
+            | Event::SelfChanged
+            | Event::DerpPreferred { .. }
+            | Event::PingRequest(_)
+            | Event::KeyExpired => {}
+        }
+        self.nodes[n].events.push(event);
+    }
+
+    fn deliver(&mut self, what: What) {
+        let now = self.now;
+        let mut out = Outbox::default();
+        match what {
+            What::Udp { to, from, datagram, .. } => {
+                if self.udp_blocked.contains(&to) {
+                    return;
+                }
+                let mut batch = Batch::new();
+                assert!(batch.push(from, &datagram));
+                // A dead process's socket keeps what arrives; here it is lost, which is worse.
+                if let Some(engine) = self.nodes[to].engine.as_mut() {
+                    engine.handle_udp(&mut batch, now, &mut out);
+                    self.emit(to, &mut out);
+                }
+            }
+            What::Derp { to, life, region, source, mut packet } => {
+                if self.nodes[to].life == life && self.nodes[to].connected.contains(&region) {
+                    self.tell_derp(to, region, DerpEvent::Packet { source, payload: &mut packet });
+                }
+            }
+            What::DerpUp { node, life, region } => {
+                if self.derp_down
+                    || self.nodes[node].life != life
+                    || !self.nodes[node].wanted.contains(&region)
+                {
+                    return;
+                }
+                self.nodes[node].connected.insert(region);
+                self.tell_derp(node, region, DerpEvent::Connected);
+            }
+            What::PeerGone { to, life, region, peer } => {
+                if self.nodes[to].life == life {
+                    self.tell_derp(to, region, DerpEvent::PeerGone { peer });
+                }
+            }
+            What::HostUpdate { from, record } => {
+                if self.control_down {
+                    return;
+                }
+                self.nodes[from].record = *record;
+                for to in 0..self.nodes.len() {
+                    if to != from && self.nodes[to].joined && self.nodes[to].engine.is_some() {
+                        let message = MapResponse {
+                            peers_changed: vec![self.nodes[from].record.clone()],
+                            ..Default::default()
+                        };
+                        let life = self.nodes[to].life;
+                        let what = What::Control { to, life, message: Box::new(message), first: false };
+                        self.push(self.control_latency, what);
+                    }
+                }
+            }
+            What::Control { to, life, message, first } => {
+                if self.control_down || self.nodes[to].life != life || self.nodes[to].engine.is_none() {
+                    return;
+                }
+                let message = if first { Box::new(self.full_map(to)) } else { message };
+                let was_joined = std::mem::replace(&mut self.nodes[to].joined, true);
+                if first {
+                    self.engine(to).handle_control(ControlEvent::SessionStarted, now, &mut out);
+                }
+                self.engine(to).handle_control(ControlEvent::Map(message), now, &mut out);
+                self.emit(to, &mut out);
+                if first && !was_joined {
+                    // Others learn of the newcomer.
+                    let record = Box::new(self.nodes[to].record.clone());
+                    self.push(ms(0), What::HostUpdate { from: to, record });
+                }
+            }
+            What::Resolved { to, life, host } => {
+                if self.nodes[to].life == life {
+                    let octet: u8 = host[4..host.find('.').expect("a name")].parse().expect("a number");
+                    let addr = IpAddr::from([198, 51, 100, octet]);
+                    self.engine(to).handle_resolved(&host, &[addr], now, &mut out);
+                    self.emit(to, &mut out);
+                }
+            }
+        }
+    }
+
+    fn full_map(&self, n: usize) -> MapResponse {
+        let peers = self.nodes.iter().enumerate().filter(|(i, node)| *i != n && node.joined);
+        MapResponse {
+            node: Some(self.nodes[n].record.clone()),
+            peers: peers.map(|(_, node)| node.record.clone()).collect(),
+            derp_map: Some(self.derp_map()),
+            packet_filter: Some(self.rules.clone()),
+            ..MapResponse::default()
+        }
+    }
+
+    pub fn set_rules(&mut self, n: usize, rules: Vec<FilterRule>) {
+        let message = MapResponse { packet_filter: Some(rules), ..MapResponse::default() };
+        let mut out = Outbox::default();
+        let now = self.now;
+        self.engine(n).handle_control(ControlEvent::Map(Box::new(message)), now, &mut out);
+        self.emit(n, &mut out);
+    }
+
+    pub fn drops(&self, n: usize) -> Vec<(&'static str, u64)> {
+        let engine = self.nodes[n].engine.as_ref().expect("booted");
+        engine.counters().drops().filter(|(_, n)| *n > 0).map(|(r, n)| (r.name(), n)).collect()
+    }
+
+    /// Numbers of `from` that `to` has received.
+    pub fn got(&self, from: usize, to: usize) -> BTreeSet<u64> {
+        self.nodes[to].received.iter().filter(|(src, ..)| *src == from).map(|(_, seq, _)| *seq).collect()
+    }
+
+    /// One packet each way every `gap` for `time`, numbered on; returns the numbers sent.
+    pub fn chat(
+        &mut self,
+        a: usize,
+        b: usize,
+        gap: Duration,
+        time: Duration,
+        next: &mut u64,
+    ) -> std::ops::Range<u64> {
+        let first = *next;
+        let end = self.now + time;
+        while self.now < end {
+            self.send(a, b, *next);
+            self.send(b, a, *next);
+            *next += 1;
+            self.run_for(gap);
+        }
+        first..*next
+    }
+}
+
+pub fn udp_packet(src: Ipv4Addr, dst: Ipv4Addr, sport: u16, dport: u16, seq: u64) -> Vec<u8> {
+    let mut p = vec![0x45, 0, 0, 36, 0, 0, 0, 0, 64, 17, 0, 0];
+    p.extend_from_slice(&src.octets());
+    p.extend_from_slice(&dst.octets());
+    p.extend_from_slice(&sport.to_be_bytes());
+    p.extend_from_slice(&dport.to_be_bytes());
+    p.extend_from_slice(&[0, 16, 0, 0]);
+    p.extend_from_slice(&seq.to_be_bytes());
+    p
+}
