@@ -51,7 +51,7 @@ impl Default for DevnetConfig {
             base_domain: "tailnet.test".into(),
             ipv4_start: Ipv4Addr::new(100, 64, 0, 1),
             ipv6_start: Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 1),
-            regions: vec![RegionConfig::new(1, IpAddr::V4(Ipv4Addr::LOCALHOST))],
+            regions: vec![RegionConfig::new(1, vec![IpAddr::V4(Ipv4Addr::LOCALHOST)])],
             policy: None,
             oauth: OauthConfig::default(),
             keep_alive: Duration::from_secs(50),
@@ -90,10 +90,10 @@ pub struct RegionConfig {
 }
 
 impl RegionConfig {
-    /// A region on one address with free ports.
+    /// A region on these addresses with free ports.
     #[must_use]
-    pub fn new(id: u32, address: IpAddr) -> Self {
-        Self { id, code: format!("r{id}"), addresses: vec![address], derp_port: 0, stun_port: 0 }
+    pub fn new(id: u32, addresses: Vec<IpAddr>) -> Self {
+        Self { id, code: format!("r{id}"), addresses, derp_port: 0, stun_port: 0 }
     }
 
     /// The name in the relay's certificate.

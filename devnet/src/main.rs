@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -30,15 +31,9 @@ struct Serve {
     /// Address of the TLS listener.
     #[arg(long, default_value = "127.0.0.1:8443")]
     https: Vec<SocketAddr>,
-    /// Address of a DERP region's relay and STUN server; one region per address.
-    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), value_name = "IP")]
-    derp: IpAddr,
-    /// TCP port of the relay, 0 for any.
-    #[arg(long, default_value_t = 0)]
-    derp_port: u16,
-    /// UDP port of the STUN server, 0 for any.
-    #[arg(long, default_value_t = 0)]
-    stun_port: u16,
+    /// A DERP region: an IPv4 address, an IPv6 address, or both with a comma; may be given more than once.
+    #[arg(long = "region", default_value = "127.0.0.1", value_name = "IP[,IP]")]
+    regions: Vec<Addresses>,
     /// File to write the root certificate to.
     #[arg(long, default_value = "devnet-ca.pem")]
     ca_out: PathBuf,
@@ -57,6 +52,17 @@ struct Serve {
     /// Seconds between keepalives on a silent map stream.
     #[arg(long, default_value_t = 50)]
     keep_alive: u64,
+}
+
+#[derive(Clone)]
+struct Addresses(Vec<IpAddr>);
+
+impl FromStr for Addresses {
+    type Err = std::net::AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.split(',').map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -78,11 +84,10 @@ async fn serve(arguments: Serve) -> anyhow::Result<()> {
         https_listen: arguments.https.clone(),
         base_domain: arguments.domain.clone(),
         ipv4_start: arguments.ipv4_start,
-        regions: vec![RegionConfig {
-            derp_port: arguments.derp_port,
-            stun_port: arguments.stun_port,
-            ..RegionConfig::new(1, arguments.derp)
-        }],
+        regions: (1..)
+            .zip(&arguments.regions)
+            .map(|(id, Addresses(addresses))| RegionConfig::new(id, addresses.clone()))
+            .collect(),
         policy: load_policy(&arguments)?,
         keep_alive: Duration::from_secs(arguments.keep_alive),
         ..DevnetConfig::default()

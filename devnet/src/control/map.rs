@@ -145,6 +145,7 @@ struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        tracing::info!(node = self.node, session = self.number, "map stream ends");
         self.shared.with_state(|state| state.end_session(self.node, self.number, Timestamp::now()));
     }
 }
@@ -152,6 +153,7 @@ impl Drop for Session {
 impl Session {
     fn begin(shared: &Arc<Shared>, node: NodeId) -> Self {
         let number = shared.with_state(|state| state.begin_session(node));
+        tracing::info!(node, session = number, "map stream begins");
         Self { shared: shared.clone(), node, number }
     }
 

@@ -34,7 +34,11 @@ pub(crate) async fn handle(shared: &Shared, machine_key: MachinePublic, body: &[
         changed.mark_unchanged();
         let now = Timestamp::now();
         match shared.with_state(|state| decide(shared, state, &request, machine_key, now)) {
-            Ok(Step::Answer(response)) => return response,
+            Ok(Step::Answer(response)) => {
+                let (key, expired) = (request.node_key, response.node_key_expired);
+                tracing::info!(%key, expired, auth_url = response.auth_url, "register answered");
+                return response;
+            }
             Ok(Step::Wait(login)) => {
                 let pending =
                     |state: &mut State| state.pending.get(&login).is_some_and(|entry| !entry.approved);
@@ -44,7 +48,10 @@ pub(crate) async fn handle(shared: &Shared, machine_key: MachinePublic, body: &[
                     }
                 }
             }
-            Err(reason) => return refusal(reason),
+            Err(reason) => {
+                tracing::info!(key = %request.node_key, reason, "register refused");
+                return refusal(reason);
+            }
         }
     }
 }

@@ -101,6 +101,10 @@ impl View {
         news |= !message.peers_changed.is_empty()
             || !message.peers_changed_patch.is_empty()
             || !message.peers_removed.is_empty();
+        if !message.peers_changed.is_empty() {
+            // Clients forget the profile of an owner whose last node left.
+            message.user_profiles = wire::user_profiles();
+        }
         self.sent = Some(sent);
         if !news {
             return Update::Nothing;
