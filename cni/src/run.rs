@@ -244,6 +244,3 @@ fn attachment(params: &Params, config: &Config) -> AttachmentId {
         ifname: config.ifname.clone(),
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,7 +1,5 @@
-//! `podtether-devnet serve`: a tailnet to develop and test against. `podtether-devnet demo`: see [`demo`].
+//! `podtether-devnet serve`: a tailnet to develop and test against.
 #![expect(clippy::print_stdout, reason = "a command line tool prints its answers")]
-
-mod demo;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -23,8 +21,6 @@ struct Cli {
 enum Command {
     /// Run a control server, admin API, DERP and STUN until interrupted.
     Serve(Serve),
-    /// Show the main job: pods join a tailnet through CNI, survive kill -9, and leave.
-    Demo(demo::Demo),
 }
 
 #[derive(Args)]
@@ -79,7 +75,6 @@ fn main() -> anyhow::Result<()> {
             .build()
             .context("tokio runtime")?
             .block_on(serve(arguments)),
-        Command::Demo(arguments) => demo::run(&arguments),
     }
 }
 

@@ -178,12 +178,13 @@ async fn exchange(name: &Name, kind: RecordType, server: SocketAddr) -> std::io:
         if reply.metadata.id != query.metadata.id || reply.queries != query.queries {
             continue;
         }
-        return Ok(match reply.metadata.response_code {
-            ResponseCode::NoError => {
-                Answer::Addresses(reply.answers.iter().filter_map(|record| record.data.ip_addr()).collect())
-            }
-            ResponseCode::NXDomain => Answer::NoSuchName,
-            _ => Answer::Failed,
+        let code = reply.metadata.response_code;
+        return Ok(if code == ResponseCode::NoError {
+            Answer::Addresses(reply.answers.iter().filter_map(|record| record.data.ip_addr()).collect())
+        } else if code == ResponseCode::NXDomain {
+            Answer::NoSuchName
+        } else {
+            Answer::Failed
         });
     }
 }

@@ -1,7 +1,5 @@
 //! Carries a plan out.
 
-use std::net::IpAddr;
-
 use super::plan::{Action, Observed, Wanted, plan};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
@@ -24,11 +22,6 @@ pub(super) async fn settle(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> Re
         ns.run(move || settings.iter().try_for_each(|(key, value)| sysctl::write(key, value).map(drop)))
             .await??;
     }
-    let new: Vec<IpAddr> = rest
-        .iter()
-        .filter_map(|step| if let Action::AddAddress(net) = step.action { Some(net.addr()) } else { None })
-        .filter(IpAddr::is_ipv6)
-        .collect();
     for step in rest {
         let index = step.index;
         match &step.action {
@@ -47,7 +40,7 @@ pub(super) async fn settle(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> Re
             Action::DropAddress(net) => netlink.delete_address(index, *net).await?,
         }
     }
-    if new.is_empty() { Ok(()) } else { netlink.wait_local(&new).await }
+    Ok(())
 }
 
 /// What `wanted` is compared with.

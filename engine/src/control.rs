@@ -1,0 +1,289 @@
+//! The control client: one task that keeps a session with the control server for ever.
+//!
+//! A session is dial, Noise, HTTP/2, register (once per process), then the map stream until it ends.
+//! Whatever happens is told to the driver through a bounded channel; what the driver wants reported
+//! (endpoints, NetInfo) sits in a watch cell, so that only the newest counts.
+
+mod connect;
+mod noise_stream;
+mod ping;
+mod session;
+
+use std::time::Duration;
+
+use podtether_core::backoff::Backoff;
+use podtether_core::engine::HostUpdate;
+use podtether_core::key::{MachinePrivate, MachinePublic, NodePublic};
+use podtether_core::tailcfg::{HostParams, Hostinfo, MapResponse, PingRequest};
+use podtether_proto::secret::SecretString;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+
+use crate::dial::{ControlUrl, Dialer};
+use crate::reason::Ending;
+use session::Session;
+
+/// Map messages that wait for the driver; more stay in the session's flow control window.
+const EVENT_QUEUE: usize = 8;
+const PING_QUEUE: usize = 4;
+/// Longest wait after a server that could not be reached: a server that is back is found within 5 s.
+const RECONNECT_MAX: Duration = Duration::from_secs(4);
+/// A server that asks for more than this gets [`REFUSED_WAIT`].
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
+const REFUSED_WAIT: Duration = Duration::from_secs(7);
+/// A logout that has to open a session of its own.
+const LOGOUT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Who this node is towards control.
+#[derive(Debug)]
+pub(crate) struct Identity {
+    pub(crate) url: ControlUrl,
+    pub(crate) machine_key: MachinePrivate,
+    pub(crate) node_key: NodePublic,
+    pub(crate) old_node_key: NodePublic,
+    pub(crate) auth_key: Option<SecretString>,
+    pub(crate) hostname: String,
+    pub(crate) ephemeral: bool,
+    pub(crate) request_tags: Vec<String>,
+}
+
+impl Identity {
+    fn hostinfo(&self, host: &HostUpdate) -> Hostinfo {
+        Hostinfo::outgoing(&HostParams {
+            hostname: self.hostname.clone(),
+            version: concat!(env!("CARGO_PKG_VERSION"), "-podtether").to_owned(),
+            request_tags: self.request_tags.clone(),
+            net_info: Some(host.net_info.clone()),
+            ..HostParams::default()
+        })
+    }
+}
+
+/// What the control task tells the driver.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Not in a session; one sentence says what it waits for or what failed.
+    Trying { reason: String },
+    /// A person has to open the URL.
+    NeedsLogin { url: String },
+    /// Registered; the machine may still have to be approved.
+    Registered { approved: bool },
+    /// A map stream is open.
+    SessionStarted,
+    /// A message of the map stream.
+    Map(Box<MapResponse>),
+    /// The map stream ended.
+    SessionLost,
+    /// The engine has to end: what is wrong does not go away by trying again.
+    Ended(Ending),
+}
+
+/// Why a session ended or did not come about.
+#[derive(Debug)]
+enum Failure {
+    /// The network or the server is down: try again soon.
+    Unreachable(String),
+    /// The server answered, with a no that may be temporary.
+    Refused { reason: String, retry_after: Option<Duration> },
+    /// Trying again does not help.
+    Fatal(Ending),
+}
+
+impl Failure {
+    fn refused(reason: impl Into<String>) -> Self {
+        Self::Refused { reason: reason.into(), retry_after: None }
+    }
+}
+
+type LogoutAnswer = oneshot::Sender<Result<(), String>>;
+
+/// The driver's end. Dropping it ends the task.
+#[derive(Debug)]
+pub(crate) struct Control {
+    host: watch::Sender<HostUpdate>,
+    pings: mpsc::Sender<PingRequest>,
+    logouts: mpsc::Sender<LogoutAnswer>,
+    events: mpsc::Receiver<Event>,
+    _task: JoinSet<()>,
+}
+
+impl Control {
+    /// Starts the task.
+    pub(crate) fn start(dialer: Dialer, identity: Identity, host: HostUpdate) -> Self {
+        let (host, host_changes) = watch::channel(host);
+        let (events_in, events) = mpsc::channel(EVENT_QUEUE);
+        let (pings, pings_out) = mpsc::channel(PING_QUEUE);
+        let (logouts, logouts_out) = mpsc::channel(1);
+        let mut task = JoinSet::new();
+        let client = Client {
+            dialer,
+            identity: identity.into(),
+            host: host_changes,
+            events: events_in,
+            pings: pings_out,
+            logouts: logouts_out,
+            server_key: None,
+            registered: false,
+        };
+        task.spawn(client.run());
+        Self { host, pings, logouts, events, _task: task }
+    }
+
+    /// The next thing that happened; `None` never comes while the task lives.
+    pub(crate) async fn event(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// Reports this from now on.
+    pub(crate) fn set_host(&self, host: HostUpdate) {
+        self.host.send_if_modified(|old| {
+            let changed = *old != host;
+            *old = host;
+            changed
+        });
+    }
+
+    /// Answers a ping request; too many at once are dropped, which control sees as no answer.
+    pub(crate) fn ping(&self, request: PingRequest) {
+        if self.pings.try_send(request).is_err() {
+            tracing::debug!("too many ping requests at once");
+        }
+    }
+
+    /// Gives the node key up.
+    pub(crate) fn logout(&self, answer: LogoutAnswer) {
+        if let Err(error) = self.logouts.try_send(answer) {
+            let _ = error.into_inner().send(Err("a logout is under way".to_owned()));
+        }
+    }
+}
+
+struct Client {
+    dialer: Dialer,
+    identity: std::sync::Arc<Identity>,
+    host: watch::Receiver<HostUpdate>,
+    events: mpsc::Sender<Event>,
+    pings: mpsc::Receiver<PingRequest>,
+    logouts: mpsc::Receiver<LogoutAnswer>,
+    /// From the last `/key`; forgotten when a handshake fails, in case the server has a new one.
+    server_key: Option<MachinePublic>,
+    registered: bool,
+}
+
+/// The driver is gone, so this task ends too.
+struct Gone;
+
+impl Client {
+    async fn run(mut self) {
+        let mut soon = Backoff::default();
+        let mut refused = Backoff::default();
+        loop {
+            let Err(Gone) = self.round(&mut soon, &mut refused).await else { continue };
+            return;
+        }
+    }
+
+    /// One session and the wait after it.
+    async fn round(&mut self, soon: &mut Backoff, refused: &mut Backoff) -> Result<(), Gone> {
+        let mut established = false;
+        let failure = match self.session(&mut established).await? {
+            Ok(never) => match never {},
+            Err(failure) => failure,
+        };
+        if established {
+            soon.reset();
+            refused.reset();
+            self.tell(Event::SessionLost).await?;
+        }
+        let (reason, wait) = match failure {
+            Failure::Fatal(ending) => {
+                self.tell(Event::Ended(ending)).await?;
+                // The driver ends the process; there is nothing left to try.
+                std::future::pending::<()>().await;
+                return Err(Gone);
+            }
+            Failure::Unreachable(reason) => {
+                let random = random_u64();
+                // Still jittered when the limit applies: between half of it and all of it.
+                let limit = RECONNECT_MAX.mul_f64(0.5 + 0.5 * unit(random));
+                (reason, soon.next(random).min(limit))
+            }
+            Failure::Refused { reason, retry_after } => {
+                let wait = match retry_after {
+                    Some(asked) if asked <= RETRY_AFTER_MAX => {
+                        // Everyone was told the same number; spread the return.
+                        asked + Duration::from_secs(1).mul_f64(unit(random_u64()))
+                    }
+                    Some(_) => REFUSED_WAIT.mul_f64(0.75 + 0.5 * unit(random_u64())),
+                    None => refused.next(random_u64()),
+                };
+                (reason, wait)
+            }
+        };
+        tracing::warn!(reason, wait_ms = wait.as_millis(), "no control session; trying again");
+        self.tell(Event::Trying { reason }).await?;
+        self.rest(wait).await
+    }
+
+    /// Waits before the next attempt; a logout does not wait.
+    async fn rest(&mut self, wait: Duration) -> Result<(), Gone> {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => Ok(()),
+            answer = self.logouts.recv() => {
+                let answer = answer.ok_or(Gone)?;
+                let outcome = tokio::time::timeout(LOGOUT_TIMEOUT, self.logout_alone()).await;
+                let outcome = outcome.unwrap_or_else(|_| Err("the control server did not answer".to_owned()));
+                let _ = answer.send(outcome);
+                Ok(())
+            }
+        }
+    }
+
+    async fn logout_alone(&mut self) -> Result<(), String> {
+        let session = self.open().await.map_err(|failure| match failure {
+            Failure::Unreachable(reason) | Failure::Refused { reason, .. } => reason,
+            Failure::Fatal(ending) => ending.reason,
+        })?;
+        let host = self.host.borrow().clone();
+        session.logout(&self.identity, &host).await
+    }
+
+    async fn open(&mut self) -> Result<Session, Failure> {
+        let opened = connect::open(&self.dialer, &self.identity, &mut self.server_key).await;
+        if opened.is_err() {
+            self.server_key = None;
+        }
+        opened
+    }
+
+    /// Dial to map stream's end.
+    async fn session(
+        &mut self,
+        established: &mut bool,
+    ) -> Result<Result<std::convert::Infallible, Failure>, Gone> {
+        let session = match self.open().await {
+            Ok(session) => session,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        if !self.registered {
+            if let Err(failure) = self.register(&session).await? {
+                return Ok(Err(failure));
+            }
+            self.registered = true;
+        }
+        self.stream(session, established).await
+    }
+
+    async fn tell(&self, event: Event) -> Result<(), Gone> {
+        self.events.send(event).await.map_err(|_| Gone)
+    }
+}
+
+fn random_u64() -> u64 {
+    getrandom::u64().unwrap_or(u64::MAX / 2)
+}
+
+/// Between 0 and 1.
+fn unit(random: u64) -> f64 {
+    f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX)
+}

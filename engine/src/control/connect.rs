@@ -1,0 +1,148 @@
+//! From a control URL to an HTTP/2 session over Noise.
+
+use std::io;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use podtether_core::key::MachinePublic;
+use podtether_core::noise::{ClientHandshake, EarlyPayload, RecordReader};
+use podtether_core::tailcfg::{CAPABILITY_VERSION, ServerKeys};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::task::JoinSet;
+
+use super::noise_stream::NoiseStream;
+use super::session::Session;
+use super::{Failure, Identity};
+use crate::dial::{ControlUrl, Dialer};
+use crate::http1;
+
+/// From the first packet to the HTTP/2 session.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
+const UPGRADE: &str = "tailscale-control-protocol";
+/// HTTP/2 flow control: bounds what a server can make us hold.
+const WINDOW_BYTES: u32 = 64 << 10;
+
+/// Opens a session; fetches the server's key when it is not known.
+pub(super) async fn open(
+    dialer: &Dialer,
+    identity: &Identity,
+    server_key: &mut Option<MachinePublic>,
+) -> Result<Session, Failure> {
+    let url = &identity.url;
+    let opening = async {
+        let key = match *server_key {
+            Some(key) => key,
+            None => fetch_key(dialer, url).await?,
+        };
+        *server_key = Some(key);
+        upgrade(dialer, identity, key).await
+    };
+    tokio::time::timeout(OPEN_TIMEOUT, opening)
+        .await
+        .unwrap_or_else(|_| Err(Failure::Unreachable(format!("{url} did not answer within 15 s"))))
+}
+
+fn unreachable(url: &ControlUrl, doing: &str) -> impl FnOnce(io::Error) -> Failure {
+    let place = format!("{doing} {url}");
+    move |error| Failure::Unreachable(format!("{place}: {error}; check control_url, its CA and the network"))
+}
+
+async fn fetch_key(dialer: &Dialer, url: &ControlUrl) -> Result<MachinePublic, Failure> {
+    let failed = || unreachable(url, "cannot fetch the server key from");
+    let mut stream = dialer.control(url).await.map_err(failed())?;
+    let request = format!(
+        "GET {}/key?v={CAPABILITY_VERSION} HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nConnection: close\r\n\r\n",
+        url.prefix,
+        url.authority()
+    );
+    let mut reply = http1::exchange(&mut stream, &request).await.map_err(failed())?;
+    if reply.status != 200 {
+        return Err(refusal(url, "/key", &reply));
+    }
+    let body = http1::body(&mut stream, &mut reply).await.map_err(failed())?;
+    let keys: ServerKeys = serde_json::from_slice(&body).map_err(|_| {
+        Failure::refused(format!("{url}/key did not answer with a key: is this a control server?"))
+    })?;
+    if keys.public_key.is_zero() {
+        return Err(Failure::refused(format!("{url} speaks no TS2021: it is too old, or no control server")));
+    }
+    Ok(keys.public_key)
+}
+
+fn refusal(url: &ControlUrl, path: &str, reply: &http1::Reply) -> Failure {
+    let retry_after = http1::retry_after_seconds(reply.header("retry-after")).map(Duration::from_secs);
+    Failure::Refused { reason: format!("{url}{path} answered HTTP {}", reply.status), retry_after }
+}
+
+async fn upgrade(dialer: &Dialer, identity: &Identity, key: MachinePublic) -> Result<Session, Failure> {
+    let url = &identity.url;
+    let failed = || unreachable(url, "no control session with");
+    let (handshake, initiation) = ClientHandshake::start(&identity.machine_key, &key, CAPABILITY_VERSION)
+        .map_err(|e| Failure::refused(e.to_string()))?;
+    let mut stream = dialer.control(url).await.map_err(failed())?;
+    let request = format!(
+        "POST {}/ts2021 HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nUpgrade: {UPGRADE}\r\nConnection: upgrade\r\n\
+         X-Tailscale-Handshake: {}\r\nContent-Length: 0\r\n\r\n",
+        url.prefix,
+        url.authority(),
+        STANDARD.encode(initiation)
+    );
+    let reply = http1::exchange(&mut stream, &request).await.map_err(failed())?;
+    if reply.status != 101 {
+        return Err(refusal(url, "/ts2021", &reply));
+    }
+    if !reply.header("upgrade").is_some_and(|v| v.eq_ignore_ascii_case(UPGRADE)) {
+        return Err(Failure::refused(format!("{url}/ts2021 switched to another protocol")));
+    }
+    let mut frames = RecordReader::new();
+    frames.feed(&reply.rest);
+    let transport = loop {
+        if let Some(frame) = frames.next_frame().map_err(|e| failed()(io::Error::other(e)))? {
+            let finished = handshake.finish(frame);
+            break finished.map_err(|e| Failure::refused(format!("no Noise handshake with {url}: {e}")))?;
+        }
+        let mut bytes = [0; 1024];
+        let count = stream.read(&mut bytes).await.map_err(failed())?;
+        if count == 0 {
+            return Err(failed()(io::Error::new(io::ErrorKind::UnexpectedEof, "closed in the handshake")));
+        }
+        frames.feed(&bytes[..count]);
+    };
+    let mut noise = NoiseStream::new(stream, transport, frames);
+    skip_early_payload(&mut noise).await.map_err(failed())?;
+    let (requests, connection) = h2::client::Builder::new()
+        .initial_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .enable_push(false)
+        .handshake(noise)
+        .await
+        .map_err(|e| failed()(io::Error::other(e)))?;
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "the control connection ended");
+        }
+    });
+    Ok(Session::new(url.clone(), requests, tasks))
+}
+
+/// The server's first bytes may be a payload of its own; without the magic they are HTTP/2 already.
+/// The challenge in it is not needed by an engine.
+async fn skip_early_payload<S>(noise: &mut NoiseStream<S>) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut early = EarlyPayload::new();
+    let mut bytes = [0; 1024];
+    loop {
+        let count = noise.read(&mut bytes).await?;
+        if count == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed after the Noise handshake"));
+        }
+        if let Some(done) = early.feed(&bytes[..count]).map_err(io::Error::other)? {
+            noise.unread(&done.rest);
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! A byte stream over Noise records: what HTTP/2 runs on.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use podtether_core::noise::{MAX_PLAINTEXT_LEN, RecordReader, Transport};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Bytes taken from the stream below at a time.
+const READ_BYTES: usize = 8 << 10;
+/// Records sealed ahead of the stream below.
+const RECORDS_AHEAD: usize = 4;
+
+/// Sealed on the way out, opened on the way in.
+pub(super) struct NoiseStream<S> {
+    inner: S,
+    transport: Transport,
+    records: RecordReader,
+    /// Opened bytes not read yet, from `plain_at` on.
+    plain: Vec<u8>,
+    plain_at: usize,
+    /// Sealed bytes not written yet, from `sealed_at` on.
+    sealed: Vec<u8>,
+    sealed_at: usize,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> NoiseStream<S> {
+    /// `records` may hold what came behind the handshake already.
+    pub(super) fn new(inner: S, transport: Transport, records: RecordReader) -> Self {
+        Self { inner, transport, records, plain: Vec::new(), plain_at: 0, sealed: Vec::new(), sealed_at: 0 }
+    }
+
+    /// Puts back bytes that were read too far; only between reads that emptied the buffer.
+    pub(super) fn unread(&mut self, bytes: &[u8]) {
+        let mut plain = bytes.to_vec();
+        plain.extend_from_slice(&self.plain[self.plain_at..]);
+        self.plain = plain;
+        self.plain_at = 0;
+    }
+
+    fn poll_send_sealed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.sealed_at < self.sealed.len() {
+            let sent = ready!(Pin::new(&mut self.inner).poll_write(cx, &self.sealed[self.sealed_at..]))?;
+            if sent == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.sealed_at += sent;
+        }
+        self.sealed.clear();
+        self.sealed_at = 0;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for NoiseStream<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        out: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        loop {
+            let plain = &this.plain[this.plain_at..];
+            if !plain.is_empty() {
+                let count = plain.len().min(out.remaining());
+                out.put_slice(&plain[..count]);
+                this.plain_at += count;
+                return Poll::Ready(Ok(()));
+            }
+            // An empty record is legal and only means another turn of this loop.
+            if let Some(record) = this.records.next_frame().map_err(io::Error::other)? {
+                this.plain.clear();
+                this.plain_at = 0;
+                this.transport.open(record, &mut this.plain).map_err(io::Error::other)?;
+                continue;
+            }
+            let mut bytes = [0; READ_BYTES];
+            let mut buffer = ReadBuf::new(&mut bytes);
+            ready!(Pin::new(&mut this.inner).poll_read(cx, &mut buffer))?;
+            if buffer.filled().is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            this.records.feed(buffer.filled());
+        }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for NoiseStream<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        let this = &mut *self;
+        ready!(this.poll_send_sealed(cx))?;
+        let mut taken = 0;
+        for piece in data.chunks(MAX_PLAINTEXT_LEN).take(RECORDS_AHEAD) {
+            this.transport.seal(piece, &mut this.sealed).map_err(io::Error::other)?;
+            taken += piece.len();
+        }
+        // What the stream below does not take now goes with the next write or flush.
+        match this.poll_send_sealed(cx) {
+            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Ready(Ok(taken)),
+        }
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send_sealed(cx))?;
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send_sealed(cx))?;
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,317 @@
+//! What is asked on an open session: register, the map stream, updates, logout.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::RecvStream;
+use h2::client::SendRequest;
+use http::{Method, Request, Response, StatusCode};
+use podtether_core::backoff::Backoff;
+use podtether_core::engine::HostUpdate;
+use podtether_core::map_frame::MapFrames;
+use podtether_core::register::{RegisterOutcome, decide};
+use podtether_core::tailcfg::{
+    CAPABILITY_VERSION, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, UnixTime,
+};
+use podtether_proto::exit::EngineExit;
+use serde::Serialize;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::ping::Pings;
+use super::{Client, Event, Failure, Gone, Identity, random_u64};
+use crate::dial::ControlUrl;
+use crate::http1::retry_after_seconds;
+use crate::reason::Ending;
+
+/// Silence for this long means that the session is dead, also before the first message.
+const WATCHDOG: Duration = Duration::from_secs(120);
+/// A register request without a login; a login is waited for as long as the server holds the request.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
+const LOGIN_TIMEOUT: Duration = Duration::from_secs(20 * 60);
+const UPDATE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Endpoints mostly change several at a time.
+const UPDATE_SETTLE: Duration = Duration::from_millis(50);
+/// Answers other than the map stream.
+const MAX_ANSWER_BYTES: usize = 1 << 20;
+/// Any time in the past gives the key up; this one is what stock nodes send.
+const LONG_AGO: UnixTime = UnixTime::from_secs(123);
+
+/// An open HTTP/2 session. Clones share it; it closes with the last one.
+#[derive(Clone)]
+pub(super) struct Session {
+    url: ControlUrl,
+    requests: SendRequest<Bytes>,
+    _connection: Arc<JoinSet<()>>,
+}
+
+impl Session {
+    pub(super) fn new(url: ControlUrl, requests: SendRequest<Bytes>, connection: JoinSet<()>) -> Self {
+        Self { url, requests, _connection: Arc::new(connection) }
+    }
+
+    fn lost(&self, doing: &str, error: &h2::Error) -> Failure {
+        Failure::Unreachable(format!("{} broke off while {doing}: {error}", self.url))
+    }
+
+    /// One request on the session; `path` starts with a slash.
+    pub(super) async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<Response<RecvStream>, h2::Error> {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("https://{}{path}", self.url.authority()))
+            .header("content-type", "application/json")
+            .body(())
+            .map_err(|_| h2::Error::from(h2::Reason::INTERNAL_ERROR))?;
+        let mut requests = self.requests.clone().ready().await?;
+        let (response, mut send) = requests.send_request(request, body.is_empty())?;
+        if !body.is_empty() {
+            send.send_data(body, true)?;
+        }
+        response.await
+    }
+
+    async fn post(&self, path: &str, message: &impl Serialize) -> Result<Response<RecvStream>, Failure> {
+        let body = serde_json::to_vec(message).map_err(|e| Failure::refused(e.to_string()))?;
+        self.request(Method::POST, path, body.into()).await.map_err(|e| self.lost("asking", &e))
+    }
+
+    fn refusal(&self, doing: &str, response: &Response<RecvStream>) -> Failure {
+        let retry_after = response.headers().get("retry-after").and_then(|v| v.to_str().ok());
+        Failure::Refused {
+            reason: format!("{} answered HTTP {} to {doing}", self.url, response.status().as_u16()),
+            retry_after: retry_after_seconds(retry_after).map(Duration::from_secs),
+        }
+    }
+
+    async fn register(&self, request: &RegisterRequest) -> Result<RegisterResponse, Failure> {
+        let response = self.post("/machine/register", request).await?;
+        if response.status() != StatusCode::OK {
+            return Err(self.refusal("the registration", &response));
+        }
+        let body = read_all(response.into_body()).await.map_err(|e| self.lost("registering", &e))?;
+        // Headscale answers the logout of an ephemeral node with `null`.
+        let answer: Option<RegisterResponse> = serde_json::from_slice(&body).map_err(|e| {
+            Failure::refused(format!("{} answered the registration with bad JSON: {e}", self.url))
+        })?;
+        Ok(answer.unwrap_or_default())
+    }
+
+    /// Gives the node key up: the device leaves the tailnet.
+    pub(super) async fn logout(&self, identity: &Identity, host: &HostUpdate) -> Result<(), String> {
+        let request = RegisterRequest { expiry: Some(LONG_AGO), ..register_request(identity, host) };
+        match self.register(&request).await {
+            Ok(answer) if answer.error.is_empty() => Ok(()),
+            Ok(answer) => Err(format!("{} refused the logout: {}", self.url, answer.error)),
+            Err(Failure::Unreachable(reason) | Failure::Refused { reason, .. }) => Err(reason),
+            Err(Failure::Fatal(ending)) => Err(ending.reason),
+        }
+    }
+}
+
+async fn read_all(mut body: RecvStream) -> Result<Vec<u8>, h2::Error> {
+    let mut all = Vec::new();
+    while let Some(chunk) = body.data().await {
+        let chunk = chunk?;
+        body.flow_control().release_capacity(chunk.len())?;
+        if all.len() + chunk.len() > MAX_ANSWER_BYTES {
+            return Err(h2::Reason::ENHANCE_YOUR_CALM.into());
+        }
+        all.extend_from_slice(&chunk);
+    }
+    Ok(all)
+}
+
+fn register_request(identity: &Identity, host: &HostUpdate) -> RegisterRequest {
+    RegisterRequest {
+        version: CAPABILITY_VERSION,
+        node_key: identity.node_key,
+        old_node_key: identity.old_node_key,
+        hostinfo: Some(identity.hostinfo(host)),
+        ephemeral: identity.ephemeral,
+        ..RegisterRequest::default()
+    }
+}
+
+impl Client {
+    /// Registers, through a login if there has to be one.
+    pub(super) async fn register(&mut self, session: &Session) -> Result<Result<(), Failure>, Gone> {
+        let host = self.host.borrow().clone();
+        let mut request = register_request(&self.identity, &host);
+        request.auth =
+            self.identity.auth_key.as_ref().map(|key| RegisterAuth { auth_key: key.expose().to_owned() });
+        let mut timeout = REGISTER_TIMEOUT;
+        loop {
+            let answer = match tokio::time::timeout(timeout, session.register(&request)).await {
+                Ok(Ok(answer)) => answer,
+                Ok(Err(failure)) => return Ok(Err(failure)),
+                Err(_) => {
+                    let reason = format!("{} did not answer the registration", self.identity.url);
+                    return Ok(Err(Failure::Unreachable(reason)));
+                }
+            };
+            let outcome = decide(&answer);
+            let fatal = |exit, reason: String| Ok(Err(Failure::Fatal(Ending::new(exit, reason))));
+            match outcome {
+                RegisterOutcome::Registered => {
+                    self.tell(Event::Registered { approved: true }).await?;
+                    return Ok(Ok(()));
+                }
+                RegisterOutcome::NeedsApproval => {
+                    self.tell(Event::Registered { approved: false }).await?;
+                    return Ok(Ok(()));
+                }
+                RegisterOutcome::NeedsLogin { .. } if self.identity.auth_key.is_none() => {
+                    let reason = "the control server does not know this node key and wants an auth key";
+                    return fatal(EngineExit::KeyRejected, reason.to_owned());
+                }
+                RegisterOutcome::NeedsLogin { url } if request.followup == url => {
+                    return Ok(Err(Failure::refused(format!("nobody has opened {url} yet"))));
+                }
+                RegisterOutcome::NeedsLogin { url } => {
+                    self.tell(Event::NeedsLogin { url: url.clone() }).await?;
+                    request.followup = url;
+                    request.auth = None;
+                    timeout = LOGIN_TIMEOUT;
+                }
+                RegisterOutcome::KeyExpired => {
+                    let reason = "the control server says that the node key has expired";
+                    return fatal(EngineExit::NodeKeyExpired, reason.to_owned());
+                }
+                RegisterOutcome::AuthKeyRejected { reason } => {
+                    let reason = format!("the control server refused the auth key: {reason}");
+                    return fatal(EngineExit::KeyRejected, reason);
+                }
+                RegisterOutcome::Rejected { reason } => {
+                    let reason = format!("the control server refused the registration: {reason}");
+                    return Ok(Err(Failure::refused(reason)));
+                }
+            }
+        }
+    }
+
+    /// Opens the map stream and follows it to its end.
+    pub(super) async fn stream(
+        &mut self,
+        session: Session,
+        established: &mut bool,
+    ) -> Result<Result<Infallible, Failure>, Gone> {
+        let host = self.host.borrow_and_update().clone();
+        let hostinfo = self.identity.hostinfo(&host);
+        let request = MapRequest::streaming(self.identity.node_key, host.disco, hostinfo, &host.endpoints);
+        let opened = tokio::time::timeout(WATCHDOG, session.post("/machine/map", &request)).await;
+        let response = match opened {
+            Ok(Ok(response)) => response,
+            Ok(Err(failure)) => return Ok(Err(failure)),
+            Err(_) => return Ok(Err(self.silent())),
+        };
+        match response.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => {
+                let reason = "the control server does not know this node any more";
+                return Ok(Err(Failure::Fatal(Ending::new(EngineExit::NodeUnknown, reason))));
+            }
+            _ => return Ok(Err(session.refusal("the map request", &response))),
+        }
+        *established = true;
+        self.tell(Event::SessionStarted).await?;
+        tracing::info!(control = %self.identity.url, "map session open");
+        let mut updates = JoinSet::new();
+        updates.spawn(keep_updated(session.clone(), self.identity.clone(), self.host.clone()));
+        self.follow(session, response.into_body()).await
+    }
+
+    async fn follow(
+        &mut self,
+        session: Session,
+        mut body: RecvStream,
+    ) -> Result<Result<Infallible, Failure>, Gone> {
+        let mut frames = MapFrames::default();
+        let mut pings = Pings::new(session.clone(), self.dialer.clone());
+        loop {
+            let chunk = tokio::select! {
+                chunk = tokio::time::timeout(WATCHDOG, body.data()) => chunk,
+                request = self.pings.recv() => {
+                    pings.answer(request.ok_or(Gone)?);
+                    continue;
+                }
+                answer = self.logouts.recv() => {
+                    let host = self.host.borrow().clone();
+                    let outcome = session.logout(&self.identity, &host).await;
+                    let _ = answer.ok_or(Gone)?.send(outcome);
+                    continue;
+                }
+            };
+            let chunk = match chunk {
+                Ok(Some(Ok(chunk))) => chunk,
+                Ok(Some(Err(error))) => return Ok(Err(session.lost("following the map", &error))),
+                Ok(None) => {
+                    let reason = format!("{} closed the map stream", self.identity.url);
+                    return Ok(Err(Failure::Unreachable(reason)));
+                }
+                Err(_) => return Ok(Err(self.silent())),
+            };
+            if let Err(error) = body.flow_control().release_capacity(chunk.len()) {
+                return Ok(Err(session.lost("following the map", &error)));
+            }
+            frames.push(&chunk);
+            loop {
+                match frames.next_message() {
+                    Ok(None) => break,
+                    Ok(Some(frame)) => match serde_json::from_slice::<MapResponse>(frame) {
+                        Ok(message) => self.tell(Event::Map(Box::new(message))).await?,
+                        Err(error) => {
+                            let reason =
+                                format!("{} sent a map message that is not JSON: {error}", self.identity.url);
+                            return Ok(Err(Failure::refused(reason)));
+                        }
+                    },
+                    Err(error) => {
+                        let reason = format!("{} sent a bad map frame: {error}", self.identity.url);
+                        return Ok(Err(Failure::refused(reason)));
+                    }
+                }
+            }
+        }
+    }
+
+    fn silent(&self) -> Failure {
+        Failure::Unreachable(format!("{} was silent for {} s", self.identity.url, WATCHDOG.as_secs()))
+    }
+}
+
+/// Reports endpoints and NetInfo: at once, because the streaming request does not count as a report
+/// everywhere, and on every change.
+async fn keep_updated(session: Session, identity: Arc<Identity>, mut host: watch::Receiver<HostUpdate>) {
+    let mut backoff = Backoff::default();
+    loop {
+        tokio::time::sleep(UPDATE_SETTLE).await;
+        let now = host.borrow_and_update().clone();
+        let request = MapRequest::lite(identity.node_key, now.disco, identity.hostinfo(&now), &now.endpoints);
+        let sent = tokio::time::timeout(UPDATE_TIMEOUT, session.post("/machine/map", &request)).await;
+        let failure = match sent {
+            Ok(Ok(response)) if response.status() == StatusCode::OK => None,
+            Ok(Ok(response)) => Some(session.refusal("an update", &response)),
+            Ok(Err(failure)) => Some(failure),
+            Err(_) => Some(Failure::Unreachable("no answer".to_owned())),
+        };
+        match failure {
+            None => {
+                backoff.reset();
+                if host.changed().await.is_err() {
+                    return;
+                }
+            }
+            Some(failure) => {
+                tracing::debug!(?failure, "endpoint update failed");
+                tokio::time::sleep(backoff.next(random_u64())).await;
+            }
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! One region's connection, made again for ever.
+
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podtether_core::backoff::Backoff;
+use podtether_core::derp::{Frame, FrameReader, client_greeting, open_server_info};
+use podtether_core::key::NodePrivate;
+use podtether_core::tailcfg::{DerpNode, DerpRegion, RegionId};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::{mpsc, watch};
+
+use super::{Event, MAX_PACKET, Message, Packet};
+use crate::dial::{self, Dialer, Io};
+use crate::http1;
+use crate::tls::Trust;
+
+/// One server's time to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
+/// One server's time from there to the end of the greeting.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Servers send a keepalive about every minute.
+const READ_TIMEOUT: Duration = Duration::from_secs(120);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// A server that is back is found within 5 s.
+const RECONNECT_MAX: Duration = Duration::from_secs(4);
+/// Bytes written at a time when packets queue up.
+const WRITE_BYTES: usize = 16 << 10;
+const PIN_PREFIX: &str = "sha256-raw:";
+
+pub(super) struct Connection {
+    pub(super) region: RegionId,
+    pub(super) node_key: Arc<NodePrivate>,
+    pub(super) dialer: Dialer,
+    pub(super) servers: watch::Receiver<DerpRegion>,
+    pub(super) preferred: watch::Receiver<bool>,
+    pub(super) packets: mpsc::Receiver<Packet>,
+    pub(super) messages: mpsc::Sender<Message>,
+}
+
+/// A greeted server.
+struct Greeted {
+    stream: Box<dyn Io>,
+    frames: FrameReader,
+}
+
+/// Room of the driver's queue is gone: the engine ends.
+struct Gone;
+
+impl Connection {
+    pub(super) async fn keep(mut self) {
+        let mut backoff = Backoff::new();
+        loop {
+            let servers = self.servers.borrow_and_update().clone();
+            let error = match self.connect(&servers).await {
+                Ok(greeted) => {
+                    tracing::info!(region = %self.region, code = servers.region_code, "DERP connected");
+                    backoff.reset();
+                    if self.tell(Event::Connected).await.is_err() {
+                        return;
+                    }
+                    match self.pump(greeted).await {
+                        Ok(()) => return,
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            // What queued up for this connection would be late on the next one.
+            while self.packets.try_recv().is_ok() {}
+            if self.tell(Event::Disconnected).await.is_err() {
+                return;
+            }
+            let random = getrandom::u64().unwrap_or(u64::MAX / 2);
+            let jitter = f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX);
+            let wait = backoff.next(random).min(RECONNECT_MAX.mul_f64(0.5 + 0.5 * jitter));
+            tracing::warn!(region = %self.region, code = servers.region_code, %error, wait_ms = wait.as_millis(), "no DERP connection; trying again");
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn tell(&self, event: Event) -> Result<(), Gone> {
+        self.messages.send(Message { region: self.region, event }).await.map_err(|_| Gone)
+    }
+
+    /// The first of the region's servers that greets.
+    async fn connect(&self, region: &DerpRegion) -> io::Result<Greeted> {
+        let mut last = io::Error::new(io::ErrorKind::NotFound, "the region has no server");
+        for node in region.nodes.iter().filter(|node| !node.stun_only) {
+            match self.greet(node).await {
+                Ok(greeted) => return Ok(greeted),
+                Err(error) => last = io::Error::new(error.kind(), format!("{}: {error}", node.host_name)),
+            }
+        }
+        Err(last)
+    }
+
+    async fn greet(&self, node: &DerpNode) -> io::Result<Greeted> {
+        let port = node.relay_port().ok_or_else(|| io::Error::other("the DERP map gives no usable port"))?;
+        let trust = trust(node)?;
+        let addresses = self.addresses(node).await?;
+        let tcp = tokio::time::timeout(CONNECT_TIMEOUT, dial::race(&addresses, port))
+            .await
+            .map_err(|_| timed_out(&format!("no TCP connection to port {port} of {addresses:?}")))??;
+        let greeting = async {
+            let mut stream = self.dialer.secure(tcp, &node.host_name, &trust).await?;
+            let frames = self.greeting(&mut stream, &node.host_name, port).await?;
+            Ok(Greeted { stream, frames })
+        };
+        tokio::time::timeout(GREETING_TIMEOUT, greeting)
+            .await
+            .unwrap_or_else(|_| Err(timed_out("connected, but no DERP greeting came")))
+    }
+
+    async fn addresses(&self, node: &DerpNode) -> io::Result<Vec<IpAddr>> {
+        let literals: Vec<IpAddr> =
+            [&node.ipv4, &node.ipv6].into_iter().filter_map(|text| text.parse().ok()).collect();
+        if !literals.is_empty() {
+            return Ok(literals);
+        }
+        let mut found = self.dialer.resolver.lookup(&node.host_name).await.map_err(io::Error::other)?;
+        found.retain(|address| if address.is_ipv4() { node.ipv4 != "none" } else { node.ipv6 != "none" });
+        Ok(found)
+    }
+
+    async fn greeting(&self, stream: &mut Box<dyn Io>, host: &str, port: u16) -> io::Result<FrameReader> {
+        let request = format!(
+            "GET /derp HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n",
+            dial::host_header(host, port, 443)
+        );
+        let reply = http1::exchange(stream, &request).await?;
+        if reply.status != 101 {
+            return Err(io::Error::other(format!("/derp answered HTTP {}", reply.status)));
+        }
+        let mut frames = FrameReader::new();
+        frames.push(&reply.rest);
+        let server = loop {
+            match frames.next_frame().map_err(io::Error::other)? {
+                Some(Frame::ServerKey(key)) => break key,
+                Some(_) => return Err(io::Error::other("the server did not greet")),
+                None => fill(stream, &mut frames).await?,
+            }
+        };
+        let mut nonce = [0; 24];
+        getrandom::fill(&mut nonce).map_err(io::Error::other)?;
+        let mut greeting = Vec::new();
+        client_greeting(&self.node_key, &server, nonce, &mut greeting).map_err(io::Error::other)?;
+        stream.write_all(&greeting).await?;
+        stream.flush().await?;
+        loop {
+            match frames.next_frame().map_err(io::Error::other)? {
+                Some(Frame::ServerInfo(body)) => {
+                    open_server_info(&self.node_key, &server, body).map_err(io::Error::other)?;
+                    return Ok(frames);
+                }
+                Some(_) => return Err(io::Error::other("the server did not answer the greeting")),
+                None => fill(stream, &mut frames).await?,
+            }
+        }
+    }
+
+    /// Moves packets until the connection fails; `Ok` means that the engine ends.
+    async fn pump(&mut self, greeted: Greeted) -> Result<(), io::Error> {
+        let Greeted { stream, mut frames } = greeted;
+        let (mut read, write) = tokio::io::split(stream);
+        let (pongs, pongs_out) = mpsc::channel(4);
+        let (region, messages) = (self.region, self.messages.clone());
+        let reader = async move {
+            loop {
+                while let Some(frame) = frames.next_frame().map_err(io::Error::other)? {
+                    let event = match frame {
+                        Frame::RecvPacket(source, payload) if payload.len() <= MAX_PACKET => {
+                            Event::Packet { source, payload: payload.to_vec() }
+                        }
+                        Frame::Ping(data) => {
+                            // A server that pings faster than we can write gets fewer answers.
+                            let _ = pongs.try_send(data);
+                            continue;
+                        }
+                        Frame::PeerGone(peer, _) => Event::PeerGone { peer },
+                        Frame::Health(text) => Event::Health(String::from_utf8_lossy(text).into_owned()),
+                        Frame::Restarting(reconnect_ms, _) => {
+                            tracing::info!(%region, reconnect_ms, "the DERP server is restarting");
+                            continue;
+                        }
+                        Frame::RecvPacket(..) | Frame::KeepAlive | Frame::Pong(_) | Frame::Other(_) => {
+                            continue;
+                        }
+                        Frame::ServerKey(_)
+                        | Frame::ClientInfo(..)
+                        | Frame::ServerInfo(_)
+                        | Frame::SendPacket(..)
+                        | Frame::NotePreferred(_) => {
+                            return Err(io::Error::other("the server sent a frame out of turn"));
+                        }
+                    };
+                    if messages.send(Message { region, event }).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                tokio::time::timeout(READ_TIMEOUT, fill(&mut read, &mut frames))
+                    .await
+                    .map_err(|_| timed_out("the server was silent for 120 s"))??;
+            }
+        };
+        tokio::select! {
+            result = reader => result,
+            result = write_all(write, &mut self.packets, &mut self.preferred, pongs_out) => result,
+        }
+    }
+}
+
+async fn write_all(
+    mut stream: impl AsyncWrite + Unpin,
+    packets: &mut mpsc::Receiver<Packet>,
+    preferred: &mut watch::Receiver<bool>,
+    mut pongs: mpsc::Receiver<[u8; 8]>,
+) -> io::Result<()> {
+    let mut out = Vec::new();
+    if *preferred.borrow_and_update() {
+        Frame::NotePreferred(true).encode(&mut out);
+    }
+    loop {
+        while out.len() < WRITE_BYTES
+            && let Ok(packet) = packets.try_recv()
+        {
+            Frame::SendPacket(packet.peer, &packet.payload).encode(&mut out);
+        }
+        if !out.is_empty() {
+            let write = async {
+                stream.write_all(&out).await?;
+                stream.flush().await
+            };
+            tokio::time::timeout(WRITE_TIMEOUT, write)
+                .await
+                .map_err(|_| timed_out("the server takes no more data"))??;
+            out.clear();
+            out.shrink_to(WRITE_BYTES);
+        }
+        tokio::select! {
+            packet = packets.recv() => match packet {
+                Some(packet) => Frame::SendPacket(packet.peer, &packet.payload).encode(&mut out),
+                None => return Ok(()),
+            },
+            changed = preferred.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                Frame::NotePreferred(*preferred.borrow_and_update()).encode(&mut out);
+            }
+            // When the reader has ended, so has this function.
+            Some(data) = pongs.recv() => Frame::Pong(data).encode(&mut out),
+        }
+    }
+}
+
+/// Adds what the stream has to `frames`.
+async fn fill(stream: &mut (impl AsyncRead + Unpin), frames: &mut FrameReader) -> io::Result<()> {
+    let mut bytes = [0; 4096];
+    match stream.read(&mut bytes).await? {
+        0 => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection")),
+        count => {
+            frames.push(&bytes[..count]);
+            Ok(())
+        }
+    }
+}
+
+fn timed_out(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, text.to_owned())
+}
+
+/// How the DERP map says to trust this server.
+fn trust(node: &DerpNode) -> io::Result<Trust> {
+    if node.insecure_for_tests {
+        return Ok(Trust::Nothing);
+    }
+    if let Some(hash) = node.cert_name.strip_prefix(PIN_PREFIX) {
+        let pin =
+            parse_hash(hash).ok_or_else(|| io::Error::other("the pin in the DERP map is no SHA-256"))?;
+        return Ok(Trust::Pin(pin));
+    }
+    if node.cert_name.is_empty() { Ok(Trust::Roots) } else { Ok(Trust::Name(node.cert_name.clone())) }
+}
+
+fn parse_hash(text: &str) -> Option<[u8; 32]> {
+    let mut hash = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return None;
+    }
+    for (index, byte) in hash.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(text.get(2 * index..2 * index + 2)?, 16).ok()?;
+    }
+    Some(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_are_trusted_as_the_map_says() {
+        let node = |cert_name: &str, insecure_for_tests| DerpNode {
+            cert_name: cert_name.to_owned(),
+            insecure_for_tests,
+            ..DerpNode::default()
+        };
+        assert_eq!(trust(&node("", false)).unwrap(), Trust::Roots);
+        assert_eq!(trust(&node("", true)).unwrap(), Trust::Nothing);
+        assert_eq!(trust(&node("other.test", false)).unwrap(), Trust::Name("other.test".into()));
+        let pin = format!("{PIN_PREFIX}{}", "0f".repeat(32));
+        assert_eq!(trust(&node(&pin, false)).unwrap(), Trust::Pin([15; 32]));
+        for bad in ["", "0f", &"0g".repeat(32), &"é".repeat(32)] {
+            assert!(trust(&node(&format!("{PIN_PREFIX}{bad}"), false)).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,490 @@
+//! The loop that owns the node: bytes from descriptors go into the core in batches, what the core
+//! wants sent goes out, and nothing here decides anything about the protocol.
+//!
+//! One wake-up handles one source, then flushes what came of it. Queues from other tasks are bounded;
+//! where one is full its writer waits (control, DERP in) or the packet is dropped and counted (DERP
+//! out, sockets).
+
+mod drops;
+mod report;
+mod start;
+mod tun;
+mod udp;
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use podtether_core::batch::{Batch, Outbox};
+use podtether_core::dns::DnsAction;
+use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine};
+use podtether_proto::engine::Underlay;
+use podtether_proto::exit::EngineExit;
+use tokio::net::UdpSocket;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use crate::control::{self, Control};
+use crate::derp::{self, Regions};
+use crate::dial::Dialer;
+use crate::reason::Ending;
+use crate::rpc::Command;
+use crate::snapshot_file::SnapshotFile;
+use crate::status::Board;
+pub(crate) use drops::Drop;
+use drops::Drops;
+use report::Membership;
+use tun::Tun;
+use udp::Udp;
+
+/// Descriptors of the link and the underlay, before a start request.
+#[derive(Debug, Default)]
+pub(crate) struct Link {
+    pub(crate) tun: Option<OwnedFd>,
+    pub(crate) udp4: Option<OwnedFd>,
+    pub(crate) udp6: Option<OwnedFd>,
+    pub(crate) dns4: Option<OwnedFd>,
+    pub(crate) dns6: Option<OwnedFd>,
+    pub(crate) snapshot: Option<OwnedFd>,
+}
+
+/// Rounds between which other tasks and the poller surely get their turn.
+const ROUNDS_PER_YIELD: u32 = 4;
+/// A snapshot is written this long after the core asked for it.
+const SNAPSHOT_DELAY: Duration = Duration::from_secs(1);
+/// At most so often.
+const SNAPSHOT_PAUSE: Duration = Duration::from_secs(3);
+/// Longest DNS query that is looked at.
+const MAX_QUERY: usize = 4096;
+/// Names being looked up at a time.
+const MAX_LOOKUPS: usize = 16;
+
+/// Serves commands until a start request is good, then runs the node to its end.
+pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<Command>) -> Ending {
+    let mut link = Some(link);
+    loop {
+        let Some(command) = commands.recv().await else {
+            return Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more");
+        };
+        match command {
+            Command::Start(request, answer) => {
+                let Some(parts) = link.take() else { continue };
+                match Driver::start(parts, &request, board.clone()) {
+                    Ok(driver) => {
+                        board.set_pod_uid(&request.pod.uid);
+                        return Box::pin(driver.run(commands, answer)).await;
+                    }
+                    Err((parts, reason)) => {
+                        let _ = answer.send(Err(reason));
+                        link = Some(*parts);
+                    }
+                }
+            }
+            Command::SetUnderlay(_) => {}
+            Command::Metrics(answer) => {
+                let _ = answer.send(Default::default());
+            }
+            Command::Peers(answer) => {
+                let _ = answer.send(Vec::new());
+            }
+            Command::Logout(answer) => {
+                let _ = answer.send(Err("this engine was not started".to_owned()));
+            }
+            Command::Stop(answer) => {
+                let _ = answer.send(());
+                return Ending::new(EngineExit::Stopped, "asked to stop before it was started");
+            }
+        }
+    }
+}
+
+/// A running node.
+struct Driver {
+    engine: Engine,
+    outbox: Outbox,
+    tun: Tun,
+    udp4: Option<Udp>,
+    udp6: Option<Udp>,
+    dns4: Option<UdpSocket>,
+    dns6: Option<UdpSocket>,
+    from_tun: Batch<()>,
+    from_udp: Batch<SocketAddr>,
+    query: Box<[u8]>,
+    reply: Vec<u8>,
+    drops: Drops,
+    dialer: Dialer,
+    control: Control,
+    derp: Regions,
+    lookups: JoinSet<(String, Vec<IpAddr>)>,
+    snapshot: Option<SnapshotFile>,
+    snapshot_due: Option<Instant>,
+    snapshot_written: Option<Instant>,
+    membership: Membership,
+    /// Why there is no control session now; empty while there is one.
+    trouble: String,
+    logging_out: Option<oneshot::Receiver<Result<(), String>>>,
+    logout_answer: Option<oneshot::Sender<Result<(), String>>>,
+    board: Board,
+    ending: Option<Ending>,
+}
+
+/// What woke the loop.
+enum Wake {
+    Packets,
+    Datagrams,
+    Query { v4: bool, length: usize, from: SocketAddr },
+    Control(control::Event),
+    Derp(derp::Message),
+    Resolved(String, Vec<IpAddr>),
+    Command(Command),
+    LoggedOut(Result<(), String>),
+    Time,
+    Ended(Ending),
+}
+
+impl Driver {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        started: oneshot::Sender<Result<(), String>>,
+    ) -> Ending {
+        // With a snapshot the first handshakes leave here, before the supervisor hears back.
+        self.engine.handle_timeout(Instant::now(), &mut self.outbox);
+        self.settle().await;
+        let _ = started.send(Ok(()));
+        let mut rounds = 0_u32;
+        loop {
+            let wake = self.wake(&mut commands).await;
+            self.handle(wake);
+            self.settle().await;
+            if let Some(ending) = self.ending.take() {
+                self.write_snapshot();
+                return ending;
+            }
+            rounds = rounds.wrapping_add(1);
+            if rounds.is_multiple_of(ROUNDS_PER_YIELD) {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// Waits for whatever comes first.
+    async fn wake(&mut self, commands: &mut mpsc::Receiver<Command>) -> Wake {
+        let deadline = [self.engine.poll_timeout(), self.snapshot_due].into_iter().flatten().min();
+        tokio::select! {
+            read = self.tun.read(&mut self.from_tun, &mut self.drops) => match read {
+                Ok(()) => Wake::Packets,
+                Err(gone) => Wake::Ended(Ending::new(EngineExit::LinkLost, gone.to_string())),
+            },
+            received = receive(self.udp4.as_mut(), self.udp6.as_mut(), &mut self.from_udp) => match received {
+                Ok(unusable) => {
+                    self.drops.add(Drop::UdpTruncated, unusable);
+                    Wake::Datagrams
+                }
+                Err(error) => Wake::Ended(Ending::new(EngineExit::LinkLost, format!("a UDP socket failed: {error}"))),
+            },
+            query = query(self.dns4.as_ref(), self.dns6.as_ref(), &mut self.query) => query,
+            event = self.control.event() => match event {
+                Some(event) => Wake::Control(event),
+                None => Wake::Time,
+            },
+            message = self.derp.message() => Wake::Derp(message),
+            Some(found) = self.lookups.join_next() => match found {
+                Ok((host, addresses)) => Wake::Resolved(host, addresses),
+                Err(_) => Wake::Time,
+            },
+            command = commands.recv() => match command {
+                Some(command) => Wake::Command(command),
+                None => Wake::Ended(Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more")),
+            },
+            outcome = finished(self.logging_out.as_mut()) => Wake::LoggedOut(outcome),
+            () = sleep_until(deadline) => Wake::Time,
+        }
+    }
+
+    fn handle(&mut self, wake: Wake) {
+        let now = Instant::now();
+        match wake {
+            Wake::Packets => {
+                self.engine.handle_tun(&mut self.from_tun, now, &mut self.outbox);
+                self.from_tun.clear();
+            }
+            Wake::Datagrams => {
+                self.engine.handle_udp(&mut self.from_udp, now, &mut self.outbox);
+                self.from_udp.clear();
+            }
+            Wake::Query { v4, length, from } => self.answer_query(v4, length, from, now),
+            Wake::Control(event) => self.handle_control(event, now),
+            Wake::Derp(message) => self.handle_derp(message, now),
+            Wake::Resolved(host, addresses) => {
+                self.engine.handle_resolved(&host, &addresses, now, &mut self.outbox);
+            }
+            Wake::Command(command) => self.handle_command(command, now),
+            Wake::LoggedOut(outcome) => self.logged_out(outcome),
+            Wake::Time => {}
+            Wake::Ended(ending) => self.ending = Some(ending),
+        }
+        // Also under load, when the loop never sleeps until the deadline.
+        if self.engine.poll_timeout().is_some_and(|at| at <= now) {
+            self.engine.handle_timeout(now, &mut self.outbox);
+        }
+    }
+
+    /// Sends what the core wants sent and does what it wants done.
+    async fn settle(&mut self) {
+        while let Some(event) = self.engine.poll_event() {
+            self.handle_event(event);
+        }
+        self.tun.write(&self.outbox.tun, &mut self.drops);
+        if !self.outbox.udp.is_empty() {
+            let (udp4, udp6) = (self.udp4.as_ref(), self.udp6.as_ref());
+            if udp4.is_none() || udp6.is_none() {
+                let lost = udp::without_socket(&self.outbox.udp, udp4.is_some(), udp6.is_some());
+                self.drops.add(Drop::UdpNoSocket, lost);
+            }
+            if let Some(udp) = udp4 {
+                udp.send(&self.outbox.udp, true, &mut self.drops).await;
+            }
+            if let Some(udp) = udp6 {
+                udp.send(&self.outbox.udp, false, &mut self.drops).await;
+            }
+        }
+        for (to, packet) in self.outbox.derp.iter() {
+            if let Err(why) = self.derp.send(to.region, to.peer, packet) {
+                self.drops.count(why);
+            }
+        }
+        self.outbox.clear();
+        if self.snapshot_due.is_some_and(|at| at <= Instant::now()) {
+            self.write_snapshot();
+        }
+    }
+
+    fn handle_event(&mut self, event: engine::Event) {
+        match event {
+            engine::Event::SelfChanged => self.report(),
+            engine::Event::HostUpdate => {
+                self.control.set_host(self.engine.host_update());
+                self.report();
+            }
+            engine::Event::DerpConnect { region } => match self.engine.derp_node(region) {
+                Some(nodes) => self.derp.connect(region, nodes.clone(), &self.dialer),
+                None => tracing::warn!(%region, "the core wants a DERP region that the map does not have"),
+            },
+            engine::Event::DerpClose { region } => self.derp.close(region),
+            engine::Event::DerpPreferred { region } => {
+                self.derp.prefer(region);
+                self.report();
+            }
+            engine::Event::Resolve { host } => {
+                if self.lookups.len() < MAX_LOOKUPS {
+                    let resolver = self.dialer.resolver.clone();
+                    self.lookups.spawn(async move {
+                        let found = resolver.lookup(&host).await;
+                        (host, found.unwrap_or_default())
+                    });
+                }
+            }
+            engine::Event::SnapshotDirty => {
+                let now = Instant::now();
+                let pause = self.snapshot_written.map(|at| at + SNAPSHOT_PAUSE);
+                self.snapshot_due.get_or_insert(pause.unwrap_or(now).max(now + SNAPSHOT_DELAY));
+            }
+            engine::Event::PingRequest(request) => self.control.ping(*request),
+            engine::Event::KeyExpired => {
+                let reason = "the node key has expired";
+                self.ending = Some(Ending::new(EngineExit::NodeKeyExpired, reason));
+            }
+        }
+    }
+
+    fn handle_control(&mut self, event: control::Event, now: Instant) {
+        let event = match event {
+            control::Event::Trying { reason } => {
+                self.trouble = reason;
+                return self.report();
+            }
+            control::Event::NeedsLogin { url } => {
+                self.membership = Membership::NeedsLogin { url };
+                return self.report();
+            }
+            control::Event::Registered { approved } => {
+                self.membership = Membership::Registered { approved };
+                self.trouble.clear();
+                return self.report();
+            }
+            control::Event::Ended(ending) => {
+                self.ending = Some(ending);
+                return;
+            }
+            control::Event::SessionStarted => {
+                self.trouble.clear();
+                ControlEvent::SessionStarted
+            }
+            control::Event::Map(message) => {
+                self.board.control_heard(now);
+                ControlEvent::Map(message)
+            }
+            control::Event::SessionLost => ControlEvent::SessionLost,
+        };
+        self.engine.handle_control(event, now, &mut self.outbox);
+        self.report();
+    }
+
+    fn handle_derp(&mut self, message: derp::Message, now: Instant) {
+        let derp::Message { region, event } = message;
+        let mut packet;
+        let health;
+        let event = match event {
+            derp::Event::Connected => DerpEvent::Connected,
+            derp::Event::Disconnected => DerpEvent::Disconnected,
+            derp::Event::Packet { source, payload } => {
+                packet = payload;
+                DerpEvent::Packet { source, payload: &mut packet }
+            }
+            derp::Event::PeerGone { peer } => DerpEvent::PeerGone { peer },
+            derp::Event::Health(problem) => {
+                health = problem;
+                DerpEvent::Health { problem: &health }
+            }
+        };
+        if let (DerpEvent::Disconnected, Some(servers)) = (&event, self.engine.derp_node(region)) {
+            self.derp.set_servers(region, servers.clone());
+        }
+        let reports = !matches!(event, DerpEvent::Packet { .. });
+        self.engine.handle_derp(region, event, now, &mut self.outbox);
+        if reports {
+            self.report();
+        }
+    }
+
+    fn answer_query(&mut self, v4: bool, length: usize, from: SocketAddr, now: Instant) {
+        let socket = if v4 { &self.dns4 } else { &self.dns6 };
+        let Some((socket, query)) = socket.as_ref().zip(self.query.get(..length)) else { return };
+        self.reply.clear();
+        match self.engine.handle_dns(query, now, &mut self.reply) {
+            DnsAction::Reply => {
+                if socket.try_send_to(&self.reply, from).is_err() {
+                    self.drops.count(Drop::DnsReply);
+                }
+            }
+            DnsAction::Ignore => {}
+        }
+    }
+
+    fn handle_command(&mut self, command: Command, now: Instant) {
+        match command {
+            Command::Start(_, answer) => {
+                let _ = answer.send(Err("this engine was started already".to_owned()));
+            }
+            Command::SetUnderlay(underlay) => self.set_underlay(&underlay, now),
+            Command::Metrics(answer) => {
+                let _ = answer.send(self.metrics(now));
+            }
+            Command::Peers(answer) => {
+                let _ = answer.send(self.peers(now));
+            }
+            Command::Logout(answer) => {
+                let (done, outcome) = oneshot::channel();
+                self.control.logout(done);
+                self.logging_out = Some(outcome);
+                self.logout_answer = Some(answer);
+            }
+            Command::Stop(answer) => {
+                self.write_snapshot();
+                let _ = answer.send(());
+                self.ending = Some(Ending::new(EngineExit::Stopped, "asked to stop"));
+            }
+        }
+    }
+
+    fn logged_out(&mut self, outcome: Result<(), String>) {
+        self.logging_out = None;
+        if outcome.is_ok() {
+            self.membership = Membership::LoggedOut;
+            self.report();
+            // What is left of this identity must not come back to life.
+            self.snapshot = None;
+            self.ending = Some(Ending::new(EngineExit::Stopped, "logged out as asked"));
+        }
+        if let Some(answer) = self.logout_answer.take() {
+            let _ = answer.send(outcome);
+        }
+    }
+
+    fn set_underlay(&mut self, underlay: &Underlay, now: Instant) {
+        self.dialer.resolver.set_underlay(underlay);
+        let port = |udp: &Option<Udp>| udp.as_ref().map(Udp::port);
+        let (v4, v6) = (port(&self.udp4), port(&self.udp6));
+        self.engine.handle_underlay(&underlay.addresses, v4, v6, now, &mut self.outbox);
+    }
+
+    fn write_snapshot(&mut self) {
+        self.snapshot_due = None;
+        let Some(file) = &mut self.snapshot else { return };
+        let now = Instant::now();
+        self.snapshot_written = Some(now);
+        let bytes = zeroize::Zeroizing::new(self.engine.snapshot(now).to_bytes());
+        if let Err(error) = file.write(&bytes) {
+            tracing::error!(%error, "could not write the snapshot; a restart will be slower");
+        }
+    }
+}
+
+/// From whichever socket has something; how many datagrams were unusable.
+async fn receive(
+    udp4: Option<&mut Udp>,
+    udp6: Option<&mut Udp>,
+    batch: &mut Batch<SocketAddr>,
+) -> std::io::Result<u64> {
+    let first = tokio::select! {
+        result = datagrams(udp4.as_deref()) => result.map(|()| true),
+        result = datagrams(udp6.as_deref()) => result.map(|()| false),
+    }?;
+    match (first, udp4, udp6) {
+        (true, Some(udp), _) | (false, _, Some(udp)) => Ok(udp.receive(batch)),
+        _ => Ok(0),
+    }
+}
+
+async fn datagrams(udp: Option<&Udp>) -> std::io::Result<()> {
+    match udp {
+        Some(udp) => udp.ready().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn queries(socket: Option<&UdpSocket>) {
+    match socket {
+        // An error shows again in the receive, which then has nothing.
+        Some(socket) => drop(socket.readable().await),
+        None => std::future::pending().await,
+    }
+}
+
+async fn query(dns4: Option<&UdpSocket>, dns6: Option<&UdpSocket>, buffer: &mut [u8]) -> Wake {
+    loop {
+        let v4 = tokio::select! {
+            () = queries(dns4) => true,
+            () = queries(dns6) => false,
+        };
+        let Some(socket) = (if v4 { dns4 } else { dns6 }) else { continue };
+        if let Ok((length, from)) = socket.try_recv_from(buffer) {
+            return Wake::Query { v4, length, from };
+        }
+    }
+}
+
+async fn finished(outcome: Option<&mut oneshot::Receiver<Result<(), String>>>) -> Result<(), String> {
+    match outcome {
+        Some(outcome) => outcome.await.unwrap_or_else(|_| Err("the control client ended".to_owned())),
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

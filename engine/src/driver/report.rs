@@ -1,0 +1,155 @@
+//! What the driver tells its supervisor: status, metrics, peers.
+
+use std::time::{Duration, Instant};
+
+use podtether_core::engine::{PathView, PeerView, SelfView, Status};
+use podtether_proto::engine::{EngineMetrics, NodeState, PathStatus, PeerStatus, SelfNode};
+
+use super::Driver;
+
+/// How far the node has come with the control server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Membership {
+    /// Not registered in this process yet.
+    Connecting,
+    /// A person has to open the URL.
+    NeedsLogin { url: String },
+    /// Registered in this process.
+    Registered { approved: bool },
+    /// Logged out on request.
+    LoggedOut,
+}
+
+impl Driver {
+    /// Brings the status up to date; watchers wake when it differs.
+    pub(super) fn report(&self) {
+        let core = self.engine.status();
+        self.board.update(|status| {
+            status.state = state(&self.membership, &self.trouble, &core);
+            status.control_connected = core.control_connected;
+            status.home_derp = core.home_derp.0;
+            status.health.clone_from(&core.health);
+            if core.running && !core.control_connected && !self.trouble.is_empty() {
+                status.health.push(format!("no control session: {}", self.trouble));
+            }
+            status.node = core.node.map(self_node);
+        });
+    }
+
+    pub(super) fn metrics(&self, now: Instant) -> EngineMetrics {
+        let counters = self.engine.counters();
+        let gauges = self.engine.gauges(now);
+        let core = counters.drops().filter(|(_, n)| *n > 0).map(|(why, n)| (why.name(), n));
+        let log = Some(("log_line", crate::log::dropped())).filter(|(_, n)| *n > 0);
+        let status = self.engine.status();
+        EngineMetrics {
+            tx_packets: counters.tx_packets,
+            tx_bytes: counters.tx_bytes,
+            rx_packets: counters.rx_packets,
+            rx_bytes: counters.rx_bytes,
+            drops: core.chain(self.drops.named()).chain(log).map(|(why, n)| (why.to_owned(), n)).collect(),
+            handshakes: counters.handshakes,
+            peers: wide(gauges.peers),
+            peers_direct: wide(gauges.peers_direct),
+            peers_relay: wide(gauges.peers_relay),
+            control_connected: status.control_connected,
+            derp_connected: wide(gauges.derp_connected),
+            home_derp: status.home_derp.0,
+            last_handshake_unix_s: counters
+                .last_handshake
+                .and_then(|at| u64::try_from(at.as_millis() / 1000).ok())
+                .unwrap_or(0),
+        }
+    }
+
+    pub(super) fn peers(&self, now: Instant) -> Vec<PeerStatus> {
+        self.engine.peers(now).into_iter().map(peer).collect()
+    }
+}
+
+fn state(membership: &Membership, trouble: &str, core: &Status) -> NodeState {
+    let approved = core.node.as_ref().is_none_or(|node| node.machine_authorized);
+    match membership {
+        Membership::LoggedOut => NodeState::LoggedOut,
+        Membership::NeedsLogin { url } if !core.running => NodeState::NeedsLogin { url: url.clone() },
+        _ if core.running && approved => NodeState::Running,
+        _ if core.running => NodeState::NeedsApproval,
+        Membership::Registered { approved: false } => NodeState::NeedsApproval,
+        Membership::Registered { approved: true } if trouble.is_empty() => {
+            NodeState::Connecting { reason: "registered, waiting for the first netmap".to_owned() }
+        }
+        Membership::Connecting | Membership::NeedsLogin { .. } | Membership::Registered { .. } => {
+            let reason = if trouble.is_empty() { "connecting to the control server" } else { trouble };
+            NodeState::Connecting { reason: reason.to_owned() }
+        }
+    }
+}
+
+fn self_node(view: SelfView) -> SelfNode {
+    SelfNode {
+        name: view.name,
+        addresses: view.addresses,
+        tags: view.tags,
+        stable_id: view.stable_id,
+        key_expiry_unix_s: view.key_expiry.map(|at| at.as_millis().div_euclid(1000)),
+    }
+}
+
+fn peer(view: PeerView) -> PeerStatus {
+    PeerStatus {
+        name: view.name,
+        addresses: view.addresses,
+        path: match view.path {
+            PathView::Idle => PathStatus::Idle,
+            PathView::Relay(region) => PathStatus::Relay { region: region.0 },
+            PathView::Direct(endpoint, rtt) => {
+                PathStatus::Direct { endpoint, rtt_us: u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX) }
+            }
+        },
+        handshake_age_ms: view.handshake_age.map(millis),
+        last_tx_age_ms: view.last_tx_age.map(millis),
+        last_rx_age_ms: view.last_rx_age.map(millis),
+        tx_bytes: view.tx_bytes,
+        rx_bytes: view.rx_bytes,
+    }
+}
+
+fn millis(age: Duration) -> u64 {
+    u64::try_from(age.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn wide(count: usize) -> u64 {
+    u64::try_from(count).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states() {
+        let core = |running, approved| Status {
+            running,
+            node: running.then(|| SelfView { machine_authorized: approved, ..SelfView::default() }),
+            ..Status::default()
+        };
+        let login = Membership::NeedsLogin { url: "https://x/1".into() };
+        let table = [
+            (Membership::Connecting, "", core(false, true), "Connecting"),
+            (Membership::Connecting, "it is down", core(false, true), "it is down"),
+            // From a snapshot, before control is back.
+            (Membership::Connecting, "it is down", core(true, true), "Running"),
+            (login.clone(), "", core(false, true), "NeedsLogin"),
+            (login, "", core(true, true), "Running"),
+            (Membership::Registered { approved: true }, "", core(false, true), "netmap"),
+            (Membership::Registered { approved: false }, "", core(false, true), "NeedsApproval"),
+            (Membership::Registered { approved: true }, "", core(true, false), "NeedsApproval"),
+            (Membership::Registered { approved: true }, "", core(true, true), "Running"),
+            (Membership::LoggedOut, "", core(true, true), "LoggedOut"),
+        ];
+        for (membership, trouble, core, expected) in table {
+            let state = format!("{:?}", state(&membership, trouble, &core));
+            assert!(state.contains(expected), "{membership:?}: {state} should say {expected}");
+        }
+    }
+}

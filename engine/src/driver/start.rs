@@ -1,0 +1,184 @@
+//! From a start request to a running driver; what is wrong with the request is one sentence.
+
+use std::time::{Instant, SystemTime};
+
+use podtether_core::batch::{Batch, Outbox};
+use podtether_core::engine::{Config, Engine};
+use podtether_core::key::{DiscoPrivate, MachinePrivate, NodePrivate, NodePublic};
+use podtether_core::snapshot::Snapshot;
+use podtether_core::tailcfg::UnixTime;
+use podtether_proto::engine::StartRequest;
+use tokio::net::UdpSocket;
+use tokio::task::JoinSet;
+
+use super::drops::Drops;
+use super::report::Membership;
+use super::tun::Tun;
+use super::udp::Udp;
+use super::{Driver, Link, MAX_QUERY};
+use crate::control::{Control, Identity};
+use crate::derp::Regions;
+use crate::dial::{ControlUrl, Dialer};
+use crate::resolve::Resolver;
+use crate::snapshot_file::SnapshotFile;
+use crate::status::Board;
+use crate::tls::Tls;
+
+/// What IPv6 needs.
+const MIN_MTU: u16 = 1280;
+
+impl Driver {
+    /// Everything the node needs, made; a refused request gives the descriptors back.
+    pub(super) fn start(
+        link: Link,
+        request: &StartRequest,
+        board: Board,
+    ) -> Result<Self, (Box<Link>, String)> {
+        match Checked::new(&link, request) {
+            // A descriptor that turns out to be unusable stays unusable: keeping the rest is no loss.
+            Ok(checked) => {
+                checked.start(link, request, board).map_err(|reason| (Box::new(Link::default()), reason))
+            }
+            Err(reason) => Err((Box::new(link), reason)),
+        }
+    }
+}
+
+/// A request found good, before any descriptor is touched.
+struct Checked {
+    dialer: Dialer,
+    identity: Identity,
+    node_key: NodePrivate,
+    disco_key: DiscoPrivate,
+    random_seed: [u8; 32],
+}
+
+impl Checked {
+    fn new(link: &Link, request: &StartRequest) -> Result<Self, String> {
+        if link.tun.is_none() {
+            return Err("this engine has no TUN descriptor".to_owned());
+        }
+        if link.udp4.is_none() && link.udp6.is_none() {
+            return Err("this engine has no UDP socket".to_owned());
+        }
+        if request.mtu < MIN_MTU {
+            return Err(format!("an MTU of {} is below IPv6's minimum of {MIN_MTU}", request.mtu));
+        }
+        if !is_label(&request.hostname) {
+            let name = &request.hostname;
+            return Err(format!("the host name {name:?} is not a DNS label (a-z, 0-9, -, at most 63 long)"));
+        }
+        let url: ControlUrl = request.control_url.parse().map_err(|e| format!("{e}"))?;
+        let tls = Tls::new(&request.extra_roots_pem).map_err(|e| e.to_string())?;
+        let resolver = Resolver::default();
+        resolver.set_underlay(&request.underlay);
+        let zero = |key: &podtether_proto::secret::SecretKey| key.expose().iter().all(|byte| *byte == 0);
+        if zero(&request.machine_key) || zero(&request.node_key) {
+            return Err("the machine key or the node key is missing".to_owned());
+        }
+        let node_key = NodePrivate::from_bytes(*request.node_key.expose());
+        let mut random_seed = [0; 32];
+        getrandom::fill(&mut random_seed).map_err(|e| format!("no random numbers: {e}"))?;
+        let identity = Identity {
+            url,
+            machine_key: MachinePrivate::from_bytes(*request.machine_key.expose()),
+            node_key: node_key.public(),
+            old_node_key: request.old_node_key.map(NodePublic::from_bytes).unwrap_or_default(),
+            auth_key: request.auth_key.clone(),
+            hostname: request.hostname.clone(),
+            ephemeral: request.ephemeral,
+            request_tags: request.request_tags.clone(),
+        };
+        let disco_key = DiscoPrivate::generate().map_err(|e| format!("no random numbers: {e}"))?;
+        Ok(Self { dialer: Dialer { resolver, tls }, identity, node_key, disco_key, random_seed })
+    }
+
+    fn start(self, link: Link, request: &StartRequest, board: Board) -> Result<Driver, String> {
+        let tun = link.tun.ok_or("this engine has no TUN descriptor")?;
+        let tun = Tun::new(tun, request.mtu).map_err(|e| format!("the TUN descriptor is unusable: {e}"))?;
+        let udp = |fd: Option<_>| {
+            fd.map(Udp::new).transpose().map_err(|e| format!("a UDP descriptor is unusable: {e}"))
+        };
+        let (udp4, udp6) = (udp(link.udp4)?, udp(link.udp6)?);
+        let dns = |fd: Option<_>| {
+            fd.map(dns_socket).transpose().map_err(|e| format!("a DNS descriptor is unusable: {e}"))
+        };
+        let (dns4, dns6) = (dns(link.dns4)?, dns(link.dns6)?);
+        let opened = link.snapshot.map(|fd| SnapshotFile::open(fd, *self.node_key.public().as_bytes()));
+        let (snapshot_file, left) = opened.unzip();
+        let snapshot = left.flatten().and_then(|bytes| match Snapshot::from_bytes(&bytes) {
+            Ok(snapshot) => Some(snapshot),
+            Err(error) => {
+                tracing::warn!(%error, "the snapshot of the engine before is unusable");
+                None
+            }
+        });
+        tracing::info!(
+            pod = request.pod.name,
+            namespace = request.pod.namespace,
+            control = %self.identity.url,
+            warm = snapshot.is_some(),
+            "engine starts"
+        );
+        let config = Config {
+            node_key: self.node_key.clone(),
+            disco_key: self.disco_key,
+            mtu: request.mtu,
+            random_seed: self.random_seed,
+            wall: wall_clock(),
+            snapshot,
+        };
+        let engine = Engine::new(config, Instant::now());
+        let control = Control::start(self.dialer.clone(), self.identity, engine.host_update());
+        let derp = Regions::new(self.node_key);
+        let mut driver = Driver {
+            engine,
+            outbox: Outbox::default(),
+            tun,
+            udp4,
+            udp6,
+            dns4,
+            dns6,
+            from_tun: Batch::new(),
+            from_udp: Batch::new(),
+            query: vec![0; MAX_QUERY].into(),
+            reply: Vec::new(),
+            drops: Drops::default(),
+            dialer: self.dialer,
+            control,
+            derp,
+            lookups: JoinSet::new(),
+            snapshot: snapshot_file,
+            snapshot_due: None,
+            snapshot_written: None,
+            membership: Membership::Connecting,
+            trouble: String::new(),
+            logging_out: None,
+            logout_answer: None,
+            board,
+            ending: None,
+        };
+        driver.set_underlay(&request.underlay, Instant::now());
+        driver.report();
+        Ok(driver)
+    }
+}
+
+fn dns_socket(fd: std::os::fd::OwnedFd) -> std::io::Result<UdpSocket> {
+    let socket = std::net::UdpSocket::from(fd);
+    socket.set_nonblocking(true)?;
+    UdpSocket::from_std(socket)
+}
+
+fn wall_clock() -> UnixTime {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    UnixTime::from_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+fn is_label(name: &str) -> bool {
+    let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+    (1..=63).contains(&name.len())
+        && name.bytes().all(inner)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
