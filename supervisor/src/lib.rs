@@ -5,7 +5,11 @@
 //! pods never wait for each other and create, restart, recover and leave are the same code.
 
 pub mod config;
+pub mod credentials;
+pub mod engine;
 pub mod hostname;
+pub mod output;
 pub mod plan;
 pub mod record;
 pub mod restart;
+pub mod spawn;

@@ -1,0 +1,73 @@
+//! The HTTP client of the admin APIs: rustls with ring, the public roots and a tailnet's own.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+/// Largest answer that is read: a list of a large tailnet's devices.
+const MAX_BODY: usize = 32 << 20;
+
+/// Public roots and those of `extra_pem`.
+pub(super) fn roots(extra_pem: &str) -> Result<RootCertStore, String> {
+    let mut store = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+    let mut found = extra_pem.is_empty();
+    for certificate in CertificateDer::pem_slice_iter(extra_pem.as_bytes()) {
+        let certificate = certificate.map_err(|e| format!("holds a broken certificate: {e}"))?;
+        store.add(certificate).map_err(|e| format!("holds an unusable certificate: {e}"))?;
+        found = true;
+    }
+    if !found {
+        return Err("holds no certificate (PEM)".into());
+    }
+    Ok(store)
+}
+
+/// A client that trusts the public roots and those in `ca_file`.
+pub(super) fn client(ca_file: Option<&Path>) -> Result<reqwest::Client, String> {
+    let pem = super::extra_roots(ca_file)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?
+        .with_root_certificates(roots(&pem)?)
+        .with_no_client_auth();
+    reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .connect_timeout(Duration::from_secs(5))
+        .timeout(Duration::from_secs(20))
+        .pool_idle_timeout(Duration::from_secs(30))
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent(concat!("podtether/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .map_err(|e| format!("cannot make an HTTP client: {e}"))
+}
+
+/// The whole body, bounded.
+pub(super) async fn body(mut response: reqwest::Response) -> Result<Vec<u8>, String> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|e| say(&e))? {
+        if body.len() + chunk.len() > MAX_BODY {
+            return Err("the answer is too long".into());
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// An error and its causes in one line, without the URL's query.
+pub(super) fn say(e: &reqwest::Error) -> String {
+    let mut text = e.to_string();
+    let mut cause = std::error::Error::source(e);
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text = format!("{text}: {inner_text}");
+        }
+        cause = inner.source();
+    }
+    text
+}

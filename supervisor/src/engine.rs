@@ -1,0 +1,291 @@
+//! One engine process, from its socket to its end.
+//!
+//! The supervisor binds and listens on the engine's socket before the process exists, so its connect
+//! succeeds at once and the first calls wait in the kernel until the engine accepts: no polling, no
+//! retry, nothing between a death and the next `start` but fork and exec.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MAX};
+use podtether_proto::exit::{EngineExit, ExitReason};
+use podtether_proto::{PROTO_VERSION, transport};
+use tarpc::context::Context;
+use tarpc::{client, context};
+use tokio::process::Child;
+
+use crate::output;
+use crate::restart::Ended;
+use crate::spawn::Process;
+
+/// How often an engine has to answer.
+pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// An engine that does not answer this long is killed.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// The first answer may take longer: a node that boots starts all its engines at once.
+const FIRST_ANSWER_WITHIN: Duration = Duration::from_secs(15);
+/// Largest exit reason that is read.
+const MAX_REASON_BYTES: u64 = 4096;
+
+/// What is learnt about an engine, in order. `Ended` is the last.
+#[derive(Debug)]
+pub enum Event {
+    /// It has taken its start request; calls may go to the client from now on.
+    Started(Hello, EngineClient),
+    /// Its state.
+    Status(Box<EngineStatus>),
+    /// The process is gone.
+    Ended {
+        /// How.
+        ended: Ended,
+        /// Time from its first answer to its end; `None` when it never answered.
+        answered: Option<Duration>,
+        /// One sentence.
+        reason: String,
+    },
+}
+
+/// Files of one engine below `run_dir/engines`.
+#[derive(Debug, Clone)]
+pub struct Home {
+    dir: PathBuf,
+}
+
+impl Home {
+    /// Makes the directory.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn make(run_dir: &Path, id: &str) -> io::Result<Home> {
+        let dir = run_dir.join("engines").join(id);
+        crate::record::private_dir(&dir).map_err(|e| e.source)?;
+        Ok(Home { dir })
+    }
+
+    /// Removes everything in it.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn remove(run_dir: &Path, id: &str) -> io::Result<()> {
+        match std::fs::remove_dir_all(run_dir.join("engines").join(id)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// A fresh listening socket; an earlier engine's is gone with its path.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn listen(&self) -> io::Result<OwnedFd> {
+        let path = self.socket();
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            Ok(()) | Err(_) => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(listener.into())
+    }
+
+    /// The warm snapshot, kept from one engine to the next.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn snapshot(&self) -> io::Result<OwnedFd> {
+        self.open("snapshot", true)
+    }
+
+    /// The file for the exit reason, emptied.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn reason(&self) -> io::Result<OwnedFd> {
+        let file = std::fs::File::from(self.open("reason", false)?);
+        file.set_len(0)?;
+        Ok(file.into())
+    }
+
+    /// Forgets what the engine had learnt: its identity is another one now.
+    pub fn drop_snapshot(&self) {
+        let _ = std::fs::remove_file(self.dir.join("snapshot"));
+    }
+
+    /// Path of the socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("engine.sock")
+    }
+
+    fn open(&self, name: &str, read: bool) -> io::Result<OwnedFd> {
+        use std::os::unix::fs::OpenOptionsExt;
+        let file = std::fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(read)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(self.dir.join(name))?;
+        Ok(file.into())
+    }
+
+    fn read_reason(&self) -> Option<ExitReason> {
+        use std::io::Read;
+        let mut text = String::new();
+        let file = std::fs::File::open(self.dir.join("reason")).ok()?;
+        file.take(MAX_REASON_BYTES).read_to_string(&mut text).ok()?;
+        serde_json::from_str(&text).ok()
+    }
+}
+
+/// Lives as long as the engine: gives it its identity, watches it, and reports through `events`.
+pub async fn attend(
+    process: std::sync::Arc<Process>,
+    child: Child,
+    home: Home,
+    start: StartRequest,
+    mut events: impl FnMut(Event),
+) {
+    tokio::spawn(output::relay(child, start.pod.clone(), process.pid()));
+    let mut first_answer = None;
+    let verdict = {
+        let session = session(&home, start, &mut first_answer, &mut events);
+        tokio::select! {
+            biased;
+            ended = process.ended() => Verdict::Died(ended),
+            verdict = session => verdict,
+        }
+    };
+    let answered = first_answer.map(|at: Instant| at.elapsed());
+    let (mut ended, mut reason) = match verdict {
+        Verdict::Died(ended) => (ended, String::new()),
+        // The connection goes a moment before the process does: let it say itself how it ended.
+        Verdict::Lost(why) => match tokio::time::timeout(Duration::from_millis(200), process.ended()).await {
+            Ok(ended) => (ended, String::new()),
+            Err(_) => (kill(&process).await, why),
+        },
+        Verdict::Silent(why) => (kill(&process).await, why),
+        Verdict::Refused(why) => {
+            kill(&process).await;
+            (Ended::Exit(EngineExit::BadConfig), why)
+        }
+    };
+    if let Some(told) = home.read_reason() {
+        // A process that wrote its reason and was killed on its way out did exit by choice.
+        if ended == Ended::Crash && reason.is_empty() {
+            ended = Ended::Exit(told.exit);
+        }
+        if reason.is_empty() {
+            reason = told.reason;
+        }
+    }
+    if reason.is_empty() {
+        reason = match &ended {
+            Ended::Exit(exit) => format!("the engine exited ({exit:?})"),
+            Ended::Crash => "the engine crashed".into(),
+            Ended::NotSpawned => "the engine could not be started".into(),
+        };
+    }
+    events(Event::Ended { ended, answered, reason });
+}
+
+enum Verdict {
+    Died(Ended),
+    /// The connection broke.
+    Lost(String),
+    /// No answer in time.
+    Silent(String),
+    /// It does not take its start request.
+    Refused(String),
+}
+
+async fn kill(process: &Process) -> Ended {
+    process.kill();
+    process.ended().await;
+    Ended::Crash
+}
+
+async fn session(
+    home: &Home,
+    start: StartRequest,
+    first_answer: &mut Option<Instant>,
+    events: &mut impl FnMut(Event),
+) -> Verdict {
+    let transport = match transport::connect(home.socket()).await {
+        Ok(transport) => transport,
+        Err(e) => return Verdict::Lost(format!("cannot connect to the engine's socket: {e}")),
+    };
+    let client = EngineClient::new(client::Config::default(), transport).spawn();
+    let hello = match client.hello(within(FIRST_ANSWER_WITHIN)).await {
+        Ok(hello) => hello,
+        Err(e) => return broken("hello", &e),
+    };
+    *first_answer = Some(Instant::now());
+    if !PROTO_VERSION.accepts(hello.version) {
+        return Verdict::Refused(format!(
+            "the engine speaks version {}.{} and this supervisor {}.{}: update both",
+            hello.version.major, hello.version.minor, PROTO_VERSION.major, PROTO_VERSION.minor
+        ));
+    }
+    match client.start(within(FIRST_ANSWER_WITHIN), start).await {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => return Verdict::Refused(why),
+        Err(e) => return broken("start", &e),
+    }
+    events(Event::Started(hello, client.clone()));
+    tokio::select! {
+        verdict = watch(&client, events) => verdict,
+        verdict = heartbeat(&client) => verdict,
+    }
+}
+
+async fn watch(client: &EngineClient, events: &mut impl FnMut(Event)) -> Verdict {
+    let mut seq = 0;
+    loop {
+        match client.watch(within(WATCH_MAX + ANSWER_WITHIN), seq).await {
+            Ok(status) => {
+                if status.seq != seq || seq == 0 {
+                    seq = status.seq;
+                    events(Event::Status(Box::new(status)));
+                }
+            }
+            Err(e) => return broken("watch", &e),
+        }
+    }
+}
+
+async fn heartbeat(client: &EngineClient) -> Verdict {
+    loop {
+        tokio::time::sleep(HEARTBEAT).await;
+        if let Err(e) = client.hello(within(ANSWER_WITHIN)).await {
+            return broken("hello", &e);
+        }
+    }
+}
+
+fn broken(call: &str, e: &client::RpcError) -> Verdict {
+    match e {
+        client::RpcError::DeadlineExceeded => {
+            Verdict::Silent(format!("the engine did not answer {call} in time and was killed"))
+        }
+        client::RpcError::Shutdown
+        | client::RpcError::Send(_)
+        | client::RpcError::Channel(_)
+        | client::RpcError::Server(_) => {
+            Verdict::Lost(format!("the connection to the engine broke ({call}: {e})"))
+        }
+    }
+}
+
+/// A call's deadline.
+#[must_use]
+pub fn within(time: Duration) -> Context {
+    let mut context = context::current();
+    context.deadline = Instant::now() + time;
+    context
+}

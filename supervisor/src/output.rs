@@ -1,0 +1,172 @@
+//! An engine's output, line by line, into this process's structured log.
+//!
+//! Engines write JSON lines. Whatever else they write (a panic, a linker's complaint) is passed on as
+//! text. Lines are bounded, control characters do not reach the log, and a line that is not ours cannot
+//! pretend to be another pod's: namespace and pod come from the supervisor.
+
+use futures_util::StreamExt;
+use podtether_proto::engine::PodRef;
+use serde_json::Value;
+use tokio::process::Child;
+use tokio_process_stream::{Item, ProcessChunkStream};
+use tracing::Level;
+
+/// Longest line that is kept; the rest of it is dropped.
+const MAX_LINE: usize = 4096;
+
+/// Reads the output of `child` to its end and reaps it.
+pub async fn relay(child: Child, pod: PodRef, pid: u32) {
+    let mut stream = ProcessChunkStream::from(child);
+    let mut out = Lines::default();
+    let mut err = Lines::default();
+    while let Some(item) = stream.next().await {
+        match item {
+            Item::Stdout(chunk) => out.push(&chunk, |line| log(line, &pod, pid)),
+            Item::Stderr(chunk) => err.push(&chunk, |line| log(line, &pod, pid)),
+            Item::Done(_) => break,
+        }
+    }
+    out.finish(|line| log(line, &pod, pid));
+    err.finish(|line| log(line, &pod, pid));
+}
+
+/// Cuts a byte stream into bounded lines.
+#[derive(Debug, Default)]
+struct Lines {
+    line: Vec<u8>,
+}
+
+impl Lines {
+    fn push(&mut self, chunk: &[u8], mut each: impl FnMut(&[u8])) {
+        for (n, part) in chunk.split(|b| *b == b'\n').enumerate() {
+            if n > 0 {
+                each(&self.line);
+                self.line.clear();
+            }
+            let room = MAX_LINE - self.line.len();
+            self.line.extend_from_slice(&part[..part.len().min(room)]);
+        }
+    }
+
+    fn finish(&mut self, mut each: impl FnMut(&[u8])) {
+        if !self.line.is_empty() {
+            each(&self.line);
+            self.line.clear();
+        }
+    }
+}
+
+/// A line, understood as far as it goes.
+#[derive(Debug, PartialEq, Eq)]
+struct Parsed {
+    level: Level,
+    message: String,
+    fields: String,
+}
+
+fn parse(line: &[u8]) -> Option<Parsed> {
+    let text = String::from_utf8_lossy(line);
+    let text = text.trim();
+    if text.is_empty() {
+        return None;
+    }
+    let Ok(Value::Object(mut object)) = serde_json::from_str(text) else {
+        return Some(Parsed { level: Level::WARN, message: printable(text), fields: String::new() });
+    };
+    let level = match object.remove("level").as_ref().and_then(Value::as_str) {
+        Some("ERROR") => Level::ERROR,
+        Some("WARN") => Level::WARN,
+        Some("DEBUG") => Level::DEBUG,
+        Some("TRACE") => Level::TRACE,
+        Some(_) | None => Level::INFO,
+    };
+    object.remove("timestamp");
+    let mut fields = match object.remove("fields") {
+        Some(Value::Object(inner)) => inner,
+        _ => object,
+    };
+    let message = match fields.remove("message") {
+        Some(Value::String(message)) => printable(&message),
+        _ => String::new(),
+    };
+    // What the supervisor adds itself, the engine does not get to say.
+    for own in ["namespace", "pod", "uid"] {
+        fields.remove(own);
+    }
+    let fields =
+        if fields.is_empty() { String::new() } else { printable(&Value::Object(fields).to_string()) };
+    Some(Parsed { level, message, fields })
+}
+
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+fn log(line: &[u8], pod: &PodRef, pid: u32) {
+    let Some(Parsed { level, message, fields }) = parse(line) else { return };
+    macro_rules! event {
+        ($level:expr) => {
+            tracing::event!(
+                target: "engine", $level, namespace = pod.namespace, pod = pod.name, pid, fields, "{message}"
+            )
+        };
+    }
+    match level {
+        Level::ERROR => event!(Level::ERROR),
+        Level::WARN => event!(Level::WARN),
+        Level::INFO => event!(Level::INFO),
+        Level::DEBUG => event!(Level::DEBUG),
+        Level::TRACE => event!(Level::TRACE),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn lines(chunks: &[&[u8]]) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut lines = Lines::default();
+        let mut keep = |l: &[u8]| all.push(String::from_utf8_lossy(l).into_owned());
+        for chunk in chunks {
+            lines.push(chunk, &mut keep);
+        }
+        lines.finish(&mut keep);
+        all
+    }
+
+    #[test]
+    fn lines_survive_any_cut_and_are_bounded() {
+        assert_eq!(lines(&[b"a\nb", b"c\n", b"\nd"]), ["a", "bc", "", "d"]);
+        let long = vec![b'x'; MAX_LINE * 3];
+        let got = lines(&[&long, &long, b"\nnext\n"]);
+        assert_eq!((got[0].len(), got[1].as_str()), (MAX_LINE, "next"));
+    }
+
+    #[test]
+    fn json_and_text() {
+        let json = br#"{"timestamp":"t","level":"WARN","fields":{"message":"derp lost","region":9,"pod":"forged"},"target":"x"}"#;
+        assert_eq!(
+            parse(json),
+            Some(Parsed {
+                level: Level::WARN,
+                message: "derp lost".into(),
+                fields: r#"{"region":9}"#.into()
+            })
+        );
+        let text = parse(b"thread 'main' panicked\x1b[31m").unwrap();
+        assert_eq!((text.level, text.message.as_str()), (Level::WARN, "thread 'main' panicked [31m"));
+        assert_eq!(parse(b"  "), None);
+    }
+
+    proptest! {
+        #[test]
+        fn fuzz_any_output_is_harmless(line in proptest::collection::vec(any::<u8>(), 0..300)) {
+            if let Some(parsed) = parse(&line) {
+                prop_assert!(!parsed.message.chars().any(char::is_control));
+                prop_assert!(!parsed.fields.chars().any(char::is_control));
+            }
+        }
+    }
+}

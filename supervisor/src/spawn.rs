@@ -1,0 +1,287 @@
+//! Starts an engine process with exactly the descriptors it is given, and notices its end.
+//!
+//! The child inherits descriptors 0 to 2 and those named in [`fds::ENV`]; everything else is
+//! close-on-exec. It gets its own session, an environment of four variables, and is a child of the
+//! supervisor's main thread, which lives as long as the process (its parent-death signal is tied to
+//! that thread).
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::process::Stdio;
+
+use nix::sys::signal::Signal;
+use podtether_proto::exit::EngineExit;
+use podtether_proto::fds;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::process::{Child, Command};
+
+use crate::restart::Ended;
+
+/// Room for the descriptors an engine is born with.
+const MAX_FDS: usize = 12;
+
+/// What a new engine is given.
+#[derive(Debug)]
+pub struct Birth<'a> {
+    /// The engine's binary.
+    pub program: &'a Path,
+    /// Names (see [`fds`]) and descriptors.
+    pub fds: &'a [(&'static str, BorrowedFd<'a>)],
+    /// Ids to change to; `None` where they are not mapped.
+    pub uid: Option<u32>,
+}
+
+/// A living engine process, or one whose end nobody has asked about yet.
+#[derive(Debug)]
+pub struct Process {
+    pid: u32,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+/// Starts an engine. The child carries the output pipes; [`Process`] tells how it ends.
+///
+/// # Errors
+/// As fork, exec and their preparations.
+pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
+    if birth.fds.len() > MAX_FDS {
+        return Err(io::Error::other("too many descriptors for an engine"));
+    }
+    keep_low_numbers_free()?;
+    let names: Vec<&str> = birth.fds.iter().map(|(name, _)| *name).collect();
+    let mut sources = [-1; MAX_FDS];
+    for (slot, (_, fd)) in sources.iter_mut().zip(birth.fds) {
+        *slot = fd.as_raw_fd();
+    }
+    let count = birth.fds.len();
+    let mut command = Command::new(birth.program);
+    command
+        .env_clear()
+        .env(fds::ENV, names.join(":"))
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    for (name, value) in passed_on() {
+        command.env(name, value);
+    }
+    if let Some(uid) = birth.uid {
+        command.env("PODTETHER_UID", uid.to_string()).env("PODTETHER_GID", uid.to_string());
+    }
+    // SAFETY: the closure runs between fork and exec and only makes async-signal-safe system calls on
+    // memory it owns: it neither allocates nor locks.
+    unsafe {
+        command.pre_exec(move || {
+            nix::unistd::setsid()?;
+            place(&mut sources, count)
+        });
+    }
+    let child = command.spawn()?;
+    let pid = child.id().ok_or_else(|| io::Error::other("the engine ended before it began"))?;
+    Ok((Process { pid, pidfd: AsyncFd::register_with_interest(pidfd_open(pid)?, Interest::READABLE)? }, child))
+}
+
+/// Variables an engine may see: how loudly it logs, and how it panics.
+fn passed_on() -> Vec<(&'static str, OsString)> {
+    ["PODTETHER_LOG", "RUST_BACKTRACE"]
+        .into_iter()
+        .filter_map(|name| std::env::var_os(name).map(|value| (name, value)))
+        .collect()
+}
+
+/// Puts `sources[..count]` at [`fds::FIRST_FD`] and up, without close-on-exec.
+fn place(sources: &mut [RawFd; MAX_FDS], count: usize) -> io::Result<()> {
+    let first_free = fds::FIRST_FD + libc::c_int::try_from(MAX_FDS).unwrap_or(libc::c_int::MAX);
+    for source in &mut sources[..count] {
+        // A source may sit where another one has to go.
+        // SAFETY: fcntl with integers only.
+        let high = unsafe { libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, first_free) };
+        if high < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        *source = high;
+    }
+    let mut target = fds::FIRST_FD;
+    for source in &sources[..count] {
+        // SAFETY: dup2 with integers only.
+        if unsafe { libc::dup2(*source, target) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        target += 1;
+    }
+    let rest = libc::c_uint::try_from(target).unwrap_or(0);
+    // What somebody forgot to open close-on-exec does not leak either.
+    // SAFETY: close_range with integers only.
+    let _ = unsafe { libc::close_range(rest, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
+    Ok(())
+}
+
+/// The standard library reports a failed exec through a pipe of its own; were that pipe at a number
+/// that [`place`] overwrites, the report would go to an engine's descriptor.
+fn keep_low_numbers_free() -> io::Result<()> {
+    use std::sync::Mutex;
+    static HELD: Mutex<Vec<OwnedFd>> = Mutex::new(Vec::new());
+    let end = fds::FIRST_FD + libc::c_int::try_from(MAX_FDS).unwrap_or(0);
+    loop {
+        let fd = OwnedFd::from(std::fs::File::open("/dev/null")?);
+        if fd.as_raw_fd() >= end {
+            return Ok(());
+        }
+        if let Ok(mut held) = HELD.lock() {
+            held.push(fd);
+        }
+    }
+}
+
+fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    // SAFETY: takes integers, returns a descriptor or -1.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, libc::PIDFD_NONBLOCK) };
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+impl Process {
+    /// Its pid.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Waits for the end and tells how it was, leaving the zombie to the owner of the [`Child`]: the
+    /// end is seen at once, before the output is drained.
+    pub async fn ended(&self) -> Ended {
+        loop {
+            let Ok(mut ready) = self.pidfd.readable().await else { return Ended::Crash };
+            match peek(self.pidfd.get_ref().as_fd()) {
+                Some(ended) => return ended,
+                None => ready.clear_ready(),
+            }
+        }
+    }
+
+    /// Ends it now.
+    pub fn kill(&self) {
+        let signal = Signal::SIGKILL as libc::c_int;
+        let null: *const libc::siginfo_t = std::ptr::null();
+        // SAFETY: the descriptor is ours, the pointer may be null; a process that is gone is ESRCH.
+        let _ = unsafe {
+            libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.get_ref().as_raw_fd(), signal, null, 0)
+        };
+    }
+}
+
+/// How the process ended, `None` while it lives.
+fn peek(pidfd: BorrowedFd<'_>) -> Option<Ended> {
+    // SAFETY: siginfo_t is plain data for which all zeroes is a value.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let id = libc::id_t::try_from(pidfd.as_raw_fd()).ok()?;
+    let flags = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: writes one siginfo_t.
+    let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, flags) };
+    if result != 0 {
+        // Reaped already: its code is lost, so it counts as a crash.
+        return Some(Ended::Crash);
+    }
+    // SAFETY: waitid succeeded, so these fields are set; zero means that it lives.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    match (pid, info.si_code) {
+        (0, _) => None,
+        (_, libc::CLD_EXITED) => Some(EngineExit::from_code(status).map_or(Ended::Crash, Ended::Exit)),
+        _ => Some(Ended::Crash),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Seek, Write};
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    fn script(dir: &Path, text: &str) -> std::path::PathBuf {
+        let path = dir.join("engine");
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    async fn run(text: &str, fds: &[(&'static str, BorrowedFd<'_>)]) -> (Ended, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let program = script(dir.path(), text);
+        let (process, child) = spawn(&Birth { program: &program, fds, uid: Some(1234) }).unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(20), process.ended()).await.unwrap();
+        let output = child.wait_with_output().await.unwrap();
+        (ended, String::from_utf8(output.stdout).unwrap())
+    }
+
+    #[tokio::test]
+    async fn an_engine_inherits_what_is_named_and_nothing_else() {
+        let _forgotten = std::fs::File::open("/dev/zero").unwrap();
+        let mut a = tempfile::tempfile().unwrap();
+        let mut b = tempfile::tempfile().unwrap();
+        a.write_all(b"first").unwrap();
+        b.write_all(b"second").unwrap();
+        a.rewind().unwrap();
+        b.rewind().unwrap();
+        let text = "cat <&3; cat <&4; echo; ls /proc/self/fd | tr '\\n' ' '; echo; env | sort; \
+                    ps -o sid= -p $$ 2>/dev/null; exit 65";
+        let (ended, output) = run(text, &[("tun", a.as_fd()), ("udp4", b.as_fd())]).await;
+        assert_eq!(ended, Ended::Exit(EngineExit::KeyRejected));
+        let lines: Vec<&str> = output.lines().collect();
+        assert_eq!(lines[0], "firstsecond");
+        // 5 is the directory that ls reads.
+        assert_eq!(lines[1].trim(), "0 1 2 3 4 5");
+        assert!(output.contains("PODTETHER_FDS=tun:udp4\n"), "{output}");
+        assert!(output.contains("PODTETHER_UID=1234\n"));
+        assert!(!output.contains("HOME="));
+        let mut rest = String::new();
+        a.read_to_string(&mut rest).unwrap();
+    }
+
+    #[tokio::test]
+    async fn crossed_numbers_arrive_in_order() {
+        let files: Vec<std::fs::File> = (0..6)
+            .map(|n| {
+                let mut f = tempfile::tempfile().unwrap();
+                write!(f, "{n}").unwrap();
+                f.rewind().unwrap();
+                f
+            })
+            .collect();
+        let fds: Vec<(&'static str, BorrowedFd<'_>)> =
+            files.iter().rev().map(|f| ("tun", f.as_fd())).collect();
+        let (ended, output) = run("for n in 3 4 5 6 7 8; do eval \"cat <&$n\"; done", &fds).await;
+        assert_eq!((ended, output.as_str()), (Ended::Exit(EngineExit::Stopped), "543210"));
+    }
+
+    #[tokio::test]
+    async fn ends_are_told_apart() {
+        assert_eq!(run("exit 101", &[]).await.0, Ended::Crash);
+        assert_eq!(run("kill -9 $$", &[]).await.0, Ended::Crash);
+        assert_eq!(run("exit 72", &[]).await.0, Ended::Exit(EngineExit::Orphaned));
+        let missing = Birth { program: Path::new("/no/such/engine"), fds: &[], uid: None };
+        assert_eq!(spawn(&missing).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[tokio::test]
+    async fn a_killed_engine_is_noticed_at_once_though_its_output_is_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = script(dir.path(), "exec sleep 600");
+        let (process, mut child) = spawn(&Birth { program: &program, fds: &[], uid: None }).unwrap();
+        process.kill();
+        assert_eq!(
+            tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap(),
+            Ended::Crash
+        );
+        child.wait().await.unwrap();
+        assert_eq!(process.ended().await, Ended::Crash, "asked again after the reaping");
+    }
+}
