@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MAX};
@@ -17,6 +18,7 @@ use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
 use tarpc::{client, context};
 use tokio::process::Child;
+use tokio::sync::mpsc;
 
 use crate::output;
 use crate::restart::Ended;
@@ -143,18 +145,33 @@ impl Home {
     }
 }
 
-/// Lives as long as the engine: gives it its identity, watches it, and reports through `events`.
-pub async fn attend(
-    process: std::sync::Arc<Process>,
+/// Where events go: into the queue of whoever owns the engine, wrapped as its kind of message.
+pub struct Reports<M> {
+    /// The queue.
+    pub to: mpsc::Sender<M>,
+    /// Makes a message of an event.
+    pub wrap: Box<dyn Fn(Event) -> M + Send + Sync>,
+}
+
+impl<M> Reports<M> {
+    async fn send(&self, event: Event) {
+        // Nobody listens when the supervisor is ending.
+        let _ = self.to.send((self.wrap)(event)).await;
+    }
+}
+
+/// Lives as long as the engine: gives it its identity, watches it, and reports.
+pub async fn attend<M>(
+    process: Arc<Process>,
     child: Child,
     home: Home,
     start: StartRequest,
-    mut events: impl FnMut(Event),
+    reports: Reports<M>,
 ) {
     tokio::spawn(output::relay(child, start.pod.clone(), process.pid()));
     let mut first_answer = None;
     let verdict = {
-        let session = session(&home, start, &mut first_answer, &mut events);
+        let session = session(&home, start, &mut first_answer, &reports);
         tokio::select! {
             biased;
             ended = process.ended() => Verdict::Died(ended),
@@ -191,7 +208,7 @@ pub async fn attend(
             Ended::NotSpawned => "the engine could not be started".into(),
         };
     }
-    events(Event::Ended { ended, answered, reason });
+    reports.send(Event::Ended { ended, answered, reason }).await;
 }
 
 enum Verdict {
@@ -210,11 +227,11 @@ async fn kill(process: &Process) -> Ended {
     Ended::Crash
 }
 
-async fn session(
+async fn session<M>(
     home: &Home,
     start: StartRequest,
     first_answer: &mut Option<Instant>,
-    events: &mut impl FnMut(Event),
+    reports: &Reports<M>,
 ) -> Verdict {
     let transport = match transport::connect(home.socket()).await {
         Ok(transport) => transport,
@@ -237,21 +254,21 @@ async fn session(
         Ok(Err(why)) => return Verdict::Refused(why),
         Err(e) => return broken("start", &e),
     }
-    events(Event::Started(hello, client.clone()));
+    reports.send(Event::Started(hello, client.clone())).await;
     tokio::select! {
-        verdict = watch(&client, events) => verdict,
+        verdict = watch(&client, reports) => verdict,
         verdict = heartbeat(&client) => verdict,
     }
 }
 
-async fn watch(client: &EngineClient, events: &mut impl FnMut(Event)) -> Verdict {
+async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
     let mut seq = 0;
     loop {
         match client.watch(within(WATCH_MAX + ANSWER_WITHIN), seq).await {
             Ok(status) => {
                 if status.seq != seq || seq == 0 {
                     seq = status.seq;
-                    events(Event::Status(Box::new(status)));
+                    reports.send(Event::Status(Box::new(status))).await;
                 }
             }
             Err(e) => return broken("watch", &e),

@@ -5,11 +5,14 @@
 //! pods never wait for each other and create, restart, recover and leave are the same code.
 
 pub mod config;
+pub mod context;
 pub mod credentials;
 pub mod engine;
 pub mod hostname;
+pub mod metrics;
 pub mod output;
 pub mod plan;
 pub mod record;
 pub mod restart;
 pub mod spawn;
+pub mod table;

@@ -81,7 +81,10 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
     }
     let child = command.spawn()?;
     let pid = child.id().ok_or_else(|| io::Error::other("the engine ended before it began"))?;
-    Ok((Process { pid, pidfd: AsyncFd::register_with_interest(pidfd_open(pid)?, Interest::READABLE)? }, child))
+    let pidfd = pidfd_open(pid)?;
+    // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives.
+    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+    Ok((Process { pid, pidfd }, child))
 }
 
 /// Variables an engine may see: how loudly it logs, and how it panics.

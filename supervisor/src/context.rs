@@ -1,0 +1,119 @@
+//! What every step may use and nobody changes: configuration, store, credentials, ids.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use ipnet::IpNet;
+use podtether_net::link::{LinkSpec, tailnet_routes};
+
+use crate::config::Config;
+use crate::credentials::{self, Credential};
+use crate::record::{Attachment, Store};
+
+/// MTU of every link.
+pub const MTU: u16 = 1280;
+
+/// Shared by the table and its steps.
+#[derive(Debug)]
+pub struct Context {
+    /// As loaded.
+    pub config: Config,
+    /// The locked state directory.
+    pub store: Store,
+    /// By tailnet.
+    pub credentials: BTreeMap<String, Credential>,
+    /// Extra roots (PEM) by tailnet.
+    pub roots: BTreeMap<String, String>,
+    /// The engine's binary.
+    pub engine: PathBuf,
+    /// Whether engines get uids of their own.
+    pub own_uids: bool,
+}
+
+impl Context {
+    /// Prepares everything that can be wrong before the first pod.
+    ///
+    /// # Errors
+    /// One sentence.
+    pub fn new(config: Config, store: Store) -> Result<Context, String> {
+        let mut credentials = BTreeMap::new();
+        let mut roots = BTreeMap::new();
+        for (name, tailnet) in &config.tailnets {
+            let at = |e: String| format!("tailnet.{name}: {e}");
+            credentials.insert(name.clone(), Credential::new(tailnet).map_err(at)?);
+            roots.insert(name.clone(), credentials::extra_roots(tailnet.ca_file.as_deref()).map_err(at)?);
+        }
+        let engine = config.engine_path();
+        if !engine.is_file() {
+            return Err(format!("node.engine_path: {} is not there", engine.display()));
+        }
+        let own_uids = own_uids(config.node.uid_base);
+        Ok(Context { config, store, credentials, roots, engine, own_uids })
+    }
+
+    /// Where namespaces are pinned.
+    #[must_use]
+    pub fn netns_dir(&self) -> PathBuf {
+        self.config.node.run_dir.join("netns")
+    }
+
+    /// The link of an attachment.
+    #[must_use]
+    pub fn link_spec(&self, record: &Attachment) -> LinkSpec {
+        LinkSpec {
+            id: record.id.clone(),
+            netns_dir: self.netns_dir(),
+            pod_netns: PathBuf::from(&record.netns),
+            ifname: record.attachment.ifname.clone(),
+            mtu: MTU.into(),
+        }
+    }
+
+    /// What a pod routes into its link.
+    #[must_use]
+    pub fn routes(&self) -> Vec<IpNet> {
+        tailnet_routes(&self.config.node.exclude_cidrs)
+    }
+
+    /// Uid for the engine in `slot`.
+    #[must_use]
+    pub fn uid(&self, slot: u32) -> Option<u32> {
+        self.own_uids.then(|| self.config.node.uid_base.saturating_add(slot))
+    }
+}
+
+/// True when this process may change to `base` and to all ids an engine could get after it.
+fn own_uids(base: u32) -> bool {
+    use caps::{CapSet, Capability};
+    let may = |cap| caps::has_cap(None, CapSet::Effective, cap).unwrap_or(false);
+    let mapped = |path| std::fs::read_to_string(path).is_ok_and(|map| maps(&map, base, 65_536));
+    may(Capability::CAP_SETUID)
+        && may(Capability::CAP_SETGID)
+        && mapped("/proc/self/uid_map")
+        && mapped("/proc/self/gid_map")
+}
+
+/// Whether one line of an id map covers `count` ids from `base`.
+fn maps(map: &str, base: u32, count: u32) -> bool {
+    map.lines().any(|line| {
+        let mut fields = line.split_whitespace().map(|f| f.parse::<u64>().unwrap_or(0));
+        let (Some(inside), Some(_), Some(length)) = (fields.next(), fields.next(), fields.next()) else {
+            return false;
+        };
+        u64::from(base) >= inside && u64::from(base) + u64::from(count) <= inside + length
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::maps;
+
+    #[test]
+    fn id_maps() {
+        assert!(maps("         0          0 4294967295\n", 200_000, 65_536));
+        assert!(!maps("         0       1000          1\n", 200_000, 65_536));
+        assert!(maps("0 1000 1\n1 100000 300000\n", 200_000, 65_536));
+        assert!(!maps("0 1000 1\n1 100000 65536\n", 200_000, 65_536));
+        assert!(!maps("nonsense\n", 0, 1));
+    }
+}

@@ -1,0 +1,179 @@
+//! What `/metrics` says: the supervisor's own counters, and per pod what its engine reports. A pod's
+//! series are made anew for every scrape, so they end with the pod.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use podtether_proto::engine::EngineMetrics;
+use prometheus::{
+    Encoder, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+};
+
+use crate::engine::within;
+use crate::table::{Listing, PodReport};
+
+/// How long an engine may take to answer a scrape.
+const SCRAPE_WITHIN: Duration = Duration::from_secs(1);
+const LABELS: [&str; 3] = ["namespace", "pod", "tailnet"];
+
+/// The supervisor's own counters.
+#[derive(Debug, Clone)]
+pub struct Counters {
+    registry: Registry,
+    /// Pods joined.
+    pub adds: IntCounter,
+    /// ADDs that failed.
+    pub adds_failed: IntCounter,
+    /// Time from ADD to its answer.
+    pub add_seconds: Histogram,
+    /// Auth keys asked for.
+    pub mints: IntCounter,
+    /// Ends of engines nobody asked for, by kind.
+    pub engine_exits: IntCounterVec,
+    /// Time from an engine's death to its successor's start.
+    pub recovery_seconds: Histogram,
+}
+
+impl Counters {
+    /// Registers them.
+    ///
+    /// # Errors
+    /// Two have one name: a defect.
+    pub fn new() -> Result<Counters, prometheus::Error> {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str| -> Result<IntCounter, prometheus::Error> {
+            let made = IntCounter::new(name, help)?;
+            registry.register(Box::new(made.clone()))?;
+            Ok(made)
+        };
+        let histogram = |name: &str, help: &str, buckets: &[f64]| -> Result<Histogram, prometheus::Error> {
+            let options = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            let made = Histogram::with_opts(options)?;
+            registry.register(Box::new(made.clone()))?;
+            Ok(made)
+        };
+        let adds = counter("podtether_adds_total", "Pods joined.")?;
+        let adds_failed = counter("podtether_adds_failed_total", "CNI ADDs that failed.")?;
+        let mints = counter("podtether_auth_keys_total", "Auth keys asked for.")?;
+        let add_seconds = histogram(
+            "podtether_add_seconds",
+            "Time from CNI ADD to its answer.",
+            &[0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0],
+        )?;
+        let recovery_seconds = histogram(
+            "podtether_engine_recovery_seconds",
+            "Time from an engine's death to the start of its successor.",
+            &[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0],
+        )?;
+        let options = Opts::new("podtether_engine_exits_total", "Engines that ended unasked, by kind.");
+        let engine_exits = IntCounterVec::new(options, &["kind"])?;
+        registry.register(Box::new(engine_exits.clone()))?;
+        Ok(Counters { registry, adds, adds_failed, add_seconds, mints, engine_exits, recovery_seconds })
+    }
+}
+
+/// The text of one scrape.
+///
+/// # Errors
+/// Two series have one name: a defect.
+pub async fn scrape(counters: &Counters, listing: Listing) -> Result<String, prometheus::Error> {
+    let asked = listing.clients.into_iter().map(|client| async move {
+        match client {
+            Some(client) => client.metrics(within(SCRAPE_WITHIN)).await.ok(),
+            None => None,
+        }
+    });
+    let answers = join_all(asked).await;
+    let pods = Registry::new();
+    let series = Series::new(&pods)?;
+    for (pod, answer) in listing.pods.iter().zip(&answers) {
+        series.put(pod, answer.as_ref());
+    }
+    let asides = IntCounter::new("podtether_records_aside", "Record files that did not load.")?;
+    asides.inc_by(u64::try_from(listing.asides.len()).unwrap_or(u64::MAX));
+    pods.register(Box::new(asides))?;
+    let mut text = Vec::new();
+    let encoder = TextEncoder::new();
+    encoder.encode(&counters.registry.gather(), &mut text)?;
+    encoder.encode(&pods.gather(), &mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+struct Series {
+    up: GaugeVec,
+    state: GaugeVec,
+    restarts: IntCounterVec,
+    control: GaugeVec,
+    home_derp: GaugeVec,
+    packets: IntCounterVec,
+    bytes: IntCounterVec,
+    drops: IntCounterVec,
+    handshakes: IntCounterVec,
+    last_handshake: GaugeVec,
+    peers: GaugeVec,
+    derp: GaugeVec,
+}
+
+impl Series {
+    fn new(registry: &Registry) -> Result<Series, prometheus::Error> {
+        let with =
+            |more: &[&'static str]| -> Vec<&'static str> { LABELS.iter().chain(more).copied().collect() };
+        let gauge = |name: &str, help: &str, more: &[&'static str]| -> Result<GaugeVec, prometheus::Error> {
+            let made = GaugeVec::new(Opts::new(format!("podtether_pod_{name}"), help), &with(more))?;
+            registry.register(Box::new(made.clone()))?;
+            Ok(made)
+        };
+        let counter =
+            |name: &str, help: &str, more: &[&'static str]| -> Result<IntCounterVec, prometheus::Error> {
+                let made = IntCounterVec::new(Opts::new(format!("podtether_pod_{name}"), help), &with(more))?;
+                registry.register(Box::new(made.clone()))?;
+                Ok(made)
+            };
+        Ok(Series {
+            up: gauge("up", "1 while the pod's engine runs and answers.", &[])?,
+            state: gauge("state", "1 for the state the pod is in.", &["state"])?,
+            restarts: counter("engine_restarts_total", "Engine restarts since the supervisor started.", &[])?,
+            control: gauge("control_connected", "1 while the map stream is up.", &[])?,
+            home_derp: gauge("home_derp_region", "Home DERP region, 0 for none.", &[])?,
+            packets: counter("packets_total", "Packets since the engine started.", &["direction"])?,
+            bytes: counter("bytes_total", "Bytes since the engine started.", &["direction"])?,
+            drops: counter("drops_total", "Packets dropped, by reason.", &["reason"])?,
+            handshakes: counter("handshakes_total", "WireGuard handshakes completed.", &[])?,
+            last_handshake: gauge("last_handshake_timestamp_seconds", "Last handshake, 0 for none.", &[])?,
+            peers: gauge("peers", "Peers by path: all in the netmap, direct, relay.", &["path"])?,
+            derp: gauge("derp_connected", "DERP regions connected.", &[])?,
+        })
+    }
+
+    fn put(&self, pod: &PodReport, engine: Option<&EngineMetrics>) {
+        let own = [pod.namespace.as_str(), pod.pod.as_str(), pod.tailnet.as_str()];
+        let with = |more: &'static str| [own[0], own[1], own[2], more];
+        let flag = |on: bool| if on { 1.0 } else { 0.0 };
+        self.up.with_label_values(&own).set(flag(engine.is_some() && pod.state == "running"));
+        self.state.with_label_values(&with(pod.state)).set(1.0);
+        self.restarts.with_label_values(&own).inc_by(pod.restarts);
+        let Some(m) = engine else { return };
+        self.control.with_label_values(&own).set(flag(m.control_connected));
+        self.home_derp.with_label_values(&own).set(m.home_derp.into());
+        for (direction, packets, bytes) in
+            [("transmit", m.tx_packets, m.tx_bytes), ("receive", m.rx_packets, m.rx_bytes)]
+        {
+            self.packets.with_label_values(&with(direction)).inc_by(packets);
+            self.bytes.with_label_values(&with(direction)).inc_by(bytes);
+        }
+        for (reason, count) in m.drops.iter().take(64) {
+            self.drops.with_label_values(&[own[0], own[1], own[2], reason]).inc_by(*count);
+        }
+        self.handshakes.with_label_values(&own).inc_by(m.handshakes);
+        self.last_handshake.with_label_values(&own).set(float(m.last_handshake_unix_s));
+        self.derp.with_label_values(&own).set(float(m.derp_connected));
+        for (path, count) in [("all", m.peers), ("direct", m.peers_direct), ("relay", m.peers_relay)] {
+            self.peers.with_label_values(&with(path)).set(float(count));
+        }
+    }
+}
+
+/// Counts far below 2^53.
+fn float(n: u64) -> f64 {
+    f64::from(u32::try_from(n).unwrap_or(u32::MAX))
+}

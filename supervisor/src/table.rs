@@ -1,0 +1,441 @@
+//! The pod table: the one task that knows every pod and decides for all of them.
+//!
+//! Facts come in as [`Message`]s: calls, the outcome of a step, an engine's events, time. After each
+//! one the pod it concerns is looked at again ([`crate::plan`]), and the first missing step is begun as
+//! a task of its own. The table itself never waits, so no pod waits for another, and since nothing else
+//! touches its state there is no lock.
+
+mod attach;
+mod check;
+mod identities;
+mod leave;
+mod outcome;
+mod pod;
+mod process;
+mod recover;
+mod report;
+mod steps;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use podtether_net::link::PodConfig;
+use podtether_proto::engine::{EngineClient, EngineMetrics, Underlay};
+use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, code};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::context::Context;
+use crate::engine::Event;
+use crate::metrics::Counters;
+use crate::plan::{Step, Wanted, plan};
+use crate::record::Aside;
+use crate::restart::jittered;
+use identities::Identities;
+use pod::{Pod, Running};
+pub use report::PodReport;
+use steps::Outcome;
+
+/// Messages that wait for the table.
+const QUEUE: usize = 1024;
+/// Pods on a node, far above what a kubelet runs.
+const MAX_PODS: usize = 4096;
+/// First pause after a failed step; doubles to [`MAX_STEP_PAUSE`].
+const STEP_PAUSE: Duration = Duration::from_millis(250);
+const MAX_STEP_PAUSE: Duration = Duration::from_secs(30);
+/// How long an engine may take to log out.
+const LOGOUT_WITHIN: Duration = Duration::from_secs(4);
+/// The same when control is known to be away.
+const LOGOUT_WITHIN_OFFLINE: Duration = Duration::from_secs(1);
+/// How long the API may take to delete something.
+const DELETE_WITHIN: Duration = Duration::from_secs(4);
+/// How long a pod that is up may wait for a key.
+const MINT_WITHIN: Duration = Duration::from_secs(60);
+
+/// A fact, or a question.
+enum Message {
+    Add(Box<AddRequest>, pod::Adder),
+    Del(AttachmentId, pod::Leaver),
+    Check(Box<CheckRequest>, pod::Leaver),
+    Gc(GcRequest, pod::Leaver),
+    List(oneshot::Sender<Listing>),
+    Step(AttachmentId, Step, Outcome),
+    Engine(AttachmentId, u64, Event),
+    Wake(AttachmentId),
+    Reaped(crate::record::IdentityKey, Result<(), String>),
+    Underlay(Underlay),
+    Stop(oneshot::Sender<()>),
+}
+
+/// All pods now, with the engines to ask for more.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// One per attachment.
+    pub pods: Vec<PodReport>,
+    /// Calls to the engines, in the same order.
+    pub clients: Vec<Option<EngineClient>>,
+    /// Record files that did not load.
+    pub asides: Vec<Aside>,
+}
+
+/// Asks the table.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    to: mpsc::Sender<Message>,
+}
+
+fn ending() -> CniError {
+    CniError {
+        code: code::TRY_AGAIN,
+        msg: "the supervisor is stopping".into(),
+        details: "try again when it is back".into(),
+    }
+}
+
+impl Handle {
+    async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
+        let (answer, answered) = oneshot::channel();
+        self.to.send(message(answer)).await.ok()?;
+        answered.await.ok()
+    }
+
+    /// CNI ADD.
+    ///
+    /// # Errors
+    /// As the runtime prints it.
+    pub async fn add(&self, request: AddRequest) -> Result<Attached, CniError> {
+        self.ask(|to| Message::Add(Box::new(request), to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// CNI DEL.
+    ///
+    /// # Errors
+    /// Something is there and cannot be removed.
+    pub async fn del(&self, id: AttachmentId) -> Result<(), CniError> {
+        self.ask(|to| Message::Del(id, to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// CNI CHECK.
+    ///
+    /// # Errors
+    /// The first thing that is not as it should be.
+    pub async fn check(&self, request: CheckRequest) -> Result<(), CniError> {
+        self.ask(|to| Message::Check(Box::new(request), to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// CNI GC.
+    ///
+    /// # Errors
+    /// What could not be removed.
+    pub async fn gc(&self, request: GcRequest) -> Result<(), CniError> {
+        self.ask(|to| Message::Gc(request, to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// All pods.
+    pub async fn list(&self) -> Listing {
+        self.ask(Message::List).await.unwrap_or_default()
+    }
+
+    /// The node's addresses or resolvers changed.
+    pub async fn set_underlay(&self, underlay: Underlay) {
+        let _ = self.to.send(Message::Underlay(underlay)).await;
+    }
+
+    /// Ends the engines, keeping links and records, and then the table.
+    pub async fn stop(&self) {
+        self.ask(Message::Stop).await.unwrap_or_default();
+    }
+}
+
+struct Table {
+    context: Arc<Context>,
+    counters: Counters,
+    to_self: mpsc::Sender<Message>,
+    pods: HashMap<AttachmentId, Pod>,
+    identities: Identities,
+    asides: Vec<Aside>,
+    underlay: Underlay,
+    epochs: u64,
+    /// Counters of engines that ended, so that a pod's counters never fall while it lives.
+    #[expect(dead_code, reason = "kept for the metrics of restarted engines")]
+    past: BTreeMap<String, EngineMetrics>,
+}
+
+/// Loads the records, starts the table and takes up every pod again.
+///
+/// # Errors
+/// The state directory cannot be read.
+pub async fn start(context: Arc<Context>, underlay: Underlay, counters: Counters) -> Result<Handle, String> {
+    let (to, messages) = mpsc::channel(QUEUE);
+    let mut table = Table {
+        context,
+        counters,
+        to_self: to.clone(),
+        pods: HashMap::new(),
+        identities: HashMap::new(),
+        asides: Vec::new(),
+        underlay,
+        epochs: 0,
+        past: BTreeMap::new(),
+    };
+    table.recover().await?;
+    tokio::spawn(table.run(messages));
+    Ok(Handle { to })
+}
+
+impl Table {
+    async fn run(mut self, mut messages: mpsc::Receiver<Message>) {
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let message = tokio::select! {
+                biased;
+                message = messages.recv() => message,
+                _ = tick.tick() => {
+                    self.reap();
+                    continue;
+                }
+            };
+            match message {
+                None => return,
+                Some(Message::Stop(done)) => {
+                    self.stop_engines().await;
+                    let _ = done.send(());
+                    return;
+                }
+                Some(message) => self.handle(message),
+            }
+        }
+    }
+
+    fn handle(&mut self, message: Message) {
+        match message {
+            Message::Add(request, reply) => self.add(*request, reply),
+            Message::Del(id, reply) => self.del(&id, Some(reply)),
+            Message::Check(request, reply) => self.check(*request, reply),
+            Message::Gc(request, reply) => self.gc(&request, reply),
+            Message::List(reply) => {
+                let _ = reply.send(self.listing());
+            }
+            Message::Step(id, step, outcome) => {
+                if let Some(pod) = self.pods.get_mut(&id) {
+                    pod.busy = None;
+                    self.outcome(&id, step, outcome);
+                    self.advance(&id);
+                }
+            }
+            Message::Engine(id, epoch, event) => {
+                self.engine_event(&id, epoch, event);
+                self.advance(&id);
+            }
+            Message::Wake(id) => self.advance(&id),
+            Message::Reaped(key, result) => self.reaped(&key, result),
+            Message::Underlay(underlay) => self.underlay_changed(underlay),
+            Message::Stop(_) => {}
+        }
+    }
+
+    /// Looks at a pod again and begins what it needs next.
+    fn advance(&mut self, id: &AttachmentId) {
+        // Every pass either begins a task, runs an immediate step, or ends.
+        for _ in 0..16 {
+            let now = Instant::now();
+            self.check_join(id, now);
+            let Some(pod) = self.pods.get_mut(id) else { return };
+            if pod.busy.is_some() {
+                return;
+            }
+            if pod.retry_at.is_some_and(|at| at > now) {
+                return;
+            }
+            let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
+            let observed = pod.observe(identity, now);
+            if pod.wanted == Wanted::Attached
+                && observed.configured
+                && observed.engine == crate::plan::Engine::Running
+            {
+                self.answer_adders(id);
+                let Some(pod) = self.pods.get(id) else { return };
+                if pod.wanted != Wanted::Attached {
+                    continue;
+                }
+            }
+            let Some(pod) = self.pods.get(id) else { return };
+            let Some(step) = plan(pod.wanted, &observed).first().copied() else { return };
+            if !self.begin(id, step) {
+                return;
+            }
+        }
+    }
+
+    /// Begins a step. True when it is done already and the pod should be looked at again.
+    fn begin(&mut self, id: &AttachmentId, step: Step) -> bool {
+        let context = Arc::clone(&self.context);
+        let Some(pod) = self.pods.get_mut(id) else { return false };
+        let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
+        tracing::debug!(namespace = pod.record.pod.namespace, pod = pod.record.pod.name, ?step, "step");
+        let now = Instant::now();
+        let tailnet = pod.record.tailnet.clone();
+        match step {
+            Step::Save => {
+                let attachment = (pod.saved < pod.version).then(|| (pod.record.clone(), pod.version));
+                let stale = identity.saved < identity.version;
+                let record = stale.then(|| (identity.record.clone(), identity.version));
+                let had = (pod.saved, identity.saved);
+                self.run_step(id, step, steps::save(context, attachment, record, had));
+            }
+            Step::BuildLink => {
+                pod.fds = None;
+                pod.configured = None;
+                let (record, underlay) = (pod.record.clone(), pod.underlay.clone());
+                self.run_step(id, step, steps::build(context, record, underlay));
+            }
+            Step::RotateKey => {
+                if let Err(e) = identity.rotate() {
+                    pod.reason = e;
+                    return self.step_failed(id);
+                }
+                pod.rotate = false;
+                return true;
+            }
+            Step::MintKey => {
+                let deadline = pod.join.map_or(now + MINT_WITHIN, |j| j.deadline);
+                let hostname = identity.record.hostname.clone();
+                self.counters.mints.inc();
+                self.run_step(id, step, steps::mint(context, tailnet, hostname, deadline));
+            }
+            Step::StartEngine => return self.start_engine(id),
+            Step::Configure => {
+                let addresses = pod.engine.as_ref().and_then(Running::addresses).map(<[_]>::to_vec);
+                let (Some(fds), Some(addresses)) = (pod.fds.clone(), addresses) else { return false };
+                let config = PodConfig { addresses, routes: context.routes() };
+                let spec = context.link_spec(&pod.record);
+                self.run_step(id, step, steps::configure(spec, fds, config));
+            }
+            Step::Logout => {
+                let client = pod.engine.as_ref().and_then(|e| e.client.clone());
+                let Some(client) = client else {
+                    pod.logout_failed = true;
+                    return true;
+                };
+                let online = pod
+                    .engine
+                    .as_ref()
+                    .and_then(|e| e.status.as_ref())
+                    .is_some_and(|status| status.control_connected);
+                let patience = if online { LOGOUT_WITHIN } else { LOGOUT_WITHIN_OFFLINE };
+                if let Some(engine) = &mut pod.engine {
+                    engine.asked = true;
+                }
+                self.run_step(id, step, steps::logout(client, patience));
+            }
+            Step::StopEngine => {
+                if let Some(engine) = &mut pod.engine {
+                    engine.asked = true;
+                    engine.process.kill();
+                }
+                // Its end arrives as an event.
+                return false;
+            }
+            Step::RemoveLink => {
+                pod.fds = None;
+                pod.configured = None;
+                let spec = context.link_spec(&pod.record);
+                self.run_step(id, step, steps::remove_link(spec));
+            }
+            Step::DeleteDevice => {
+                let device = identity.device();
+                let until = now + DELETE_WITHIN;
+                self.run_step(id, step, steps::delete_device(context, tailnet, device, until));
+            }
+            Step::DeleteKey => {
+                let key = pod.key.as_ref().and_then(|(key, _)| key.id.clone());
+                let until = now + DELETE_WITHIN;
+                self.run_step(id, step, steps::delete_key(context, tailnet, key, until));
+            }
+            Step::Forget => {
+                let fate = self.identity_fate(id);
+                let Some(pod) = self.pods.get(id) else { return false };
+                let record = pod.record.id.clone();
+                self.run_step(id, step, steps::forget(context, record, fate));
+            }
+        }
+        false
+    }
+
+    fn run_step(
+        &mut self,
+        id: &AttachmentId,
+        step: Step,
+        work: impl Future<Output = Outcome> + Send + 'static,
+    ) {
+        if let Some(pod) = self.pods.get_mut(id) {
+            pod.busy = Some(step);
+        }
+        let (to, id) = (self.to_self.clone(), id.clone());
+        let task = tokio::spawn(work);
+        tokio::spawn(async move {
+            let outcome = task.await.unwrap_or_else(|e| Outcome::Lost(e.to_string()));
+            let _ = to.send(Message::Step(id, step, outcome)).await;
+        });
+    }
+
+    /// Looks at the pod again at `at`.
+    fn wake(&self, id: &AttachmentId, at: Instant) {
+        let (to, id) = (self.to_self.clone(), id.clone());
+        tokio::spawn(async move {
+            tokio::time::sleep_until(at.into()).await;
+            let _ = to.send(Message::Wake(id)).await;
+        });
+    }
+
+    /// A step did not work: the pod is looked at again after a pause. Never true, for `begin`.
+    fn step_failed(&mut self, id: &AttachmentId) -> bool {
+        let Some(pod) = self.pods.get_mut(id) else { return false };
+        let doubled = STEP_PAUSE.saturating_mul(1 << pod.failures.min(8));
+        pod.failures = pod.failures.saturating_add(1);
+        let at = Instant::now() + jittered(doubled.min(MAX_STEP_PAUSE), random());
+        pod.retry_at = Some(at);
+        self.wake(id, at + Duration::from_millis(1));
+        false
+    }
+
+    fn underlay_changed(&mut self, underlay: Underlay) {
+        if self.underlay == underlay {
+            return;
+        }
+        tracing::info!(addresses = ?underlay.addresses, resolvers = ?underlay.name_servers, "underlay changed");
+        self.underlay = underlay;
+        for pod in self.pods.values() {
+            if let Some(client) = pod.engine.as_ref().and_then(|e| e.client.clone()) {
+                let underlay = self.underlay.clone();
+                tokio::spawn(async move {
+                    let _ = client.set_underlay(crate::engine::within(LOGOUT_WITHIN), underlay).await;
+                });
+            }
+        }
+    }
+
+    /// Lets every engine write its snapshot and end.
+    async fn stop_engines(&mut self) {
+        let mut ends = tokio::task::JoinSet::new();
+        for pod in self.pods.values() {
+            if let Some(engine) = &pod.engine {
+                let (process, client) = (Arc::clone(&engine.process), engine.client.clone());
+                ends.spawn(async move {
+                    if let Some(client) = client {
+                        let _ = client.stop(crate::engine::within(LOGOUT_WITHIN_OFFLINE)).await;
+                    }
+                    let _ = tokio::time::timeout(LOGOUT_WITHIN_OFFLINE, process.ended()).await;
+                    process.kill();
+                    process.ended().await;
+                });
+            }
+        }
+        while ends.join_next().await.is_some() {}
+    }
+}
+
+fn random() -> u64 {
+    getrandom::u64().unwrap_or_default()
+}

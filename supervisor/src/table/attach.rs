@@ -1,0 +1,318 @@
+//! CNI ADD: from the request to its answer.
+
+use std::time::{Duration, Instant};
+
+use podtether_proto::engine::{NodeState, PodRef};
+use podtether_proto::node::{AddRequest, Attached, AttachmentId, CniError, code};
+
+use super::identities::Identity;
+use super::pod::{Adder, Join, Pod};
+use super::{MAX_PODS, Table};
+use crate::hostname;
+use crate::plan::Wanted;
+use crate::record::{self, IdentityKey, random_id};
+
+/// Part of the runtime's patience that is kept for rolling back.
+const ROLLBACK_SHARE: u32 = 4;
+const MIN_ROLLBACK: Duration = Duration::from_millis(500);
+const MAX_ROLLBACK: Duration = Duration::from_secs(10);
+/// Before the runtime's own deadline, so that the answer still arrives.
+const REPLY_EARLY: Duration = Duration::from_millis(250);
+/// Longest name that is taken from a runtime.
+const MAX_NAME: usize = 253;
+
+/// An error of ours.
+pub(super) fn error(code: u32, msg: impl Into<String>, details: impl Into<String>) -> CniError {
+    CniError { code, msg: msg.into(), details: details.into() }
+}
+
+pub(super) fn pod_name(pod: &PodRef) -> String {
+    format!("pod {}/{}", pod.namespace, pod.name)
+}
+
+impl Table {
+    pub(super) fn add(&mut self, request: AddRequest, reply: Adder) {
+        if self.context.config.node.exempt_namespaces.contains(&request.pod.namespace) {
+            let _ = reply.send(Ok(exempt(&request)));
+            return;
+        }
+        if let Some(pod) = self.pods.get_mut(&request.attachment) {
+            match pod.wanted {
+                Wanted::Attached => {
+                    pod.adders.push(reply);
+                    if pod.join.is_none() {
+                        let join = join(&request, Instant::now());
+                        pod.join = Some(join);
+                        self.wake_join(&request.attachment, join);
+                    }
+                    self.advance(&request.attachment);
+                }
+                Wanted::Gone { .. } => {
+                    let msg = format!("{} is being removed from this container", pod_name(&request.pod));
+                    let _ = reply.send(Err(error(code::TRY_AGAIN, msg, "try again when that is done")));
+                }
+            }
+            return;
+        }
+        match self.new_pod(&request) {
+            Ok(mut pod) => {
+                let join = join(&request, Instant::now());
+                pod.adders.push(reply);
+                pod.join = Some(join);
+                self.take_over_identity(&pod);
+                self.pods.insert(request.attachment.clone(), pod);
+                self.wake_join(&request.attachment, join);
+                self.advance(&request.attachment);
+            }
+            Err(e) => {
+                let _ = reply.send(Err(e));
+            }
+        }
+    }
+
+    fn wake_join(&self, id: &AttachmentId, join: Join) {
+        let later = Duration::from_millis(2);
+        self.wake(id, join.deadline + later);
+        self.wake(id, join.reply_by + later);
+    }
+
+    fn new_pod(&mut self, request: &AddRequest) -> Result<Pod, CniError> {
+        check_names(request)?;
+        let Some(tailnet) = self.context.config.tailnets.get(&request.tailnet) else {
+            let known: Vec<&str> = self.context.config.tailnets.keys().map(String::as_str).collect();
+            return Err(error(
+                code::BAD_CONFIG,
+                format!("no tailnet is called {:?}", request.tailnet),
+                format!("the supervisor's configuration has: {}", known.join(", ")),
+            ));
+        };
+        if self.pods.len() >= MAX_PODS {
+            return Err(error(code::TRY_AGAIN, "this node has too many pods", "remove some"));
+        }
+        let key = IdentityKey {
+            tailnet: request.tailnet.clone(),
+            pod_uid: request.pod.uid.clone(),
+            ifname: request.attachment.ifname.clone(),
+        };
+        if !self.identities.contains_key(&key) {
+            let name = hostname::render(
+                &tailnet.hostname_template,
+                &self.context.config.node.cluster_name,
+                &request.pod.namespace,
+                &request.pod.name,
+            );
+            let identity = Identity::new(key.clone(), request.pod.clone(), name)
+                .map_err(|e| error(code::IO, "no random bytes for new keys", e))?;
+            self.identities.insert(key.clone(), identity);
+        }
+        let mut identity_id = String::new();
+        if let Some(identity) = self.identities.get_mut(&key) {
+            identity_id.clone_from(&identity.record.id);
+            if identity.record.unused_since_unix_s.take().is_some() || identity.record.leaving {
+                identity.record.leaving = false;
+                identity.changed();
+            }
+        }
+        let slot = self.free_slot();
+        let record = record::Attachment {
+            id: random_id(),
+            attachment: request.attachment.clone(),
+            netns: request.netns.clone(),
+            netns_inode: 0,
+            pod: request.pod.clone(),
+            tailnet: request.tailnet.clone(),
+            identity: identity_id,
+            slot,
+            udp4_port: 0,
+            udp6_port: 0,
+            uid: self.context.uid(slot),
+            addresses: Vec::new(),
+            mac: String::new(),
+        };
+        Ok(Pod::new(record, key, false))
+    }
+
+    fn free_slot(&self) -> u32 {
+        let taken: std::collections::HashSet<u32> = self.pods.values().map(|p| p.record.slot).collect();
+        (0..).find(|slot| !taken.contains(slot)).unwrap_or(0)
+    }
+
+    /// A new sandbox of the same pod gets the identity; the older attachment goes, the device stays.
+    fn take_over_identity(&mut self, newer: &Pod) {
+        let older: Vec<AttachmentId> = self
+            .pods
+            .iter()
+            .filter(|(_, p)| p.identity == newer.identity)
+            .map(|(id, _)| id.clone())
+            .collect();
+        for id in older {
+            if let Some(pod) = self.pods.get_mut(&id) {
+                tracing::info!(
+                    namespace = pod.record.pod.namespace,
+                    pod = pod.record.pod.name,
+                    container = id.container_id,
+                    "a newer sandbox of the pod takes its identity over"
+                );
+                pod.wanted = Wanted::Gone { logout: false };
+                let gone = error(code::TRY_AGAIN, "a newer sandbox of this pod has joined", "");
+                pod.failure.get_or_insert(gone);
+            }
+            self.advance(&id);
+        }
+    }
+
+    /// Ends an ADD whose time is over.
+    pub(super) fn check_join(&mut self, id: &AttachmentId, now: Instant) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let Some(join) = pod.join else { return };
+        if pod.failure.is_none() && pod.wanted == Wanted::Attached && now >= join.deadline {
+            let failure = why_late(pod);
+            self.fail_add(id, failure);
+        }
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        if now >= join.reply_by && !pod.adders.is_empty() {
+            let mut failure =
+                pod.failure.clone().unwrap_or_else(|| error(code::TRY_AGAIN, "not done in time", ""));
+            pod.notes.push("the rest of the clean-up goes on".into());
+            if pod.key.as_ref().is_some_and(|(key, _)| key.id.is_some()) {
+                pod.notes.push("the minted auth key is deleted, or left to expire".into());
+            }
+            failure.details = with_notes(&failure.details, &pod.notes);
+            reply_all(pod, &Err(failure));
+        }
+    }
+
+    /// The ADD cannot succeed: roll back, then say so. A pod that worked before keeps what it has.
+    pub(super) fn fail_add(&mut self, id: &AttachmentId, failure: CniError) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        self.counters.adds_failed.inc();
+        tracing::warn!(
+            namespace = pod.record.pod.namespace,
+            pod = pod.record.pod.name,
+            code = failure.code,
+            "ADD fails: {} {}",
+            failure.msg,
+            failure.details
+        );
+        if !pod.record.addresses.is_empty() {
+            pod.join = None;
+            reply_all(pod, &Err(failure));
+            return;
+        }
+        pod.failure = Some(failure);
+        pod.wanted = Wanted::Gone { logout: true };
+        pod.retry_at = None;
+    }
+
+    /// The link is up and configured: everybody who waits gets the same answer.
+    pub(super) fn answer_adders(&mut self, id: &AttachmentId) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let Some(join) = pod.join.take() else { return };
+        let Some(attached) = pod.attached() else { return };
+        if !pod.adders.is_empty() && pod.adders.iter().all(Adder::is_closed) {
+            // The runtime has given up, so it will never learn of this interface.
+            let gone = error(code::TRY_AGAIN, "the caller has gone", "");
+            pod.adders.clear();
+            self.fail_add_even_if_up(id, gone);
+            return;
+        }
+        let took = join.started.elapsed();
+        self.counters.adds.inc();
+        self.counters.add_seconds.observe(took.as_secs_f64());
+        tracing::info!(
+            namespace = pod.record.pod.namespace,
+            pod = pod.record.pod.name,
+            tailnet = pod.record.tailnet,
+            addresses = ?attached.addresses,
+            ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            "pod joined"
+        );
+        reply_all(pod, &Ok(attached));
+    }
+
+    fn fail_add_even_if_up(&mut self, id: &AttachmentId, failure: CniError) {
+        if let Some(pod) = self.pods.get_mut(id) {
+            pod.record.addresses.clear();
+        }
+        self.fail_add(id, failure);
+    }
+}
+
+pub(super) fn reply_all(pod: &mut Pod, answer: &Result<Attached, CniError>) {
+    for adder in pod.adders.drain(..) {
+        let _ = adder.send(answer.clone());
+    }
+}
+
+pub(super) fn with_notes(details: &str, notes: &[String]) -> String {
+    let mut parts: Vec<&str> = vec![details];
+    parts.extend(notes.iter().map(String::as_str));
+    parts.retain(|p| !p.is_empty());
+    parts.join("; ")
+}
+
+fn join(request: &AddRequest, now: Instant) -> Join {
+    let patience = Duration::from_millis(request.timeout_ms.clamp(1000, 3_600_000));
+    let rollback = (patience / ROLLBACK_SHARE).clamp(MIN_ROLLBACK, MAX_ROLLBACK);
+    Join { deadline: now + (patience - rollback), reply_by: now + (patience - REPLY_EARLY), started: now }
+}
+
+/// No interface, no addresses: the plugin passes the previous result on.
+fn exempt(request: &AddRequest) -> Attached {
+    Attached {
+        ifname: request.attachment.ifname.clone(),
+        mac: String::new(),
+        mtu: crate::context::MTU.into(),
+        addresses: Vec::new(),
+        routes: Vec::new(),
+    }
+}
+
+fn check_names(request: &AddRequest) -> Result<(), CniError> {
+    let names = [
+        ("container id", &request.attachment.container_id),
+        ("pod uid", &request.pod.uid),
+        ("network name", &request.attachment.network),
+    ];
+    for (what, name) in names {
+        if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
+            return Err(error(code::BAD_ENV, format!("the {what} is empty, too long or not printable"), ""));
+        }
+    }
+    for name in [&request.pod.namespace, &request.pod.name] {
+        if name.len() > MAX_NAME || name.chars().any(char::is_control) {
+            return Err(error(code::BAD_ENV, "a pod's name is too long or not printable", ""));
+        }
+    }
+    if !request.netns.starts_with('/') {
+        return Err(error(code::BAD_ENV, format!("CNI_NETNS {:?} is no path", request.netns), ""));
+    }
+    Ok(())
+}
+
+/// Why a pod has not joined in time, for the one who waited.
+fn why_late(pod: &Pod) -> CniError {
+    let name = pod_name(&pod.record.pod);
+    let status = pod.engine.as_ref().and_then(|e| e.status.as_ref());
+    match status.map(|s| &s.state) {
+        Some(NodeState::NeedsLogin { url }) => error(
+            code::NEEDS_ACTION,
+            format!("{name}: the tailnet wants somebody to log in"),
+            format!("open {url}, or use a credential that is pre-approved"),
+        ),
+        Some(NodeState::NeedsApproval) => error(
+            code::NEEDS_ACTION,
+            format!("{name}: the tailnet wants an administrator to approve the device"),
+            "use a pre-approved credential, or approve it and try again",
+        ),
+        Some(NodeState::Connecting { reason }) => error(
+            code::TRY_AGAIN,
+            format!("{name}: the control server was not reached in time: {reason}"),
+            "tried until the deadline",
+        ),
+        Some(NodeState::Waiting | NodeState::Running | NodeState::LoggedOut) | None => {
+            let reason = if pod.reason.is_empty() { "the node is busy" } else { &pod.reason };
+            error(code::TRY_AGAIN, format!("{name}: not joined in time: {reason}"), "try again")
+        }
+    }
+}

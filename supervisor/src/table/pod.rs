@@ -1,0 +1,244 @@
+//! One attachment as the table knows it.
+
+use std::net::UdpSocket;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use podtether_net::link::{Configured, Link as NetLink};
+use podtether_proto::engine::{EngineClient, EngineStatus, NodeState};
+use podtether_proto::fds;
+use podtether_proto::node::{Attached, AttachedRoute, CniError};
+use tokio::sync::oneshot;
+
+use super::identities::Identity;
+use crate::context::MTU;
+use crate::credentials::Key;
+use crate::plan::{self, Observed, Records, Step, Wanted};
+use crate::record::{self, IdentityKey};
+use crate::restart::History;
+use crate::spawn::Process;
+
+/// Everything an engine is handed and the supervisor keeps. Never read here: a packet taken by the
+/// supervisor would be lost to the pod.
+#[derive(Debug)]
+pub(super) struct Fds {
+    pub(super) link: NetLink,
+    pub(super) tun: OwnedFd,
+    pub(super) dns4: UdpSocket,
+    pub(super) dns6: Option<UdpSocket>,
+    pub(super) underlay: Underlay,
+}
+
+/// The UDP sockets of the underlay: they stay when the link has to be made anew.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Underlay {
+    pub(super) udp4: Option<Arc<UdpSocket>>,
+    pub(super) udp6: Option<Arc<UdpSocket>>,
+}
+
+impl Fds {
+    pub(super) fn named(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
+        let mut named = vec![(fds::TUN, self.tun.as_fd()), (fds::DNS4, self.dns4.as_fd())];
+        named.extend(self.dns6.as_ref().map(|s| (fds::DNS6, s.as_fd())));
+        named.extend(self.underlay.udp4.as_ref().map(|s| (fds::UDP4, s.as_fd())));
+        named.extend(self.underlay.udp6.as_ref().map(|s| (fds::UDP6, s.as_fd())));
+        named
+    }
+}
+
+/// A living engine.
+#[derive(Debug)]
+pub(super) struct Running {
+    /// Tells its events from those of engines before it.
+    pub(super) epoch: u64,
+    pub(super) process: Arc<Process>,
+    /// From its first answer on.
+    pub(super) client: Option<EngineClient>,
+    pub(super) status: Option<EngineStatus>,
+    /// The supervisor told it to end.
+    pub(super) asked: bool,
+    /// When it replaced one that died.
+    pub(super) replaces_since: Option<Instant>,
+}
+
+impl Running {
+    /// The node's addresses, once a netmap is in force.
+    pub(super) fn addresses(&self) -> Option<&[IpNet]> {
+        let status = self.status.as_ref()?;
+        let node = status.node.as_ref()?;
+        (status.state == NodeState::Running && !node.addresses.is_empty()).then_some(&node.addresses)
+    }
+}
+
+/// An ADD that has not been answered.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Join {
+    /// When it has failed.
+    pub(super) deadline: Instant,
+    /// When it is answered at the latest, cleaned up or not.
+    pub(super) reply_by: Instant,
+    pub(super) started: Instant,
+}
+
+pub(super) type Adder = oneshot::Sender<Result<Attached, CniError>>;
+pub(super) type Leaver = oneshot::Sender<Result<(), CniError>>;
+
+#[derive(Debug)]
+pub(super) struct Pod {
+    pub(super) record: record::Attachment,
+    /// Grows with every change of the record; what the disk has is `saved`.
+    pub(super) version: u64,
+    pub(super) saved: u64,
+    pub(super) identity: IdentityKey,
+
+    pub(super) wanted: Wanted,
+    /// INVARIANT: at most one step of a pod runs at a time.
+    pub(super) busy: Option<Step>,
+    pub(super) failures: u32,
+    pub(super) retry_at: Option<Instant>,
+
+    pub(super) link: plan::Link,
+    pub(super) fds: Option<Arc<Fds>>,
+    pub(super) underlay: Underlay,
+    pub(super) configured: Option<Configured>,
+    /// The addresses that `configured` was made for.
+    pub(super) configured_for: Vec<IpNet>,
+
+    pub(super) engine: Option<Running>,
+    pub(super) history: History,
+    pub(super) hold_until: Option<Instant>,
+    /// No engine may start any more, and why.
+    pub(super) stopped: Option<String>,
+    pub(super) died_at: Option<Instant>,
+
+    /// Control does not take the node without a new key.
+    pub(super) need_key: bool,
+    pub(super) rotate: bool,
+    pub(super) key: Option<(Key, Instant)>,
+    /// An engine has been given a key: control may know the device.
+    pub(super) key_given: bool,
+    pub(super) rejections: u32,
+    pub(super) logout_failed: bool,
+    pub(super) delete_failed: bool,
+
+    pub(super) join: Option<Join>,
+    pub(super) adders: Vec<Adder>,
+    pub(super) leavers: Vec<Leaver>,
+    /// Why the ADD fails, while it is rolled back.
+    pub(super) failure: Option<CniError>,
+    /// What the rollback did that the caller should know.
+    pub(super) notes: Vec<String>,
+
+    pub(super) restarts: u64,
+    /// The last thing worth telling, in one sentence.
+    pub(super) reason: String,
+}
+
+impl Pod {
+    pub(super) fn new(record: record::Attachment, identity: IdentityKey, saved: bool) -> Pod {
+        Pod {
+            record,
+            version: 1,
+            saved: u64::from(saved),
+            identity,
+            wanted: Wanted::Attached,
+            busy: None,
+            failures: 0,
+            retry_at: None,
+            link: plan::Link::Absent,
+            fds: None,
+            underlay: Underlay::default(),
+            configured: None,
+            configured_for: Vec::new(),
+            engine: None,
+            history: History::default(),
+            hold_until: None,
+            stopped: None,
+            died_at: None,
+            need_key: false,
+            rotate: false,
+            key: None,
+            key_given: false,
+            rejections: 0,
+            logout_failed: false,
+            delete_failed: false,
+            join: None,
+            adders: Vec::new(),
+            leavers: Vec::new(),
+            failure: None,
+            notes: Vec::new(),
+            restarts: 0,
+            reason: String::new(),
+        }
+    }
+
+    pub(super) fn observe(&self, identity: &Identity, now: Instant) -> Observed {
+        let records = if self.saved == 0 || identity.saved == 0 {
+            Records::Missing
+        } else if self.saved < self.version || identity.saved < identity.version {
+            Records::Stale
+        } else {
+            Records::Saved
+        };
+        let held = self.stopped.is_some() || self.hold_until.is_some_and(|at| at > now);
+        let addresses = self.engine.as_ref().and_then(Running::addresses);
+        let engine = match (&self.engine, addresses) {
+            (None, _) if held => plan::Engine::Held,
+            (None, _) => plan::Engine::None,
+            (Some(_), None) => plan::Engine::Starting,
+            (Some(_), Some(_)) => plan::Engine::Running,
+        };
+        let key = match &self.key {
+            Some((key, at)) if at.elapsed() < key.ttl => plan::Key::InHand,
+            _ if identity.record.registered && !self.need_key => plan::Key::NotNeeded,
+            _ => plan::Key::Needed,
+        };
+        Observed {
+            records,
+            identity_free: identity.holder.as_ref().is_none_or(|h| *h == self.record.attachment),
+            link: self.link,
+            engine,
+            key,
+            rotate: self.rotate,
+            configured: self.configured.is_some() && addresses.is_none_or(|a| a == self.configured_for),
+            device: identity.record.registered || self.key_given,
+            logout_failed: self.logout_failed,
+            delete_failed: self.delete_failed,
+        }
+    }
+
+    /// What ADD answers.
+    pub(super) fn attached(&self) -> Option<Attached> {
+        let made = self.configured.as_ref()?;
+        let mut addresses = made.addresses.clone();
+        addresses.sort_by_key(|a| matches!(a, IpNet::V6(_)));
+        let routes = made.routes.iter().map(|(dst, gw)| AttachedRoute { dst: *dst, gw: Some(*gw) }).collect();
+        Some(Attached {
+            ifname: self.record.attachment.ifname.clone(),
+            mac: self.record.mac.clone(),
+            mtu: MTU.into(),
+            addresses,
+            routes,
+        })
+    }
+
+    /// One word for people and metrics.
+    pub(super) fn state(&self, now: Instant) -> &'static str {
+        match self.wanted {
+            Wanted::Gone { .. } => "leaving",
+            Wanted::Attached => match &self.engine {
+                _ if self.stopped.is_some() => "stopped",
+                None if self.hold_until.is_some_and(|at| at > now) => "backoff",
+                Some(engine) if engine.addresses().is_some() && self.configured.is_some() => "running",
+                _ if self.configured.is_some() => "restarting",
+                None | Some(_) => "joining",
+            },
+        }
+    }
+
+    pub(super) fn changed(&mut self) {
+        self.version += 1;
+    }
+}

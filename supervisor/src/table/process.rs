@@ -1,0 +1,289 @@
+//! Engines: started, listened to, started again.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use podtether_proto::engine::{EngineStatus, NodeState, StartRequest};
+use podtether_proto::fds;
+use podtether_proto::node::{AttachmentId, code};
+
+use super::attach::{error, pod_name};
+use super::identities::Identity;
+use super::pod::{Pod, Running};
+use super::{Message, Table, random};
+use crate::context::{Context, MTU};
+use crate::credentials::Credential;
+use crate::engine::{self, Event, Home, Reports};
+use crate::plan::{Link, Wanted};
+use crate::restart::{self, Ended, Next};
+use crate::spawn::{self, Birth};
+
+/// Keys refused in one ADD before it fails: the first may have expired on its way.
+const REJECTIONS_IN_ADD: u32 = 2;
+
+impl Table {
+    /// Spawns the engine of a pod. Nothing here waits for a disk: run_dir is a tmpfs.
+    pub(super) fn start_engine(&mut self, id: &AttachmentId) -> bool {
+        let Some(pod) = self.pods.get_mut(id) else { return false };
+        let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
+        let request = start_request(&self.context, pod, identity, &self.underlay);
+        match spawn_engine(&self.context, pod) {
+            Ok((process, child, home)) => {
+                self.epochs += 1;
+                let (epoch, of) = (self.epochs, id.clone());
+                let wrap = Box::new(move |event| Message::Engine(of.clone(), epoch, event));
+                let reports = Reports { to: self.to_self.clone(), wrap };
+                let process = Arc::new(process);
+                pod.key_given |= request.auth_key.is_some();
+                identity.holder = Some(id.clone());
+                pod.hold_until = None;
+                pod.engine = Some(Running {
+                    epoch,
+                    process: Arc::clone(&process),
+                    client: None,
+                    status: None,
+                    asked: false,
+                    replaces_since: pod.died_at.take(),
+                });
+                tokio::spawn(engine::attend(process, child, home, request, reports));
+                true
+            }
+            Err(e) => {
+                pod.reason = format!("the engine could not be started: {e}");
+                tracing::error!(pod = pod.record.pod.name, "{}", pod.reason);
+                let (_, delay) = restart::decide(&Ended::NotSpawned, false, None, &mut pod.history, random());
+                let at = Instant::now() + delay;
+                pod.hold_until = Some(at);
+                self.wake(id, at);
+                false
+            }
+        }
+    }
+
+    pub(super) fn engine_event(&mut self, id: &AttachmentId, epoch: u64, event: Event) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let Some(running) = pod.engine.as_mut().filter(|e| e.epoch == epoch) else { return };
+        match event {
+            Event::Started(hello, client) => {
+                let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
+                let pid = running.process.pid();
+                running.client = Some(client);
+                if let Some(since) = running.replaces_since {
+                    let took = since.elapsed();
+                    self.counters.recovery_seconds.observe(took.as_secs_f64());
+                    let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+                    tracing::info!(namespace, pod = name, pid, us, "engine restarted");
+                } else {
+                    tracing::info!(namespace, pod = name, pid, build = hello.build, "engine started");
+                }
+            }
+            Event::Status(status) => self.status(id, *status),
+            Event::Ended { ended, answered, reason } => self.ended(id, &ended, answered, reason),
+        }
+    }
+
+    fn status(&mut self, id: &AttachmentId, status: EngineStatus) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
+        if let NodeState::Connecting { reason } = &status.state {
+            pod.reason.clone_from(reason);
+        }
+        let in_force = status.state == NodeState::Running && status.node.is_some();
+        if in_force && status.control_connected {
+            confirmed(pod, identity);
+        }
+        if status.state == NodeState::NeedsApproval && !identity.record.registered {
+            identity.record.registered = true;
+            identity.changed();
+        }
+        if let Some(node) = status.node.as_ref().filter(|_| in_force) {
+            let addresses: Vec<_> = node.addresses.iter().map(ipnet::IpNet::addr).collect();
+            let record = &mut identity.record;
+            if record.addresses != addresses || record.stable_id != node.stable_id {
+                record.addresses = addresses;
+                record.stable_id.clone_from(&node.stable_id);
+                identity.changed();
+            }
+        }
+        let login = match &status.state {
+            NodeState::NeedsLogin { url } => Some(url.clone()),
+            NodeState::Waiting
+            | NodeState::Connecting { .. }
+            | NodeState::NeedsApproval
+            | NodeState::Running
+            | NodeState::LoggedOut => None,
+        };
+        if let Some(engine) = &mut pod.engine {
+            engine.status = Some(status);
+        }
+        if let Some(url) = login {
+            pod.reason = format!("the tailnet wants somebody to log in: {url}");
+            if pod.join.is_some() && pod.wanted == Wanted::Attached {
+                let failure = error(
+                    code::NEEDS_ACTION,
+                    format!("{}: the tailnet wants somebody to log in", pod_name(&pod.record.pod)),
+                    format!("open {url}, or use a credential that is pre-approved"),
+                );
+                self.fail_add(id, failure);
+            }
+        }
+    }
+
+    fn ended(
+        &mut self,
+        id: &AttachmentId,
+        ended: &Ended,
+        answered: Option<std::time::Duration>,
+        reason: String,
+    ) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let asked = pod.engine.take().is_some_and(|e| e.asked);
+        if pod.wanted != Wanted::Attached || (asked && pod.link == Link::Broken) {
+            return;
+        }
+        let now = Instant::now();
+        let (next, delay) = restart::decide(ended, asked, answered, &mut pod.history, random());
+        tracing::warn!(
+            namespace = pod.record.pod.namespace,
+            pod = pod.record.pod.name,
+            ?ended,
+            ?next,
+            delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+            "engine ended: {reason}"
+        );
+        pod.reason.clone_from(&reason);
+        pod.restarts += 1;
+        pod.died_at = Some(now);
+        self.counters.engine_exits.with_label_values(&[kind(ended)]).inc();
+        if !delay.is_zero() {
+            pod.hold_until = Some(now + delay);
+        }
+        match next {
+            Next::Restart => {}
+            Next::NewKey => {
+                pod.need_key = true;
+                pod.key = None;
+                pod.rejections += 1;
+            }
+            Next::RotateNodeKey => {
+                pod.need_key = true;
+                pod.rotate = true;
+                pod.key = None;
+                pod.rejections += 1;
+            }
+            Next::RebuildLink => {
+                pod.link = Link::Broken;
+                pod.fds = None;
+            }
+            Next::Stop => pod.stopped = Some(reason.clone()),
+        }
+        if matches!(next, Next::NewKey | Next::RotateNodeKey)
+            && let Ok(home) = Home::make(&self.context.config.node.run_dir, &pod.record.id)
+        {
+            // It speaks of a device that control no longer has.
+            home.drop_snapshot();
+        }
+        if !delay.is_zero() {
+            self.wake(id, now + delay);
+        }
+        self.fail_hopeless_add(id, next, &reason);
+    }
+
+    /// An ADD does not wait for its deadline when trying again cannot help.
+    fn fail_hopeless_add(&mut self, id: &AttachmentId, next: Next, reason: &str) {
+        let Some(pod) = self.pods.get(id) else { return };
+        if pod.join.is_none() || !pod.record.addresses.is_empty() {
+            return;
+        }
+        let name = pod_name(&pod.record.pod);
+        let reusable =
+            matches!(self.context.credentials.get(&pod.record.tailnet), Some(Credential::AuthKey(_)));
+        let tailnet = &pod.record.tailnet;
+        let failure = match next {
+            Next::Stop => error(code::BAD_CONFIG, format!("{name}: {reason}"), "correct the configuration"),
+            Next::NewKey if reusable || pod.rejections >= REJECTIONS_IN_ADD => error(
+                code::REFUSED,
+                format!("{name}: the tailnet refuses the auth key: {reason}"),
+                format!("check tailnet.{tailnet}.credentials and the tags it may use"),
+            ),
+            Next::NewKey | Next::Restart | Next::RotateNodeKey | Next::RebuildLink => return,
+        };
+        self.fail_add(id, failure);
+    }
+}
+
+/// Control has taken the node as it is: the key is spent, the old node key is history.
+fn confirmed(pod: &mut Pod, identity: &mut Identity) {
+    let record = &mut identity.record;
+    if !record.registered || record.old_node_key.is_some() {
+        record.registered = true;
+        record.old_node_key = None;
+        identity.changed();
+    }
+    pod.key = None;
+    pod.need_key = false;
+    pod.rejections = 0;
+    pod.reason.clear();
+    restart::key_worked(&mut pod.history);
+}
+
+fn kind(ended: &Ended) -> &'static str {
+    use podtether_proto::exit::EngineExit;
+    match ended {
+        Ended::Crash => "crash",
+        Ended::NotSpawned => "not_spawned",
+        Ended::Exit(EngineExit::Stopped) => "stopped",
+        Ended::Exit(EngineExit::BadConfig) => "bad_config",
+        Ended::Exit(EngineExit::KeyRejected) => "key_rejected",
+        Ended::Exit(EngineExit::NodeKeyExpired) => "node_key_expired",
+        Ended::Exit(EngineExit::NodeUnknown) => "node_unknown",
+        Ended::Exit(EngineExit::Sandbox) => "sandbox",
+        Ended::Exit(EngineExit::LinkLost) => "link_lost",
+        Ended::Exit(EngineExit::Orphaned) => "orphaned",
+    }
+}
+
+fn start_request(
+    context: &Context,
+    pod: &Pod,
+    identity: &Identity,
+    underlay: &podtether_proto::engine::Underlay,
+) -> StartRequest {
+    let record = &identity.record;
+    let tailnet = context.config.tailnets.get(&pod.record.tailnet);
+    StartRequest {
+        pod: pod.record.pod.clone(),
+        control_url: tailnet.map(|t| t.control_url.clone()).unwrap_or_default(),
+        extra_roots_pem: context.roots.get(&pod.record.tailnet).cloned().unwrap_or_default(),
+        hostname: record.hostname.clone(),
+        ephemeral: tailnet.is_some_and(|t| t.ephemeral),
+        request_tags: context
+            .credentials
+            .get(&pod.record.tailnet)
+            .map(Credential::request_tags)
+            .unwrap_or_default(),
+        machine_key: record.machine_key.clone(),
+        node_key: record.node_key.clone(),
+        old_node_key: record.old_node_key,
+        auth_key: pod.key.as_ref().map(|(key, _)| key.secret.clone()),
+        mtu: MTU,
+        underlay: underlay.clone(),
+    }
+}
+
+fn spawn_engine(
+    context: &Context,
+    pod: &Pod,
+) -> std::io::Result<(spawn::Process, tokio::process::Child, Home)> {
+    let kept = pod.fds.as_ref().ok_or_else(|| std::io::Error::other("the link is not there"))?;
+    let home = Home::make(&context.config.node.run_dir, &pod.record.id)?;
+    let (rpc, snapshot, reason) = (home.listen()?, home.snapshot()?, home.reason()?);
+    let mut named: Vec<(&'static str, BorrowedFd<'_>)> = vec![(fds::RPC, rpc.as_fd())];
+    named.extend(kept.named());
+    named.push((fds::SNAPSHOT, snapshot.as_fd()));
+    named.push((fds::REASON, reason.as_fd()));
+    let birth = Birth { program: &context.engine, fds: &named, uid: pod.record.uid };
+    let (process, child) = spawn::spawn(&birth)?;
+    Ok((process, child, home))
+}

@@ -1,0 +1,132 @@
+//! Start: every record becomes a pod again, and what no record names goes.
+
+use std::collections::{HashMap, HashSet};
+
+use podtether_net::netns;
+
+use super::Table;
+use super::identities::{Identity, unix_now};
+use super::pod::Pod;
+use crate::engine::Home;
+use crate::plan::{Link, Wanted};
+use crate::record::{self, IdentityKey};
+
+impl Table {
+    pub(super) async fn recover(&mut self) -> Result<(), String> {
+        let context = self.context.clone();
+        let (attachments, identities, asides) = tokio::task::spawn_blocking(move || {
+            let (attachments, mut asides) = context.store.load::<record::Attachment>()?;
+            let (identities, more) = context.store.load::<record::Identity>()?;
+            asides.extend(more);
+            Ok::<_, record::StoreError>((attachments, identities, asides))
+        })
+        .await
+        .map_err(|e| e.to_string())?
+        .map_err(|e| e.to_string())?;
+        for aside in &asides {
+            tracing::error!(
+                file = %aside.path.display(),
+                "a record was not loaded: {}; its file is kept aside",
+                aside.reason
+            );
+        }
+        let keep_unclaimed = !asides.is_empty();
+        self.asides = asides;
+        self.remove_leftovers(&attachments);
+
+        let mut by_id: HashMap<String, IdentityKey> = HashMap::new();
+        for record in identities {
+            by_id.insert(record.id.clone(), record.key.clone());
+            self.identities.insert(record.key.clone(), Identity::loaded(record));
+        }
+        for record in attachments {
+            self.recover_attachment(record, &by_id);
+        }
+        let used: HashSet<&IdentityKey> = self.pods.values().map(|p| &p.identity).collect();
+        for (key, identity) in &mut self.identities {
+            if !used.contains(key) && identity.record.unused_since_unix_s.is_none() {
+                identity.record.unused_since_unix_s = Some(unix_now());
+            }
+            if !used.contains(key) && keep_unclaimed {
+                // A damaged attachment may be its user: nobody can say, so it stays.
+                identity.reaping = true;
+            }
+        }
+        let ids: Vec<_> = self.pods.keys().cloned().collect();
+        if !ids.is_empty() {
+            tracing::info!(pods = ids.len(), "taking up the pods of an earlier supervisor");
+        }
+        for id in ids {
+            self.advance(&id);
+        }
+        Ok(())
+    }
+
+    fn recover_attachment(&mut self, record: record::Attachment, by_id: &HashMap<String, IdentityKey>) {
+        let id = record.attachment.clone();
+        let finished = !record.addresses.is_empty();
+        let uid = self.context.uid(record.slot);
+        if let Some(key) = by_id.get(&record.identity) {
+            let mut pod = Pod::new(record, key.clone(), true);
+            pod.record.uid = uid;
+            if finished {
+                pod.reason = "the supervisor was restarted".into();
+            } else {
+                // Nobody waits for this ADD any more: the runtime saw it fail.
+                pod.wanted = Wanted::Gone { logout: true };
+                pod.link = Link::Broken;
+                pod.key_given = true;
+            }
+            self.pods.insert(id, pod);
+            return;
+        }
+        // Without its keys it cannot run; its link stays until DEL, so that nothing else breaks.
+        let key = IdentityKey {
+            tailnet: record.tailnet.clone(),
+            pod_uid: record.pod.uid.clone(),
+            ifname: record.attachment.ifname.clone(),
+        };
+        if !self.identities.contains_key(&key) {
+            let hostname = String::new();
+            match Identity::new(key.clone(), record.pod.clone(), hostname) {
+                Ok(identity) => self.identities.insert(key.clone(), Identity { saved: 1, ..identity }),
+                Err(e) => {
+                    tracing::error!("no random bytes: {e}");
+                    return;
+                }
+            };
+        }
+        let mut pod = Pod::new(record, key, true);
+        pod.link = Link::Up;
+        pod.stopped = Some("the record of its identity is damaged or missing; delete the pod".into());
+        pod.reason.clone_from(pod.stopped.as_ref().unwrap_or(&String::new()));
+        self.pods.insert(id, pod);
+    }
+
+    /// Namespaces and engine directories that no record names.
+    fn remove_leftovers(&self, attachments: &[record::Attachment]) {
+        let known: HashSet<&str> = attachments.iter().map(|a| a.id.as_str()).collect();
+        let unknown = |dir: std::path::PathBuf| -> Vec<std::path::PathBuf> {
+            let Ok(entries) = std::fs::read_dir(&dir) else { return Vec::new() };
+            entries
+                .flatten()
+                .filter(|e| e.file_name().to_str().is_none_or(|name| !known.contains(name)))
+                .map(|e| e.path())
+                .collect()
+        };
+        for pin in unknown(self.context.netns_dir()) {
+            tracing::info!(pin = %pin.display(), "removing a link namespace without a record");
+            if let Err(e) = netns::unpin(&pin) {
+                tracing::warn!("{e}");
+            }
+        }
+        let run_dir = &self.context.config.node.run_dir;
+        for dir in unknown(run_dir.join("engines")) {
+            if let Some(id) = dir.file_name().and_then(|n| n.to_str())
+                && let Err(e) = Home::remove(run_dir, id)
+            {
+                tracing::warn!("cannot remove {}: {e}", dir.display());
+            }
+        }
+    }
+}

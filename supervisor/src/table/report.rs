@@ -1,0 +1,112 @@
+//! What people and metrics see of a pod.
+
+use std::net::IpAddr;
+use std::time::Instant;
+
+use podtether_proto::engine::PeerStatus;
+use serde::Serialize;
+
+use super::{Listing, Table};
+use crate::record::IdentityKey;
+
+/// One attachment.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodReport {
+    /// Kubernetes pod UID.
+    pub uid: String,
+    /// Namespace.
+    pub namespace: String,
+    /// Pod name.
+    pub pod: String,
+    /// Tailnet addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Fully qualified name in the tailnet.
+    pub name: String,
+    /// ACL tags.
+    pub tags: Vec<String>,
+    /// `joining`, `running`, `restarting`, `backoff`, `stopped`, `leaving`.
+    pub state: &'static str,
+    /// Why it is not running, or what failed last.
+    pub reason: String,
+    /// Pid of the engine, absent while there is none.
+    pub engine_pid: Option<u32>,
+    /// Engine restarts since the supervisor started.
+    pub restarts: u64,
+    /// Key of the tailnet.
+    pub tailnet: String,
+    /// CNI network, container and interface.
+    pub network: String,
+    /// See `network`.
+    pub container_id: String,
+    /// See `network`.
+    pub ifname: String,
+    /// Index of the interface in the pod, 0 before there is one.
+    pub ifindex: u32,
+    /// Its hardware address.
+    pub mac: String,
+    /// UDP port of the underlay over IPv4.
+    pub udp_port: u16,
+    /// UDP port of the underlay over IPv6.
+    pub udp6_port: u16,
+    /// Uid of the engine; absent where engines run under the supervisor's own.
+    pub engine_uid: Option<u32>,
+    /// Whether the map stream is up.
+    pub control_connected: bool,
+    /// Home DERP region, 0 for none.
+    pub home_derp: u32,
+    /// Health messages from control.
+    pub health: Vec<String>,
+    /// Paths to the peers; filled in by who asks the engines.
+    pub peers: Vec<PeerStatus>,
+}
+
+impl Table {
+    pub(super) fn listing(&self) -> Listing {
+        let now = Instant::now();
+        let mut listing = Listing { asides: self.asides.clone(), ..Listing::default() };
+        let mut pods: Vec<_> = self.pods.values().collect();
+        pods.sort_by(|a, b| {
+            let key = |p: &super::pod::Pod| {
+                (p.record.pod.namespace.clone(), p.record.pod.name.clone(), p.record.id.clone())
+            };
+            key(a).cmp(&key(b))
+        });
+        for pod in pods {
+            let status = pod.engine.as_ref().and_then(|e| e.status.as_ref());
+            let node = status.and_then(|s| s.node.as_ref());
+            let known = self.known_addresses(&pod.identity);
+            listing.pods.push(PodReport {
+                uid: pod.record.pod.uid.clone(),
+                namespace: pod.record.pod.namespace.clone(),
+                pod: pod.record.pod.name.clone(),
+                addresses: node.map_or(known, |n| n.addresses.iter().map(ipnet::IpNet::addr).collect()),
+                name: node.map(|n| n.name.clone()).unwrap_or_default(),
+                tags: node.map(|n| n.tags.clone()).unwrap_or_default(),
+                state: pod.state(now),
+                reason: pod.reason.clone(),
+                engine_pid: pod.engine.as_ref().map(|e| e.process.pid()),
+                restarts: pod.restarts,
+                tailnet: pod.record.tailnet.clone(),
+                network: pod.record.attachment.network.clone(),
+                container_id: pod.record.attachment.container_id.clone(),
+                ifname: pod.record.attachment.ifname.clone(),
+                ifindex: pod.fds.as_ref().map_or(0, |f| f.link.ifindex),
+                mac: pod.record.mac.clone(),
+                udp_port: pod.record.udp4_port,
+                udp6_port: pod.record.udp6_port,
+                engine_uid: pod.record.uid,
+                control_connected: status.is_some_and(|s| s.control_connected),
+                home_derp: status.map_or(0, |s| s.home_derp),
+                health: status.map(|s| s.health.clone()).unwrap_or_default(),
+                peers: Vec::new(),
+            });
+            listing.clients.push(pod.engine.as_ref().and_then(|e| e.client.clone()));
+        }
+        listing
+    }
+
+    fn known_addresses(&self, key: &IdentityKey) -> Vec<IpAddr> {
+        self.identities.get(key).map(|i| i.record.addresses.clone()).unwrap_or_default()
+    }
+}

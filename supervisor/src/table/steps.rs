@@ -1,0 +1,195 @@
+//! The steps that wait for something: each runs as its own task on copies and reports an [`Outcome`].
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use podtether_net::link::{self, Configured, LinkSpec, PodConfig};
+use podtether_net::sockets::{self, Family, PortChoice};
+use podtether_proto::engine::EngineClient;
+
+use super::pod::{Fds, Underlay};
+use crate::context::Context;
+use crate::credentials::{CredentialError, Key};
+use crate::engine::{Home, within};
+use crate::record::{Attachment, Identity};
+
+/// How a step ended.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// The versions that are on disk now.
+    Saved(Result<(u64, u64), String>),
+    Built(Result<Arc<Fds>, podtether_net::Error>),
+    Minted(Result<Key, CredentialError>),
+    Configured(Vec<ipnet::IpNet>, Result<Configured, podtether_net::Error>),
+    LoggedOut(Result<(), String>),
+    LinkRemoved(Result<(), podtether_net::Error>),
+    DeviceDeleted(Result<(), CredentialError>),
+    KeyDeleted(Result<(), CredentialError>),
+    Forgotten(Result<(), String>),
+    /// The task panicked.
+    Lost(String),
+}
+
+/// Runs blocking file work off the table's thread.
+async fn on_disk<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(e.to_string()))
+}
+
+pub(super) async fn save(
+    context: Arc<Context>,
+    attachment: Option<(Attachment, u64)>,
+    identity: Option<(Identity, u64)>,
+    had: (u64, u64),
+) -> Outcome {
+    Outcome::Saved(
+        on_disk(move || {
+            let mut saved = had;
+            // The identity first: an attachment never names one that is not there.
+            if let Some((record, version)) = identity {
+                context.store.save(&record).map_err(|e| e.to_string())?;
+                saved.1 = version;
+            }
+            if let Some((record, version)) = attachment {
+                context.store.save(&record).map_err(|e| e.to_string())?;
+                saved.0 = version;
+            }
+            Ok(saved)
+        })
+        .await,
+    )
+}
+
+/// Makes or takes over the link and opens what an engine needs.
+pub(super) async fn build(context: Arc<Context>, record: Attachment, kept: Underlay) -> Outcome {
+    Outcome::Built(build_link(&context, &record, kept).await.map(Arc::new))
+}
+
+async fn build_link(
+    context: &Context,
+    record: &Attachment,
+    kept: Underlay,
+) -> Result<Fds, podtether_net::Error> {
+    let spec = context.link_spec(record);
+    let mut link = link::ensure_link(&spec).await?;
+    let tun = open_tun(&mut link).await?;
+    let (dns4, dns6) = link.open_dns().await?;
+    let range = context.config.node.udp_port_range.clone();
+    let port = |recorded: u16| Some(recorded).filter(|p| *p != 0);
+    let udp4 = match kept.udp4 {
+        Some(socket) => Some(socket),
+        None => {
+            let choice = PortChoice { preferred: port(record.udp4_port), range: range.clone() };
+            sockets::underlay(Family::V4, &choice)?.map(Arc::new)
+        }
+    };
+    let udp6 = match kept.udp6 {
+        Some(socket) => Some(socket),
+        None => {
+            let same = udp4.as_ref().and_then(|s| s.local_addr().ok()).map(|a| a.port());
+            let choice = PortChoice { preferred: port(record.udp6_port).or(same), range };
+            sockets::underlay(Family::V6, &choice)?.map(Arc::new)
+        }
+    };
+    Ok(Fds { link, tun, dns4, dns6, underlay: Underlay { udp4, udp6 } })
+}
+
+/// The TUN, waiting for a killed holder's descriptor to be closed by the kernel.
+async fn open_tun(link: &mut link::Link) -> Result<OwnedFd, podtether_net::Error> {
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match link.open_tun().await {
+            Err(podtether_net::Error::TunBusy { .. }) if pause < Duration::from_millis(500) => {
+                tokio::time::sleep(pause).await;
+                pause *= 2;
+            }
+            done => return done,
+        }
+    }
+}
+
+pub(super) async fn mint(
+    context: Arc<Context>,
+    tailnet: String,
+    hostname: String,
+    deadline: Instant,
+) -> Outcome {
+    let Some(credential) = context.credentials.get(&tailnet) else {
+        return Outcome::Minted(Err(CredentialError::Refused(format!(
+            "tailnet {tailnet} is not configured any more"
+        ))));
+    };
+    Outcome::Minted(credential.mint(&hostname, deadline).await)
+}
+
+pub(super) async fn configure(spec: LinkSpec, fds: Arc<Fds>, config: PodConfig) -> Outcome {
+    let result = link::configure_pod(&spec, &fds.link, &config).await;
+    Outcome::Configured(config.addresses, result)
+}
+
+pub(super) async fn logout(client: EngineClient, patience: Duration) -> Outcome {
+    Outcome::LoggedOut(match client.logout(within(patience)).await {
+        Ok(result) => result,
+        Err(e) => Err(e.to_string()),
+    })
+}
+
+pub(super) async fn remove_link(spec: LinkSpec) -> Outcome {
+    Outcome::LinkRemoved(link::remove(&spec).await)
+}
+
+pub(super) async fn delete_device(
+    context: Arc<Context>,
+    tailnet: String,
+    device: crate::credentials::Device,
+    deadline: Instant,
+) -> Outcome {
+    Outcome::DeviceDeleted(match context.credentials.get(&tailnet) {
+        Some(credential) => credential.delete_device(&device, deadline).await,
+        None => Err(CredentialError::Refused(format!("tailnet {tailnet} is not configured any more"))),
+    })
+}
+
+pub(super) async fn delete_key(
+    context: Arc<Context>,
+    tailnet: String,
+    id: Option<String>,
+    deadline: Instant,
+) -> Outcome {
+    Outcome::KeyDeleted(match (context.credentials.get(&tailnet), id) {
+        (Some(credential), Some(id)) => credential.delete_key(&id, deadline).await,
+        _ => Ok(()),
+    })
+}
+
+/// What happens to the identity when its attachment is forgotten.
+#[derive(Debug, Clone)]
+pub(super) enum IdentityFate {
+    /// Another attachment uses it.
+    Keep,
+    /// Its record changes: unused, or leaving.
+    Save(Identity),
+    /// There is no device behind it any more.
+    Remove(String),
+}
+
+pub(super) async fn forget(context: Arc<Context>, id: String, fate: IdentityFate) -> Outcome {
+    Outcome::Forgotten(
+        on_disk(move || {
+            match &fate {
+                IdentityFate::Keep => {}
+                IdentityFate::Save(record) => context.store.save(record).map_err(|e| e.to_string())?,
+                IdentityFate::Remove(id) => {
+                    context.store.remove::<Identity>(id).map_err(|e| e.to_string())?;
+                }
+            }
+            Home::remove(&context.config.node.run_dir, &id)
+                .map_err(|e| format!("cannot remove the engine's directory: {e}"))?;
+            // Last: while the record is there, a new supervisor finishes what this one began.
+            context.store.remove::<Attachment>(&id).map_err(|e| e.to_string())
+        })
+        .await,
+    )
+}
