@@ -7,12 +7,16 @@
 pub mod config;
 pub mod context;
 pub mod credentials;
+pub mod daemon;
 pub mod engine;
 pub mod hostname;
+pub mod http;
 pub mod metrics;
+pub mod node;
 pub mod output;
 pub mod plan;
 pub mod record;
 pub mod restart;
 pub mod spawn;
 pub mod table;
+pub mod underlay;

@@ -1,3 +1,58 @@
-//! Entry point.
+//! `podtether-supervisor`: one per node.
 
-fn main() {}
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+
+use podtether_supervisor::config::{self, Config, ConfigError};
+use podtether_supervisor::daemon;
+use tracing_subscriber::EnvFilter;
+
+/// Exit code for a configuration that cannot be used.
+const BAD_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let matches = config::arguments().get_matches();
+    logs();
+    let config = match load(&matches) {
+        Ok(config) => config,
+        Err(e) => {
+            tracing::error!("bad configuration: {e}");
+            return ExitCode::from(BAD_CONFIG);
+        }
+    };
+    if matches.get_flag("check-config") {
+        let _ = writeln!(std::io::stdout(), "{config}");
+        return ExitCode::SUCCESS;
+    }
+    // One thread: engines are its children, and their parent-death signal is tied to the thread that
+    // made them.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            tracing::error!("cannot start: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(daemon::run(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            tracing::error!("cannot run: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn load(matches: &clap::ArgMatches) -> Result<Config, ConfigError> {
+    Config::load(&config::inputs_from(matches)?)
+}
+
+/// JSON for machines, lines for a person at a terminal.
+fn logs() {
+    let filter = EnvFilter::try_from_env("PODTETHER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if std::io::stderr().is_terminal() {
+        builder.with_target(false).init();
+    } else {
+        builder.json().flatten_event(true).init();
+    }
+}

@@ -33,7 +33,7 @@ pub(super) fn pod_name(pod: &PodRef) -> String {
 impl Table {
     pub(super) fn add(&mut self, request: AddRequest, reply: Adder) {
         if self.context.config.node.exempt_namespaces.contains(&request.pod.namespace) {
-            let _ = reply.send(Ok(exempt(&request)));
+            let _ = reply.send(Ok(Attached::default()));
             return;
         }
         if let Some(pod) = self.pods.get_mut(&request.attachment) {
@@ -255,17 +255,6 @@ fn join(request: &AddRequest, now: Instant) -> Join {
     let patience = Duration::from_millis(request.timeout_ms.clamp(1000, 3_600_000));
     let rollback = (patience / ROLLBACK_SHARE).clamp(MIN_ROLLBACK, MAX_ROLLBACK);
     Join { deadline: now + (patience - rollback), reply_by: now + (patience - REPLY_EARLY), started: now }
-}
-
-/// No interface, no addresses: the plugin passes the previous result on.
-fn exempt(request: &AddRequest) -> Attached {
-    Attached {
-        ifname: request.attachment.ifname.clone(),
-        mac: String::new(),
-        mtu: crate::context::MTU.into(),
-        addresses: Vec::new(),
-        routes: Vec::new(),
-    }
 }
 
 fn check_names(request: &AddRequest) -> Result<(), CniError> {

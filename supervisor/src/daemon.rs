@@ -1,0 +1,91 @@
+//! The whole supervisor, put together: from a configuration to a clean stop.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context as _, Result, anyhow};
+use podtether_net::netns;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::Config;
+use crate::context::Context;
+use crate::http::{self, Web};
+use crate::metrics::Counters;
+use crate::record::{Store, private_dir};
+use crate::{node, table, underlay};
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What keeps it from starting, as a sentence.
+pub async fn run(config: Config) -> Result<()> {
+    tracing::info!("configuration: {config}");
+    let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
+
+    let store = Store::open(&config.node.state_dir)?;
+    let run_dir = config.node.run_dir.clone();
+    private_dir(&run_dir)?;
+    let context = Arc::new(Context::new(config, store).map_err(|e| anyhow!(e))?);
+    netns::prepare_dir(&context.netns_dir())?;
+    report_confinement(&context)?;
+
+    let http = bind(context.config.node.http_listen, "node.http_listen").await?;
+    let metrics = bind(context.config.node.metrics_listen, "node.metrics_listen").await?;
+    let socket = node::bind(&run_dir)
+        .with_context(|| format!("cannot bind {}", run_dir.join("supervisor.sock").display()))?;
+
+    let counters = Counters::new()?;
+    let watch = underlay::Watch::open().await;
+    let table =
+        table::start(Arc::clone(&context), watch.now(), counters.clone()).await.map_err(|e| anyhow!(e))?;
+    tokio::spawn(watch.follow(table.clone()));
+
+    let web = Web { table: table.clone(), counters, ready: Arc::new(AtomicBool::new(true)) };
+    let ready = Arc::clone(&web.ready);
+    if let Some(listener) = http {
+        let routes = http::all_routes(web.clone());
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+    }
+    if let Some(listener) = metrics {
+        let routes = http::metrics_routes(web);
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+    }
+    tracing::info!(socket = %run_dir.join("supervisor.sock").display(), "serving");
+
+    let why = tokio::select! {
+        () = node::serve(&socket, table.clone()) => "the socket is gone",
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+    };
+    tracing::info!("stopping ({why}): engines end, links and records stay");
+    ready.store(false, Ordering::Relaxed);
+    // No new calls while the engines end.
+    drop(socket);
+    table.stop().await;
+    Ok(())
+}
+
+async fn bind(address: Option<SocketAddr>, key: &str) -> Result<Option<TcpListener>> {
+    let Some(address) = address else { return Ok(None) };
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("{key}: cannot listen on {address}"))?;
+    Ok(Some(listener))
+}
+
+fn report_confinement(context: &Context) -> Result<()> {
+    if context.own_uids {
+        return Ok(());
+    }
+    if context.config.node.require_sandbox {
+        return Err(anyhow!(
+            "node.require_sandbox: this process cannot give engines uids of their own from \
+             node.uid_base = {} on: they are not mapped here, or CAP_SETUID and CAP_SETGID are missing",
+            context.config.node.uid_base
+        ));
+    }
+    tracing::warn!("engines run under the supervisor's own uid: no other ids are mapped here");
+    Ok(())
+}

@@ -1,0 +1,79 @@
+//! `/metrics`, `/healthz`, `/readyz` and, on the loopback listener alone, `/v1/pods`.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use futures_util::future::join_all;
+
+use crate::engine::within;
+use crate::metrics::{Counters, scrape};
+use crate::table::{Handle, PodReport};
+
+/// How long an engine may take to list its peers.
+const PEERS_WITHIN: Duration = Duration::from_secs(1);
+
+/// What the handlers need.
+#[derive(Debug, Clone)]
+pub struct Web {
+    /// The table.
+    pub table: Handle,
+    /// The supervisor's counters.
+    pub counters: Counters,
+    /// True from the moment that CNI calls are served.
+    pub ready: Arc<AtomicBool>,
+}
+
+/// Metrics and health, for `metrics_listen`.
+pub fn metrics_routes(web: Web) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        // Alive means that this answers; a pod's trouble is no reason to restart the supervisor.
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .with_state(web)
+}
+
+/// Everything, for `http_listen`.
+pub fn all_routes(web: Web) -> Router {
+    Router::new().route("/v1/pods", get(pods)).with_state(web.clone()).merge(metrics_routes(web))
+}
+
+async fn metrics(State(web): State<Web>) -> Response {
+    let listing = web.table.list().await;
+    match scrape(&web.counters, listing).await {
+        Ok(text) => {
+            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+        }
+        Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n")).into_response(),
+    }
+}
+
+async fn readyz(State(web): State<Web>) -> Response {
+    if web.ready.load(Ordering::Relaxed) {
+        "ok\n".into_response()
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response()
+    }
+}
+
+async fn pods(State(web): State<Web>) -> Json<Vec<PodReport>> {
+    let listing = web.table.list().await;
+    let peers = join_all(listing.clients.into_iter().map(|client| async move {
+        match client {
+            Some(client) => client.peers(within(PEERS_WITHIN)).await.unwrap_or_default(),
+            None => Vec::new(),
+        }
+    }))
+    .await;
+    let mut pods = listing.pods;
+    for (pod, peers) in pods.iter_mut().zip(peers) {
+        pod.peers = peers;
+    }
+    Json(pods)
+}
