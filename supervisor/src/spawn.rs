@@ -193,8 +193,10 @@ fn peek(pidfd: BorrowedFd<'_>) -> Option<Ended> {
         // Reaped already: its code is lost, so it counts as a crash.
         return Some(Ended::Crash);
     }
-    // SAFETY: waitid succeeded, so these fields are set; zero means that it lives.
-    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    // SAFETY: waitid succeeded, so the field is set; zero means that it lives.
+    let pid = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
     match (pid, info.si_code) {
         (0, _) => None,
         (_, libc::CLD_EXITED) => Some(EngineExit::from_code(status).map_or(Ended::Crash, Ended::Exit)),

@@ -16,12 +16,12 @@ mod recover;
 mod report;
 mod steps;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podtether_net::link::PodConfig;
-use podtether_proto::engine::{EngineClient, EngineMetrics, Underlay};
+use podtether_proto::engine::{EngineClient, Underlay};
 use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, code};
 use tokio::sync::{mpsc, oneshot};
 
@@ -156,9 +156,6 @@ struct Table {
     asides: Vec<Aside>,
     underlay: Underlay,
     epochs: u64,
-    /// Counters of engines that ended, so that a pod's counters never fall while it lives.
-    #[expect(dead_code, reason = "kept for the metrics of restarted engines")]
-    past: BTreeMap<String, EngineMetrics>,
 }
 
 /// Loads the records, starts the table and takes up every pod again.
@@ -176,7 +173,6 @@ pub async fn start(context: Arc<Context>, underlay: Underlay, counters: Counters
         asides: Vec::new(),
         underlay,
         epochs: 0,
-        past: BTreeMap::new(),
     };
     table.recover().await?;
     tokio::spawn(table.run(messages));

@@ -36,12 +36,12 @@ impl Table {
             .iter()
             .any(|(other, p)| other != id && self.pods.get(id).is_some_and(|own| p.identity == own.identity));
         let logout = !others && self.context.config.node.identity_grace.is_zero();
-        if let Some(pod) = self.pods.get_mut(id) {
-            if pod.wanted == Wanted::Attached {
-                pod.wanted = Wanted::Gone { logout };
-                let gone = error(code::TRY_AGAIN, "the container was deleted while it joined", "");
-                pod.failure.get_or_insert(gone);
-            }
+        if let Some(pod) = self.pods.get_mut(id)
+            && pod.wanted == Wanted::Attached
+        {
+            pod.wanted = Wanted::Gone { logout };
+            let gone = error(code::TRY_AGAIN, "the container was deleted while it joined", "");
+            pod.failure.get_or_insert(gone);
         }
         self.advance(id);
     }
@@ -108,7 +108,7 @@ impl Table {
         identity.record.leaving = logout;
         identity.changed();
         identity.saved = identity.version;
-        IdentityFate::Save(identity.record.clone())
+        IdentityFate::Save(Box::new(identity.record.clone()))
     }
 
     /// Everything of the attachment is gone.

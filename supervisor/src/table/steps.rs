@@ -170,7 +170,7 @@ pub(super) enum IdentityFate {
     /// Another attachment uses it.
     Keep,
     /// Its record changes: unused, or leaving.
-    Save(Identity),
+    Save(Box<Identity>),
     /// There is no device behind it any more.
     Remove(String),
 }
@@ -180,7 +180,9 @@ pub(super) async fn forget(context: Arc<Context>, id: String, fate: IdentityFate
         on_disk(move || {
             match &fate {
                 IdentityFate::Keep => {}
-                IdentityFate::Save(record) => context.store.save(record).map_err(|e| e.to_string())?,
+                IdentityFate::Save(record) => {
+                    context.store.save(record.as_ref()).map_err(|e| e.to_string())?
+                }
                 IdentityFate::Remove(id) => {
                     context.store.remove::<Identity>(id).map_err(|e| e.to_string())?;
                 }
