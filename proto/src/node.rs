@@ -25,7 +25,7 @@ pub trait Node {
     async fn status() -> Version;
 }
 
-/// One attachment: design §5 keeps it apart from the pod's identity.
+/// One attachment; a pod's identity is another thing and may outlive it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct AttachmentId {
     /// CNI network name.
