@@ -1,3 +1,4 @@
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
@@ -227,4 +228,65 @@ fn dns_and_domain_stay_until_replaced() {
     assert!(change.dns_changed);
     map.apply(message(json!({"Domain": "", "DNSConfig": null})), WALL).unwrap();
     assert_eq!((map.domain(), map.dns().unwrap().proxied), ("d", true));
+}
+
+/// The peers as a plain reading of the rules gives them, for comparison.
+fn model(
+    peers: &mut BTreeMap<u64, bool>,
+    first: bool,
+    full: &[u64],
+    removed: &[u64],
+    changed: &[u64],
+    online: &[u64],
+) {
+    if first || !full.is_empty() {
+        peers.clear();
+        peers.extend(full.iter().map(|id| (*id, false)));
+    }
+    if full.is_empty() {
+        peers.retain(|id, _| !removed.contains(id));
+        peers.extend(changed.iter().map(|id| (*id, false)));
+        for id in online {
+            peers.entry(*id).and_modify(|online| *online = true);
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn fuzz_sequences_of_deltas(
+        steps in proptest::collection::vec(
+            (any::<bool>(), prop::option::weighted(0.2, id_list()), id_list(), id_list(), id_list()), 1..12)
+    ) {
+        let (mut map, mut expected) = (NetMap::new(), BTreeMap::new());
+        let mut first = true;
+        for (restart, full, removed, changed, online) in steps {
+            if restart {
+                map.begin_session();
+                first = true;
+            }
+            let full = full.unwrap_or_default();
+            let before = ids(&map);
+            let nodes = |ids: &[u64]| ids.iter().map(|id| node(*id)).collect::<Vec<_>>();
+            let online_change: Value = online.iter().map(|id| (id.to_string(), json!(true))).collect();
+            let change = map.apply(message(json!({
+                "Node": node(1), "Peers": nodes(&full), "PeersRemoved": removed, "PeersChanged": nodes(&changed),
+                "OnlineChange": online_change,
+            })), WALL).unwrap();
+            model(&mut expected, first, &full, &removed, &changed, &online);
+            first = false;
+            let online = |peer: &Node| (peer.id.0, peer.online == Some(true));
+            prop_assert_eq!(map.peers().map(online).collect::<BTreeMap<_, _>>(), expected.clone());
+            prop_assert!(change.changed.is_sorted_by(|a, b| a < b), "each once, in order");
+            prop_assert!(change.changed.iter().all(|id| map.peer(*id).is_some()));
+            let mut gone = change.removed.iter().map(|node| node.id.0).collect::<Vec<_>>();
+            gone.sort_unstable();
+            let vanished: Vec<_> = before.into_iter().filter(|id| !expected.contains_key(id)).collect();
+            prop_assert_eq!(gone, vanished);
+        }
+    }
+}
+
+fn id_list() -> impl Strategy<Value = Vec<u64>> {
+    proptest::collection::btree_set(2u64..9, 0..4).prop_map(|ids| ids.into_iter().collect())
 }

@@ -96,7 +96,7 @@ pub struct Node {
     /// Node capabilities; the superseded list form is merged in.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub cap_map: CapMap,
-    /// Not covered by a tailnet lock signature: may not be granted network access.
+    /// Not covered by a tailnet lock signature: its addresses only, and jailed.
     #[serde(rename = "UnsignedPeerAPIOnly", skip_serializing_if = "is_false")]
     pub unsigned_peer_api_only: bool,
     /// The server says that the key has expired.
@@ -259,7 +259,8 @@ impl TryFrom<WireNode> for Node {
             masq_v4: wire.masq_v4,
             masq_v6: wire.masq_v6,
             is_wireguard_only: wire.is_wireguard_only,
-            is_jailed: wire.is_jailed,
+            // Access rules are the server's word, which a tailnet lock does not trust for such a node.
+            is_jailed: wire.is_jailed || wire.unsigned_peer_api_only,
         })
     }
 }

@@ -206,6 +206,7 @@ fn what_restricts_a_peer_must_parse() {
         "AllowedIPs": ["100.64.0.1/32", "0.0.0.0/0"], "UnsignedPeerAPIOnly": true});
     let peers = parse(&json!({"Peers": [unsigned]})).unwrap().peers;
     assert_eq!(peers[0].allowed_ips, peers[0].addresses);
+    assert!(peers[0].is_jailed);
     let empty = json!({"ID": 1, "Key": key(1), "Addresses": ["100.64.0.1/32"], "AllowedIPs": []});
     assert!(parse(&json!({"Peers": [empty]})).unwrap().peers[0].allowed_ips.is_empty(), "empty is not none");
 }
