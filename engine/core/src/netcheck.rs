@@ -236,15 +236,16 @@ impl Netcheck {
         ctx: &mut Context<'_>,
     ) -> Changed {
         let now = ctx.now;
+        let mut changed = Changed::default();
         if let Some(round) = &mut self.round {
-            if now >= round.started + ROUND_MAX {
-                return self.finish();
+            if now < round.started + ROUND_MAX {
+                if REPEATS.get(round.repeats).is_some_and(|after| now >= round.started + *after) {
+                    round.repeats += 1;
+                    self.send_probes(ctx);
+                }
+                return Changed { endpoints: false, home: !has_home };
             }
-            if REPEATS.get(round.repeats).is_some_and(|after| now >= round.started + *after) {
-                round.repeats += 1;
-                self.send_probes(ctx);
-            }
-            return Changed { endpoints: false, home: !has_home };
+            changed = self.finish();
         }
         if self.next_full.is_some_and(|at| at <= now) {
             self.start(true, home, ctx);
@@ -255,7 +256,7 @@ impl Netcheck {
                 self.next_quick = None;
             }
         }
-        Changed::default()
+        changed
     }
 
     fn start(&mut self, full: bool, home: RegionId, ctx: &mut Context<'_>) {
@@ -372,11 +373,12 @@ impl Netcheck {
         let Some(round) = self.round.take() else { return Changed::default() };
         let mut changed = Changed { endpoints: false, home: true };
         for id in &round.regions {
-            if round.full && !round.answers.contains_key(id) {
-                if let Some(region) = self.regions.get_mut(id) {
-                    region.latency = None;
-                    region.latency_v6 = None;
-                }
+            if round.full
+                && !round.answers.contains_key(id)
+                && let Some(region) = self.regions.get_mut(id)
+            {
+                region.latency = None;
+                region.latency_v6 = None;
             }
         }
         if round.answers.is_empty() && !round.regions.is_empty() && self.udp_works() {

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use boringtun::noise::errors::WireGuardError;
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
@@ -153,6 +154,8 @@ pub(crate) enum Opened {
     Established(usize),
     /// A cookie was taken; the next attempt carries it.
     Cookie,
+    /// Authentic or not, it came before: what goes by two ways arrives twice.
+    Duplicate,
     Rejected,
 }
 
@@ -351,15 +354,20 @@ impl Tunnel {
                         Opened::Packet(packet.len())
                     }
                     TunnResult::Done => Opened::Keepalive,
-                    TunnResult::Err(_) | TunnResult::WriteToNetwork(_) => return Opened::Rejected,
+                    TunnResult::Err(error) => return rejected(&error),
+                    TunnResult::WriteToNetwork(_) => return Opened::Rejected,
                 };
                 self.note_received(index, matches!(opened, Opened::Packet(_)), now);
                 opened
             }
             Ok(Packet::HandshakeInit(_)) => {
                 self.pump(&mut [0; INITIATION_LEN]);
-                let TunnResult::WriteToNetwork(response) = self.tunn.decapsulate(None, datagram, out) else {
-                    return Opened::Rejected;
+                let response = match self.tunn.decapsulate(None, datagram, out) {
+                    TunnResult::WriteToNetwork(response) => response,
+                    TunnResult::Err(error) => return rejected(&error),
+                    TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                        return Opened::Rejected;
+                    }
                 };
                 let Some(index) = read_u32(response, 4) else { return Opened::Rejected };
                 let len = response.len();
@@ -368,8 +376,12 @@ impl Tunnel {
             }
             Ok(Packet::HandshakeResponse(p)) => {
                 let index = p.receiver_idx;
-                let TunnResult::WriteToNetwork(keepalive) = self.tunn.decapsulate(None, datagram, out) else {
-                    return Opened::Rejected;
+                let keepalive = match self.tunn.decapsulate(None, datagram, out) {
+                    TunnResult::WriteToNetwork(keepalive) => keepalive,
+                    TunnResult::Err(error) => return rejected(&error),
+                    TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
+                        return Opened::Rejected;
+                    }
                 };
                 let len = keepalive.len();
                 self.add_session(index, true, now);
@@ -472,6 +484,29 @@ impl Tunnel {
     }
 }
 
+fn rejected(error: &WireGuardError) -> Opened {
+    match error {
+        // A response to no open initiation is nearly always the second copy of one.
+        WireGuardError::WrongTai64nTimestamp
+        | WireGuardError::InvalidCounter
+        | WireGuardError::DuplicateCounter
+        | WireGuardError::UnexpectedPacket => Opened::Duplicate,
+        WireGuardError::DestinationBufferTooSmall
+        | WireGuardError::IncorrectPacketLength
+        | WireGuardError::WrongPacketType
+        | WireGuardError::WrongIndex
+        | WireGuardError::WrongKey
+        | WireGuardError::InvalidTai64nTimestamp
+        | WireGuardError::InvalidMac
+        | WireGuardError::InvalidAeadTag
+        | WireGuardError::InvalidPacket
+        | WireGuardError::NoCurrentSession
+        | WireGuardError::LockFailed
+        | WireGuardError::ConnectionExpired
+        | WireGuardError::UnderLoad => Opened::Rejected,
+    }
+}
+
 fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
@@ -516,7 +551,7 @@ mod tests {
     fn send(from: &mut Tunnel, to: &mut Tunnel, now: Instant) -> Opened {
         let mut out = [0; 256];
         let sealed = from.seal(&packet(), &mut out, now).expect("a session");
-        to.open(&out[..sealed.len].to_vec(), &mut out, now)
+        to.open(&out[..sealed.len], &mut [0; 256], now)
     }
 
     #[test]
@@ -591,12 +626,12 @@ mod tests {
         assert_eq!((0..MAX_WAITING + 6).map(|_| a.wait(&packet(), now)).sum::<usize>(), 6);
         assert!(a.initiate(now).is_some());
         assert!(a.initiate(now + Duration::from_secs(4)).is_none(), "not yet");
-        let (mut sent, mut at) = (1, now);
-        let gave_up = loop {
-            at = a.deadline();
+        let mut sent = 1;
+        let (gave_up, at) = loop {
+            let at = a.deadline();
             match a.handle_timeout(at) {
                 Due::Initiate => sent += usize::from(a.initiate(at).is_some()),
-                other => break other,
+                other @ (Due::Nothing | Due::Keepalive | Due::GaveUp(_) | Due::Idle) => break (other, at),
             }
         };
         assert_eq!(gave_up, Due::GaveUp(MAX_WAITING));
@@ -627,7 +662,7 @@ mod tests {
         let init = a.initiate(now).expect("first");
         assert_eq!(identity.initiator(&init), Some(peer.public.to_bytes()));
         assert!(matches!(b.open(&init, &mut [0; 256], now), Opened::Response(_)));
-        assert_eq!(b.open(&init, &mut [0; 256], now), Opened::Rejected);
+        assert_eq!(b.open(&init, &mut [0; 256], now), Opened::Duplicate);
 
         let from = IpAddr::from([192, 0, 2, 1]);
         let mut reply = [0; 256];
@@ -637,7 +672,7 @@ mod tests {
         let Admission::Cookie(len) = identity.admit(from, &init, now, &mut reply) else {
             panic!("no cookie")
         };
-        assert_eq!(a.open(&reply[..len].to_vec(), &mut [0; 256], now), Opened::Cookie);
+        assert_eq!(a.open(&reply[..len], &mut [0; 256], now), Opened::Cookie);
         let proven = a.initiate(now + REKEY_TIMEOUT).expect("second");
         assert_eq!(identity.admit(from, &proven, now, &mut reply), Admission::Yes);
         assert!(matches!(

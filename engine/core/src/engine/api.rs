@@ -226,8 +226,10 @@ drop_reasons! {
     UnknownSession = "unknown_session",
     /// WireGuard from a key that the netmap does not have.
     UnknownPeer = "unknown_peer",
-    /// WireGuard that does not decrypt, is a replay, or is too old.
+    /// WireGuard that does not decrypt or is too old.
     BadCrypto = "bad_crypto",
+    /// WireGuard that came before: a second copy or a replay.
+    Duplicate = "duplicate",
     /// Handshakes beyond what this node works on.
     UnderLoad = "under_load",
     /// Decrypted, from an address that is not the peer's.

@@ -47,12 +47,12 @@ impl Engine {
         if change.self_changed {
             self.apply_self();
         }
-        if change.self_changed || change.dns_changed {
-            if let Some(node) = self.netmap.self_node() {
-                let none = crate::tailcfg::DnsConfig::default();
-                self.names.configure(node, self.netmap.dns().unwrap_or(&none));
-                self.names.upsert(node);
-            }
+        if (change.self_changed || change.dns_changed)
+            && let Some(node) = self.netmap.self_node()
+        {
+            let none = crate::tailcfg::DnsConfig::default();
+            self.names.configure(node, self.netmap.dns().unwrap_or(&none));
+            self.names.upsert(node);
         }
         if change.self_changed || change.filter_changed {
             let own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();

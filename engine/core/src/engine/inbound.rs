@@ -17,7 +17,7 @@ const NUDGE_EVERY: Duration = Duration::from_millis(100);
 enum Inner {
     /// The batch for the pod is full.
     NotTaken,
-    Rejected,
+    Rejected(DropReason),
     Keepalive,
     Delivered(usize),
     Denied(DropReason),
@@ -51,10 +51,10 @@ impl Engine {
             DerpEvent::Health { problem } => self.relays.handle_health(region, problem),
             DerpEvent::PeerGone { peer } => {
                 let slot = self.peers.by_key(&peer);
-                if let Some(active) = slot.and_then(|slot| self.active(slot)) {
-                    if active.path.heard == Some(region) {
-                        active.path.heard = None;
-                    }
+                if let Some(active) = slot.and_then(|slot| self.active(slot))
+                    && active.path.heard == Some(region)
+                {
+                    active.path.heard = None;
                 }
             }
             DerpEvent::Packet { source, payload } => {
@@ -120,8 +120,14 @@ impl Engine {
             return Err(DropReason::UnknownPeer);
         }
         let active = self.active(slot).ok_or(DropReason::UnknownPeer)?;
-        let Opened::Response(len) = active.tunnel.open(datagram, &mut buf, now) else {
-            return Err(DropReason::BadCrypto);
+        let len = match active.tunnel.open(datagram, &mut buf, now) {
+            Opened::Response(len) => len,
+            Opened::Duplicate => return Err(DropReason::Duplicate),
+            Opened::Packet(_)
+            | Opened::Keepalive
+            | Opened::Established(_)
+            | Opened::Cookie
+            | Opened::Rejected => return Err(DropReason::BadCrypto),
         };
         let answers = match via {
             Via::Udp(from) => Some(from),
@@ -157,6 +163,7 @@ impl Engine {
                 Ok(())
             }
             Opened::Cookie => Ok(()),
+            Opened::Duplicate => Err(DropReason::Duplicate),
             Opened::Packet(_) | Opened::Keepalive | Opened::Response(_) | Opened::Rejected => {
                 Err(DropReason::BadCrypto)
             }
@@ -181,14 +188,15 @@ impl Engine {
             inner = match active.tunnel.open(datagram, buf, now) {
                 Opened::Packet(len) => self.judge(slot, buf.get(..len)?),
                 Opened::Keepalive => Inner::Keepalive,
+                Opened::Duplicate => Inner::Rejected(DropReason::Duplicate),
                 Opened::Response(_) | Opened::Established(_) | Opened::Cookie | Opened::Rejected => {
-                    Inner::Rejected
+                    Inner::Rejected(DropReason::BadCrypto)
                 }
             };
             match inner {
                 Inner::Delivered(len) => Some(len),
                 Inner::NotTaken
-                | Inner::Rejected
+                | Inner::Rejected(_)
                 | Inner::Keepalive
                 | Inner::Denied(_)
                 | Inner::Answer(_)
@@ -210,8 +218,8 @@ impl Engine {
         if matches!(inner, Inner::NotTaken) {
             return Err(DropReason::QueueFull);
         }
-        if matches!(inner, Inner::Rejected) {
-            return Err(DropReason::BadCrypto);
+        if let Inner::Rejected(reason) = inner {
+            return Err(reason);
         }
         self.note_via(slot, via, now);
         if now_ready && !was_ready {
@@ -224,9 +232,11 @@ impl Engine {
         match inner {
             Inner::Denied(reason) => Err(reason),
             Inner::Answer(answer) => self.send_data(slot, answer.packet(), now, out),
-            Inner::Delivered(_) | Inner::Keepalive | Inner::Consumed | Inner::NotTaken | Inner::Rejected => {
-                Ok(())
-            }
+            Inner::Delivered(_)
+            | Inner::Keepalive
+            | Inner::Consumed
+            | Inner::NotTaken
+            | Inner::Rejected(_) => Ok(()),
         }
     }
 
@@ -287,10 +297,10 @@ impl Engine {
             }),
         };
         let Some(slot) = slot.filter(|slot| self.activate(*slot, now)) else { return };
-        if let Via::Derp(region, _) = via {
-            if let Some(active) = self.active(slot) {
-                active.path.heard = Some(region);
-            }
+        if let Via::Derp(region, _) = via
+            && let Some(active) = self.active(slot)
+        {
+            active.path.heard = Some(region);
         }
         if self.active(slot).is_some_and(|a| !a.tunnel.ready(now) && !a.tunnel.attempting()) {
             self.initiate(slot, false, now, out);

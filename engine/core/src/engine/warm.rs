@@ -46,11 +46,11 @@ impl Engine {
 
     pub(super) fn restore(&mut self, body: Body, now: Instant) {
         self.netcheck.restore_resolved(body.resolved);
-        if let Some(netmap) = body.netmap {
-            if let Ok(change) = self.netmap.apply(*netmap, self.wall_at_start) {
-                self.restored_home(body.home, now);
-                self.apply(change, now);
-            }
+        if let Some(netmap) = body.netmap
+            && let Ok(change) = self.netmap.apply(*netmap, self.wall_at_start)
+        {
+            self.restored_home(body.home, now);
+            self.apply(change, now);
         }
         for peer in body.active.into_iter().take(MAX_GREETED) {
             let age = self.wall_at_start.saturating_since(peer.last_active);

@@ -17,20 +17,20 @@ use podtether_core::tailcfg::{
     DerpMap, DerpNode, DerpRegion, FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime,
 };
 
-pub fn ms(n: u64) -> Duration {
+pub(crate) fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-pub fn secs(n: u64) -> Duration {
+pub(crate) fn secs(n: u64) -> Duration {
     Duration::from_secs(n)
 }
 
 /// splitmix64.
 #[derive(Clone)]
-pub struct Rng(pub u64);
+pub(crate) struct Rng(pub(crate) u64);
 
 impl Rng {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -38,15 +38,15 @@ impl Rng {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         self.next() % n
     }
 
-    pub fn chance(&mut self, per_mille: u64) -> bool {
+    pub(crate) fn chance(&mut self, per_mille: u64) -> bool {
         self.below(1000) < per_mille
     }
 
-    pub fn bytes(&mut self) -> [u8; 32] {
+    pub(crate) fn bytes(&mut self) -> [u8; 32] {
         let mut out = [0; 32];
         for chunk in out.chunks_mut(8) {
             chunk.copy_from_slice(&self.next().to_le_bytes());
@@ -56,7 +56,7 @@ impl Rng {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Nat {
+pub(crate) enum Nat {
     /// A public address of its own.
     None,
     /// One mapping for all destinations, answers only from where was sent to.
@@ -65,8 +65,8 @@ pub enum Nat {
     Symmetric,
 }
 
-pub struct Host {
-    pub nat: Nat,
+pub(crate) struct Host {
+    pub(crate) nat: Nat,
     inside: SocketAddr,
     outside_ip: IpAddr,
     next_port: u16,
@@ -75,25 +75,25 @@ pub struct Host {
     allowed: BTreeSet<(u16, SocketAddr)>,
 }
 
-pub struct SimNode {
-    pub engine: Option<Engine>,
-    pub key: NodePrivate,
-    pub host: Host,
-    pub tailnet: Ipv4Addr,
-    pub record: Node,
+pub(crate) struct SimNode {
+    pub(crate) engine: Option<Engine>,
+    pub(crate) key: NodePrivate,
+    pub(crate) host: Host,
+    pub(crate) tailnet: Ipv4Addr,
+    pub(crate) record: Node,
     connected: BTreeSet<RegionId>,
     wanted: BTreeSet<RegionId>,
-    pub snapshot: Option<Vec<u8>>,
+    pub(crate) snapshot: Option<Vec<u8>>,
     life: u32,
     /// Sequence numbers received, with their times.
-    pub received: Vec<(usize, u64, Instant)>,
-    pub events: Vec<Event>,
+    pub(crate) received: Vec<(usize, u64, Instant)>,
+    pub(crate) events: Vec<Event>,
     joined: bool,
-    pub wakeups: u64,
+    pub(crate) wakeups: u64,
 }
 
 enum What {
-    Udp { to: usize, life_of_socket: u32, from: SocketAddr, datagram: Vec<u8> },
+    Udp { to: usize, from: SocketAddr, datagram: Vec<u8> },
     Derp { to: usize, life: u32, region: RegionId, source: NodePublic, packet: Vec<u8> },
     DerpUp { node: usize, life: u32, region: RegionId },
     PeerGone { to: usize, life: u32, region: RegionId, peer: NodePublic },
@@ -125,43 +125,43 @@ impl Ord for Pending {
     }
 }
 
-pub struct World {
-    pub now: Instant,
-    pub start: Instant,
-    pub rng: Rng,
-    pub nodes: Vec<SimNode>,
+pub(crate) struct World {
+    pub(crate) now: Instant,
+    pub(crate) start: Instant,
+    pub(crate) rng: Rng,
+    pub(crate) nodes: Vec<SimNode>,
     queue: BinaryHeap<Reverse<Pending>>,
     seq: u64,
     /// Lost UDP datagrams, per mille.
-    pub loss: u64,
+    pub(crate) loss: u64,
     /// One way, fixed and random part.
-    pub latency: Duration,
-    pub jitter: Duration,
-    pub derp_latency: Duration,
-    pub derp_connect: Duration,
+    pub(crate) latency: Duration,
+    pub(crate) jitter: Duration,
+    pub(crate) derp_latency: Duration,
+    pub(crate) derp_connect: Duration,
     /// Hosts that UDP neither leaves nor reaches.
-    pub udp_blocked: BTreeSet<usize>,
-    pub derp_down: bool,
-    pub control_down: bool,
-    pub derp_regions: Vec<u32>,
-    pub control_latency: Duration,
+    pub(crate) udp_blocked: BTreeSet<usize>,
+    pub(crate) derp_down: bool,
+    pub(crate) control_down: bool,
+    pub(crate) derp_regions: Vec<u32>,
+    pub(crate) control_latency: Duration,
     /// UDP datagrams between nodes, and packets through relays, that were WireGuard data.
-    pub udp_data: u64,
-    pub derp_data: u64,
-    pub rules: Vec<FilterRule>,
+    pub(crate) udp_data: u64,
+    pub(crate) derp_data: u64,
+    pub(crate) rules: Vec<FilterRule>,
     /// In each direction between these.
-    pub blocked_pairs: BTreeSet<(usize, usize)>,
+    pub(crate) blocked_pairs: BTreeSet<(usize, usize)>,
 }
 
 const PORT: u16 = 41641;
 
-pub fn allow_all() -> Vec<FilterRule> {
+pub(crate) fn allow_all() -> Vec<FilterRule> {
     let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
     vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }]
 }
 
 impl World {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let start = Instant::now() + secs(1_000_000);
         Self {
             now: start,
@@ -211,7 +211,7 @@ impl World {
         UnixTime::from_secs(1_800_000_000).saturating_add(self.now - self.start)
     }
 
-    pub fn add(&mut self, nat: Nat) -> usize {
+    pub(crate) fn add(&mut self, nat: Nat) -> usize {
         let n = self.nodes.len();
         let octet = u8::try_from(n + 1).expect("few nodes");
         let outside_ip = IpAddr::from([203, 0, 113, octet]);
@@ -254,7 +254,7 @@ impl World {
     }
 
     /// Starts a node's engine: its process begins.
-    pub fn boot(&mut self, n: usize, snapshot: bool) {
+    pub(crate) fn boot(&mut self, n: usize, snapshot: bool) {
         let seed = self.rng.bytes();
         let disco = DiscoPrivate::from_bytes(self.rng.bytes());
         let wall = self.wall();
@@ -297,7 +297,7 @@ impl World {
     }
 
     /// `kill -9`: what was in memory is gone, the socket and its NAT mappings stay.
-    pub fn kill(&mut self, n: usize) {
+    pub(crate) fn kill(&mut self, n: usize) {
         let node = &mut self.nodes[n];
         node.engine = None;
         node.life += 1;
@@ -306,7 +306,7 @@ impl World {
     }
 
     /// The host's NAT forgets and gives new ports from now on.
-    pub fn reset_nat(&mut self, n: usize) {
+    pub(crate) fn reset_nat(&mut self, n: usize) {
         let host = &mut self.nodes[n].host;
         host.mappings.clear();
         host.allowed.clear();
@@ -318,27 +318,27 @@ impl World {
         self.queue.push(Reverse(Pending { at: self.now + after, seq: self.seq, what }));
     }
 
-    pub fn engine(&mut self, n: usize) -> &mut Engine {
+    pub(crate) fn engine(&mut self, n: usize) -> &mut Engine {
         self.nodes[n].engine.as_mut().expect("booted")
     }
 
-    pub fn path(&self, from: usize, to: usize) -> PathView {
+    pub(crate) fn path(&self, from: usize, to: usize) -> PathView {
         let key = self.nodes[to].key.public();
         let engine = self.nodes[from].engine.as_ref().expect("booted");
         engine.peers(self.now).into_iter().find(|p| p.key == key).map_or(PathView::Idle, |p| p.path)
     }
 
-    pub fn direct(&self, from: usize, to: usize) -> bool {
+    pub(crate) fn direct(&self, from: usize, to: usize) -> bool {
         matches!(self.path(from, to), PathView::Direct(..))
     }
 
     /// A UDP packet of the pod, with a sequence number.
-    pub fn send(&mut self, from: usize, to: usize, seq: u64) {
+    pub(crate) fn send(&mut self, from: usize, to: usize, seq: u64) {
         let packet = udp_packet(self.nodes[from].tailnet, self.nodes[to].tailnet, 5000, 5000, seq);
         self.send_raw(from, &packet);
     }
 
-    pub fn send_raw(&mut self, from: usize, packet: &[u8]) {
+    pub(crate) fn send_raw(&mut self, from: usize, packet: &[u8]) {
         let mut batch = Batch::new();
         assert!(batch.push((), packet));
         let mut out = Outbox::default();
@@ -350,7 +350,7 @@ impl World {
     }
 
     /// Runs until `until`, or for ever early when nothing is left.
-    pub fn run(&mut self, until: Instant) {
+    pub(crate) fn run(&mut self, until: Instant) {
         loop {
             let packet = self.queue.peek().map(|Reverse(p)| p.at);
             let timer = self
@@ -378,7 +378,7 @@ impl World {
         self.now = until;
     }
 
-    pub fn run_for(&mut self, time: Duration) {
+    pub(crate) fn run_for(&mut self, time: Duration) {
         self.run(self.now + time);
     }
 
@@ -433,21 +433,20 @@ impl World {
         if self.rng.chance(self.loss) {
             return;
         }
-        let jitter = Duration::from_micros(self.rng.below(self.jitter.as_micros().max(1) as u64));
+        let jitter = Duration::from_micros(
+            self.rng.below(u64::try_from(self.jitter.as_micros()).expect("short").max(1)),
+        );
         let delay = self.latency + jitter;
-        if let IpAddr::V4(ip) = to.ip() {
-            if ip.octets()[..3] == [198, 51, 100] {
-                let distance = ms(u64::from(ip.octets()[3]) * 7);
-                if let Ok(tx) = stun::parse_request(&datagram) {
-                    let answer = stun::response(&tx, from);
-                    self.push(
-                        distance * 2 + ms(2),
-                        What::Udp { to: n, life_of_socket: 0, from: to, datagram: answer },
-                    );
-                    // STUN answers pass the same NAT that the request opened.
-                }
-                return;
+        if let IpAddr::V4(ip) = to.ip()
+            && ip.octets()[..3] == [198, 51, 100]
+        {
+            let distance = ms(u64::from(ip.octets()[3]) * 7);
+            if let Ok(tx) = stun::parse_request(&datagram) {
+                let answer = stun::response(&tx, from);
+                self.push(distance * 2 + ms(2), What::Udp { to: n, from: to, datagram: answer });
+                // STUN answers pass the same NAT that the request opened.
             }
+            return;
         }
         // Private addresses are reachable from nowhere else here.
         for target in 0..self.nodes.len() {
@@ -459,7 +458,7 @@ impl World {
                 }
             };
             if reaches && !self.blocked_pairs.contains(&(n, target)) {
-                let pending = What::Udp { to: target, life_of_socket: 0, from, datagram };
+                let pending = What::Udp { to: target, from, datagram };
                 self.push(delay, pending);
                 return;
             }
@@ -491,7 +490,7 @@ impl World {
         }
     }
 
-    pub fn take_derp_down(&mut self) {
+    pub(crate) fn take_derp_down(&mut self) {
         self.derp_down = true;
         for n in 0..self.nodes.len() {
             let regions = std::mem::take(&mut self.nodes[n].connected);
@@ -501,7 +500,7 @@ impl World {
         }
     }
 
-    pub fn bring_derp_up(&mut self) {
+    pub(crate) fn bring_derp_up(&mut self) {
         self.derp_down = false;
         for n in 0..self.nodes.len() {
             for region in self.nodes[n].wanted.clone() {
@@ -648,7 +647,7 @@ impl World {
         }
     }
 
-    pub fn set_rules(&mut self, n: usize, rules: Vec<FilterRule>) {
+    pub(crate) fn set_rules(&mut self, n: usize, rules: Vec<FilterRule>) {
         let message = MapResponse { packet_filter: Some(rules), ..MapResponse::default() };
         let mut out = Outbox::default();
         let now = self.now;
@@ -656,18 +655,18 @@ impl World {
         self.emit(n, &mut out);
     }
 
-    pub fn drops(&self, n: usize) -> Vec<(&'static str, u64)> {
+    pub(crate) fn drops(&self, n: usize) -> Vec<(&'static str, u64)> {
         let engine = self.nodes[n].engine.as_ref().expect("booted");
         engine.counters().drops().filter(|(_, n)| *n > 0).map(|(r, n)| (r.name(), n)).collect()
     }
 
     /// Numbers of `from` that `to` has received.
-    pub fn got(&self, from: usize, to: usize) -> BTreeSet<u64> {
+    pub(crate) fn got(&self, from: usize, to: usize) -> BTreeSet<u64> {
         self.nodes[to].received.iter().filter(|(src, ..)| *src == from).map(|(_, seq, _)| *seq).collect()
     }
 
     /// One packet each way every `gap` for `time`, numbered on; returns the numbers sent.
-    pub fn chat(
+    pub(crate) fn chat(
         &mut self,
         a: usize,
         b: usize,
@@ -687,7 +686,7 @@ impl World {
     }
 }
 
-pub fn udp_packet(src: Ipv4Addr, dst: Ipv4Addr, sport: u16, dport: u16, seq: u64) -> Vec<u8> {
+pub(crate) fn udp_packet(src: Ipv4Addr, dst: Ipv4Addr, sport: u16, dport: u16, seq: u64) -> Vec<u8> {
     let mut p = vec![0x45, 0, 0, 36, 0, 0, 0, 0, 64, 17, 0, 0];
     p.extend_from_slice(&src.octets());
     p.extend_from_slice(&dst.octets());
