@@ -119,7 +119,7 @@ async fn dispatch(
     mut answer: SendResponse<Bytes>,
 ) -> Result<(), map::StreamError> {
     let (head, body) = request.into_parts();
-    let reply = match (&head.method, head.uri.path()) {
+    let reply: Reply = match (&head.method, head.uri.path()) {
         (&Method::POST, "/machine/register") => match shared.faults.pass(Target::Register).await {
             Err(refusal) => refusal.into(),
             Ok(()) => match collect(body).await {
@@ -159,6 +159,7 @@ async fn dispatch(
         }
         _ => Reply::text(StatusCode::NOT_FOUND, "404 page not found"),
     };
+    let reply = if head.method == Method::HEAD { Reply { body: Bytes::new(), ..reply } } else { reply };
     Ok(respond(&mut answer, reply)?)
 }
 

@@ -255,7 +255,7 @@ impl State {
                 expiry: new.expiry,
                 expired: false,
                 endpoints: Vec::new(),
-                home_derp: 0,
+                home_derp: home_derp(&new.hostinfo),
                 hostinfo: new.hostinfo,
                 version: new.version,
                 online: false,
@@ -315,12 +315,7 @@ impl State {
         if node.hostinfo == hostinfo {
             return;
         }
-        let home = hostinfo
-            .get("NetInfo")
-            .and_then(|info| info.get("PreferredDERP"))
-            .and_then(Value::as_u64)
-            .and_then(|region| u32::try_from(region).ok())
-            .unwrap_or(0);
+        let home = home_derp(&hostinfo);
         let hostname = text(&hostinfo, "Hostname").to_owned();
         let renamed = (!hostname.is_empty() && hostname != node.hostname)
             .then(|| self.free_name(&sanitize(&hostname), id));
@@ -342,6 +337,8 @@ impl State {
     pub(crate) fn begin_session(&mut self, id: NodeId) -> u64 {
         let session = self.next_session;
         self.next_session += 1;
+        // Wakes the session that has to give way.
+        self.revision += 1;
         if let Some(node) = self.nodes.get_mut(&id) {
             node.session = session;
             node.streaming = true;
@@ -479,6 +476,11 @@ impl State {
 /// A text field of a host description, empty when absent.
 pub(crate) fn text<'a>(hostinfo: &'a Hostinfo, field: &str) -> &'a str {
     hostinfo.get(field).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn home_derp(hostinfo: &Hostinfo) -> u32 {
+    let region = hostinfo.get("NetInfo").and_then(|info| info.get("PreferredDERP")).and_then(Value::as_u64);
+    region.and_then(|region| u32::try_from(region).ok()).unwrap_or(0)
 }
 
 /// The DNS label made of a host name: lower case, letters, digits and inner hyphens, at most 63.
