@@ -136,7 +136,7 @@ impl Relay {
 
     pub(crate) fn set_mode(&self, mode: Mode) {
         *lock(&self.mode) = mode;
-        self.gate.send_modify(|gate| gate.open = mode != Mode::Down);
+        self.gate.send_if_modified(|gate| gate.set_open(mode != Mode::Down));
     }
 
     /// Cuts every connection.

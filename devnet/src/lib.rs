@@ -35,11 +35,13 @@ mod http_server;
 mod listen;
 mod random;
 mod shared;
+mod start;
 mod stun;
 mod sync;
 
 pub use config::{DevnetConfig, Dialect, OauthConfig, RegionConfig};
 pub use control::state::AuthKeyOptions;
 pub use derp::{Mode, RelayStats};
-pub use devnet::{AuthKeyInfo, Devnet, NodeInfo, StartError};
+pub use devnet::{AuthKeyInfo, Devnet, NodeInfo};
+pub use start::StartError;
 pub mod probe;

@@ -23,6 +23,11 @@ pub(crate) struct Gate {
 
 impl Gate {
     pub(crate) const OPEN: Self = Self { open: true, cut: 0 };
+
+    /// Says whether that changes anything: a change cuts the connections.
+    pub(crate) fn set_open(&mut self, open: bool) -> bool {
+        std::mem::replace(&mut self.open, open) != open
+    }
 }
 
 /// Accepts for ever. `serve` runs once per connection until its token is cancelled, and must give that

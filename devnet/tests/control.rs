@@ -1,5 +1,7 @@
 //! Registration and netmaps, seen by a client.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::time::Duration;
@@ -121,14 +123,16 @@ async fn keys_are_refused_in_the_servers_words() {
         let devnet = devnet(|config| config.dialect = dialect).await;
         let machine = Machine::new("a");
         let mut control = machine.connect(&devnet).await;
-        let error = control.register(&machine.register_request(Some("tskey-auth-nope"))).await["Error"].clone();
+        let error =
+            control.register(&machine.register_request(Some("tskey-auth-nope"))).await["Error"].clone();
         assert_eq!(error, unknown);
         let key = devnet.create_auth_key(AuthKeyOptions::default());
         machine.join(&devnet, AuthKeyOptions::default()).await;
         let (first, second) = (Machine::new("b"), Machine::new("c"));
         let answer = first.connect(&devnet).await.register(&first.register_request(Some(&key.secret))).await;
         assert_eq!(answer["Error"], "");
-        let answer = second.connect(&devnet).await.register(&second.register_request(Some(&key.secret))).await;
+        let answer =
+            second.connect(&devnet).await.register(&second.register_request(Some(&key.secret))).await;
         assert_eq!(answer["Error"].as_str().unwrap().replace(&key.id, "K"), used);
         if dialect == Dialect::Headscale {
             let expired = devnet.create_auth_key(AuthKeyOptions { lifetime: Duration::ZERO, ..tagged() });
@@ -194,7 +198,8 @@ async fn a_known_node_needs_no_key_and_its_rotation_does() {
     assert_eq!(control.register(&request).await["Error"], "");
     let node = devnet.node("a").unwrap();
     assert_eq!((node.addresses, node.node_key), (addresses, machine.node.public()));
-    let renewed = stream.find(|message| message["Node"].get("Key").cloned().filter(|key| *key != json!(old))).await;
+    let renewed =
+        stream.find(|message| message["Node"].get("Key").cloned().filter(|key| *key != json!(old))).await;
     assert_eq!(renewed, json!(machine.node.public()));
     assert_eq!(devnet.nodes().len(), 1);
 }
@@ -212,7 +217,10 @@ async fn logging_out_expires_a_node_and_forgets_an_ephemeral_one() {
     };
     assert_eq!(other.register(&logout(&fleeting)).await["NodeKeyExpired"], true);
     assert_eq!(devnet.node("fleeting"), None);
-    assert_eq!(other.map(&fleeting.map_request()).await.err().unwrap(), (StatusCode::NOT_FOUND, "node not found".into()));
+    assert_eq!(
+        other.map(&fleeting.map_request()).await.err().unwrap(),
+        (StatusCode::NOT_FOUND, "node not found".into())
+    );
 
     assert_eq!(control.register(&logout(&lasting)).await["NodeKeyExpired"], true);
     assert!(devnet.node("lasting").unwrap().expired);

@@ -1,6 +1,7 @@
 //! A byte stream over Noise records, for either side.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -97,8 +98,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for NoiseStream<S> {
             if this.open_record()? {
                 continue;
             }
-            let mut chunk = [0; READ_CHUNK];
-            let mut buffer = ReadBuf::new(&mut chunk);
+            let mut chunk = [MaybeUninit::uninit(); READ_CHUNK];
+            let mut buffer = ReadBuf::uninit(&mut chunk);
             ready!(Pin::new(&mut this.io).poll_read(context, &mut buffer))?;
             if buffer.filled().is_empty() {
                 return Poll::Ready(if this.records.is_empty() {

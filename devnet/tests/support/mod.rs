@@ -1,5 +1,5 @@
 //! A small control client for tests, written from the wire format.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unreachable_pub, clippy::missing_panics_doc, reason = "each test binary uses a part")]
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -170,7 +170,11 @@ pub async fn server_key(address: SocketAddr) -> MachinePublic {
 }
 
 impl Control {
-    pub async fn connect(address: SocketAddr, machine: &MachinePrivate, version: u16) -> Result<Self, String> {
+    pub async fn connect(
+        address: SocketAddr,
+        machine: &MachinePrivate,
+        version: u16,
+    ) -> Result<Self, String> {
         soon(Self::dial(address, machine, version)).await
     }
 
@@ -228,7 +232,8 @@ impl Control {
         path: &str,
         body: &[u8],
     ) -> (http::response::Parts, h2::RecvStream) {
-        let request = Request::builder().method(method).uri(format!("https://devnet{path}")).body(()).unwrap();
+        let request =
+            Request::builder().method(method).uri(format!("https://devnet{path}")).body(()).unwrap();
         futures_util::future::poll_fn(|context| self.send.poll_ready(context)).await.unwrap();
         let (response, mut sender) = self.send.send_request(request, false).unwrap();
         sender.send_data(Bytes::copy_from_slice(body), true).unwrap();
@@ -249,7 +254,8 @@ impl Control {
     /// Opens a map stream; the error is the status and text of a refusal.
     pub async fn map(&mut self, request: &Value) -> Result<MapStream, (StatusCode, String)> {
         let (parts, stream) = self.open(Method::POST, "/machine/map", request.to_string().as_bytes()).await;
-        let mut stream = MapStream { stream, buffer: BytesMut::new(), compressed: request["Compress"] == "zstd" };
+        let mut stream =
+            MapStream { stream, buffer: BytesMut::new(), compressed: request["Compress"] == "zstd" };
         if parts.status == StatusCode::OK {
             return Ok(stream);
         }
