@@ -244,3 +244,6 @@ fn attachment(params: &Params, config: &Config) -> AttachmentId {
         ifname: config.ifname.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,7 @@
-//! `podtether-devnet serve`: a tailnet to develop and test against.
+//! `podtether-devnet serve`: a tailnet to develop and test against. `podtether-devnet demo`: see [`demo`].
 #![expect(clippy::print_stdout, reason = "a command line tool prints its answers")]
+
+mod demo;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -21,6 +23,8 @@ struct Cli {
 enum Command {
     /// Run a control server, admin API, DERP and STUN until interrupted.
     Serve(Serve),
+    /// Show the main job: pods join a tailnet through CNI, survive kill -9, and leave.
+    Demo(demo::Demo),
 }
 
 #[derive(Args)]
@@ -75,6 +79,7 @@ fn main() -> anyhow::Result<()> {
             .build()
             .context("tokio runtime")?
             .block_on(serve(arguments)),
+        Command::Demo(arguments) => demo::run(&arguments),
     }
 }
 

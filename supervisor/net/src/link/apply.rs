@@ -1,5 +1,7 @@
 //! Carries a plan out.
 
+use std::net::IpAddr;
+
 use super::plan::{Action, Observed, Wanted, plan};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
@@ -22,6 +24,11 @@ pub(super) async fn settle(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> Re
         ns.run(move || settings.iter().try_for_each(|(key, value)| sysctl::write(key, value).map(drop)))
             .await??;
     }
+    let new: Vec<IpAddr> = rest
+        .iter()
+        .filter_map(|step| if let Action::AddAddress(net) = step.action { Some(net.addr()) } else { None })
+        .filter(IpAddr::is_ipv6)
+        .collect();
     for step in rest {
         let index = step.index;
         match &step.action {
@@ -40,7 +47,7 @@ pub(super) async fn settle(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> Re
             Action::DropAddress(net) => netlink.delete_address(index, *net).await?,
         }
     }
-    Ok(())
+    if new.is_empty() { Ok(()) } else { netlink.wait_local(&new).await }
 }
 
 /// What `wanted` is compared with.

@@ -169,6 +169,16 @@ pub(super) fn route_of(message: &RouteMessage) -> Option<impl Iterator<Item = Ro
     Some(links.into_iter().map(move |link| Route { dst, gateway, link, onlink }))
 }
 
+/// The address that a route makes local.
+pub(super) fn local_address_of(message: &RouteMessage) -> Option<IpAddr> {
+    let destination = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(a)) => Some(IpAddr::V4(*a)),
+        RouteAttribute::Destination(RouteAddress::Inet6(a)) => Some(IpAddr::V6(*a)),
+        _ => None,
+    });
+    destination.filter(|_| message.header.kind == RouteType::Local)
+}
+
 pub(super) fn neighbour_of(message: &NeighbourMessage) -> Option<Neighbour> {
     if message.header.state != NeighbourState::Permanent {
         return None;

@@ -25,8 +25,8 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use self::messages::{
-    address_of, end_attributes, family, io_error, link_of, neighbour_of, route_message, route_of,
-    rule_message,
+    address_of, end_attributes, family, io_error, link_of, local_address_of, neighbour_of, route_message,
+    route_of, rule_message,
 };
 use crate::error::{Result, Step};
 use crate::netns::Netns;
@@ -326,6 +326,25 @@ impl Netlink {
             message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
         }
         tolerate(request.execute().await, libc::EEXIST, || format!("add address {net} to link {link}"))
+    }
+
+    /// Waits until packets to these addresses are taken in: an IPv6 address is listed at once, its local
+    /// route comes from a work queue.
+    ///
+    /// # Errors
+    /// As the kernel says, and after two seconds.
+    pub async fn wait_local(&self, addresses: &[IpAddr]) -> Result<()> {
+        for _ in 0..400 {
+            let mut wanted = RouteMessage::default();
+            wanted.header.address_family = AddressFamily::Inet6;
+            let found = self.dump("list routes", self.handle.route().get(wanted).execute()).await?;
+            let local: Vec<IpAddr> = found.iter().filter_map(local_address_of).collect();
+            if addresses.iter().all(|a| a.is_ipv4() || local.contains(a)) {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Err(io::Error::from(io::ErrorKind::TimedOut)).step(|| format!("wait for {addresses:?} to work"))
     }
 
     /// Deletes an address.
