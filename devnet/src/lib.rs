@@ -32,6 +32,7 @@ mod derp;
 mod devnet;
 pub mod fault;
 mod http_server;
+pub mod lab;
 mod listen;
 mod random;
 mod shared;

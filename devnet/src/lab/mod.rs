@@ -1,0 +1,319 @@
+//! A network lab: nodes behind a router, pods behind nodes, all as network namespaces of one process.
+//!
+//! ```text
+//!            router  10.255.0.K, fd10:ffff::K   the devnets (control, DERP, STUN), forwarding
+//!           /      \
+//!   10.1.0.2        10.2.0.2     nodes, fd10:N::2; a supervisor each
+//!     cni0            cni0       bridge of the stand-in primary CNI
+//!    /    \          /    \
+//!  eth0  eth0      eth0  eth0    pods, 10.244.N.P and fd44:N::P
+//! ```
+//!
+//! Runs as root of a process of its own ([`podtether_net::isolate`]): then whatever the lab leaves goes with
+//! the process. Calls block; each uses a short-lived runtime of its own.
+
+mod node;
+mod pod;
+mod programs;
+mod snapshot;
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use podtether_net::netlink::{Blackhole, Netlink, Route, VethEnd};
+use podtether_net::{Netns, netns, sysctl};
+
+pub use self::node::{Node, Tailnet};
+pub use self::pod::{CniCall, CniOutcome, Pod};
+pub use self::programs::Programs;
+pub use self::snapshot::{HostState, host_state};
+use crate::{Devnet, DevnetConfig, RegionConfig};
+
+/// Before the rules for local addresses and the main table.
+const BLACKHOLE_PRIORITY: u32 = 100;
+const MTU: u32 = 1500;
+
+/// See the module.
+pub struct Lab {
+    dir: PathBuf,
+    programs: Programs,
+    router: Netns,
+    devnets: u8,
+    nodes: u8,
+}
+
+impl Lab {
+    /// An empty lab whose files live below `dir`.
+    ///
+    /// # Errors
+    /// Without the privilege to make namespaces.
+    pub fn new(dir: &Path, programs: Programs) -> Result<Self> {
+        netns::prepare_dir(&dir.join("netns"))?;
+        let router = make_namespace(&dir.join("netns/router"))?;
+        router.run_blocking(|| {
+            sysctl::write("net/ipv4/ip_forward", "1").and(sysctl::write("net/ipv6/conf/all/forwarding", "1"))
+        })??;
+        Ok(Self { dir: dir.to_owned(), programs, router, devnets: 0, nodes: 0 })
+    }
+
+    /// Where the lab's files live.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The router's namespace.
+    #[must_use]
+    pub fn router(&self) -> &Netns {
+        &self.router
+    }
+
+    /// Starts a devnet on addresses of its own at the router: control, admin API, one DERP region and STUN,
+    /// on IPv4 and IPv6. Its root certificate lies in `dir/devnet-K.pem`.
+    ///
+    /// # Errors
+    /// As [`Devnet::start`].
+    pub fn start_devnet(&mut self, config: DevnetConfig) -> Result<(Devnet, PathBuf)> {
+        self.devnets += 1;
+        let k = self.devnets;
+        let v4 = Ipv4Addr::new(10, 255, 0, k);
+        let v6 = Ipv6Addr::new(0xfd10, 0xffff, 0, 0, 0, 0, 0, u16::from(k));
+        block_on(async {
+            let netlink = Netlink::open(&self.router).await?;
+            let lo = index_of(&netlink, "lo").await?;
+            netlink.add_address(lo, Ipv4Net::from(v4).into()).await?;
+            netlink.add_address(lo, Ipv6Net::from(v6).into()).await?;
+            netlink.wait_local(&[v6.into()]).await.map_err(anyhow::Error::from)
+        })?;
+        let addresses = [IpAddr::V4(v4), IpAddr::V6(v6)];
+        let config = DevnetConfig {
+            http_listen: vec![SocketAddr::new(v4.into(), 80)],
+            https_listen: vec![SocketAddr::new(v4.into(), 443)],
+            regions: vec![RegionConfig {
+                derp_port: 8443,
+                stun_port: 3478,
+                ..RegionConfig::new(1, addresses.to_vec())
+            }],
+            ..config
+        };
+        let router = self.router.clone();
+        let devnet = Devnet::spawn_thread(config, move || router.enter().map_err(std::io::Error::other))
+            .context("start the devnet")?;
+        let ca = self.dir.join(format!("devnet-{k}.pem"));
+        fs::write(&ca, devnet.ca_pem())?;
+        Ok((devnet, ca))
+    }
+
+    /// Adds a node behind the router.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn add_node(&mut self, name: &str) -> Result<Node> {
+        self.nodes += 1;
+        let n = self.nodes;
+        let ns = make_namespace(&self.dir.join("netns").join(name))?;
+        ns.run_blocking(|| {
+            sysctl::write("net/ipv4/ip_forward", "1").and(sysctl::write("net/ipv6/conf/all/forwarding", "1"))
+        })??;
+        let port = format!("node{n}");
+        block_on(async {
+            let router = Netlink::open(&self.router).await?;
+            let node = Netlink::open(&ns).await?;
+            let uplink = VethEnd { namespace: Some(&ns), name: "eth0", mac: None, mtu: MTU };
+            let near = VethEnd { namespace: None, name: &port, mac: None, mtu: MTU };
+            router.add_veth(near, uplink).await?;
+            let (outside, inside) = (index_of(&router, &port).await?, index_of(&node, "eth0").await?);
+            for (gateway, address) in uplink_addresses(n) {
+                router.add_address(outside, gateway).await?;
+                node.add_address(inside, address).await?;
+            }
+            router.set_up(outside).await?;
+            node.set_up(inside).await?;
+            router.wait_running(&port).await?;
+            node.wait_running("eth0").await?;
+            for (gateway, _) in uplink_addresses(n) {
+                node.add_route(default_route(gateway.addr(), inside)).await?;
+            }
+            let news = uplink_addresses(n).map(|(gateway, address)| (gateway.addr(), address.addr()));
+            router.wait_local(&news.map(|(gateway, _)| gateway)).await?;
+            node.wait_local(&news.map(|(_, address)| address)).await.map_err(anyhow::Error::from)
+        })
+        .with_context(|| format!("connect {name} to the router"))?;
+        Node::new(name, n, ns, &self.dir, &self.programs)
+    }
+
+    /// Drops all UDP between nodes, in both directions and families. TCP between them, and everything to
+    /// the devnets (DERP, STUN, control), goes on.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn block_udp(&self) -> Result<()> {
+        let rules = self.udp_rules();
+        block_on(async {
+            let netlink = Netlink::open(&self.router).await?;
+            for rule in rules {
+                netlink.add_blackhole(rule).await?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Undoes [`Lab::block_udp`].
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn unblock_udp(&self) -> Result<()> {
+        let rules = self.udp_rules();
+        block_on(async {
+            let netlink = Netlink::open(&self.router).await?;
+            for rule in rules {
+                netlink.delete_blackhole(rule).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn udp_rules(&self) -> Vec<Blackhole> {
+        let nets = |n| uplink_addresses(n).map(|(_, address)| address.trunc());
+        let mut rules = Vec::new();
+        for (a, b) in (1..=self.nodes).flat_map(|a| (1..=self.nodes).map(move |b| (a, b))) {
+            if a != b {
+                rules.extend(nets(a).into_iter().zip(nets(b)).map(|(src, dst)| Blackhole {
+                    priority: BLACKHOLE_PRIORITY,
+                    src,
+                    dst,
+                    udp_only: true,
+                }));
+            }
+        }
+        rules
+    }
+}
+
+/// The router's and the node's address on the link of node `n`, IPv4 and IPv6.
+fn uplink_addresses(n: u8) -> [(IpNet, IpNet); 2] {
+    let v4 = |host| IpNet::from(Ipv4Net::new_assert(Ipv4Addr::new(10, n, 0, host), 24));
+    let v6 =
+        |host| IpNet::from(Ipv6Net::new_assert(Ipv6Addr::new(0xfd10, n.into(), 0, 0, 0, 0, 0, host), 64));
+    [(v4(1), v4(2)), (v6(1), v6(2))]
+}
+
+fn default_route(gateway: IpAddr, link: u32) -> Route {
+    let dst: IpNet = match gateway {
+        IpAddr::V4(_) => Ipv4Net::default().into(),
+        IpAddr::V6(_) => Ipv6Net::default().into(),
+    };
+    Route { dst, gateway: Some(gateway), link, onlink: false }
+}
+
+/// A namespace pinned at `path`, with a loopback that is up, as every node and pod has.
+fn make_namespace(path: &Path) -> Result<Netns> {
+    block_on(async {
+        let ns = Netns::ensure_pinned(path).await?;
+        let netlink = Netlink::open(&ns).await?;
+        let lo = index_of(&netlink, "lo").await?;
+        netlink.set_up(lo).await?;
+        Ok(ns)
+    })
+}
+
+async fn index_of(netlink: &Netlink, name: &str) -> Result<u32> {
+    match netlink.link(name).await? {
+        Some(link) => Ok(link.index),
+        None => bail!("no interface {name}"),
+    }
+}
+
+fn block_on<T>(future: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("tokio runtime")?
+        .block_on(future)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use podtether_net::testing::in_namespaces;
+
+    use super::*;
+    use crate::probe::{ping, tcp, udp};
+
+    fn programs() -> Programs {
+        let none = || PathBuf::from("/nonexistent");
+        Programs { supervisor: none(), engine: none(), cni: none() }
+    }
+
+    #[test]
+    fn nodes_reach_each_other_and_the_devnet_and_udp_can_be_blocked() {
+        in_namespaces("lab::tests::nodes_reach_each_other_and_the_devnet_and_udp_can_be_blocked", |dir| {
+            let mut lab = Lab::new(dir, programs()).unwrap();
+            let (devnet, ca) = lab.start_devnet(DevnetConfig::default()).unwrap();
+            let (one, two) = (lab.add_node("one").unwrap(), lab.add_node("two").unwrap());
+            assert!(fs::read_to_string(ca).unwrap().contains("BEGIN CERTIFICATE"));
+            let limit = Duration::from_secs(5);
+            let control = devnet.https_addresses()[0];
+            assert_eq!(control, "10.255.0.1:443".parse().unwrap());
+            assert!(tcp::connect(&one.netns, control, limit).unwrap().is_some());
+            assert!(
+                tcp::connect(&two.netns, "[fd10:ffff::1]:8443".parse().unwrap(), limit).unwrap().is_some()
+            );
+            for target in ["10.2.0.2", "fd10:2::2"] {
+                let report =
+                    ping::ping(&one.netns, target.parse().unwrap(), 3, Duration::from_millis(5), limit)
+                        .unwrap();
+                assert_eq!(report.lost(), 0, "{target}");
+            }
+
+            let echo = udp::UdpEcho::start(&two.netns, "[::]:7".parse().unwrap()).unwrap();
+            let asked = |ns: &Netns, target: &str, limit| {
+                udp::ask(ns, target.parse().unwrap(), b"x", limit).unwrap().is_some()
+            };
+            assert!(asked(&one.netns, "10.2.0.2:7", limit) && asked(&one.netns, "[fd10:2::2]:7", limit));
+            lab.block_udp().unwrap();
+            lab.block_udp().unwrap();
+            let short = Duration::from_millis(100);
+            assert!(!asked(&one.netns, "10.2.0.2:7", short) && !asked(&one.netns, "[fd10:2::2]:7", short));
+            let _server = tcp::TcpServer::start(&two.netns, "10.2.0.2:70".parse().unwrap(), tcp::Serve::Echo);
+            assert!(tcp::connect(&one.netns, "10.2.0.2:70".parse().unwrap(), limit).unwrap().is_some());
+            lab.unblock_udp().unwrap();
+            lab.unblock_udp().unwrap();
+            assert!(asked(&one.netns, "10.2.0.2:7", limit) && asked(&one.netns, "[fd10:2::2]:7", limit));
+            drop(echo);
+        });
+    }
+
+    #[test]
+    fn pods_reach_each_other_through_the_primary_network_and_leave_no_trace() {
+        in_namespaces(
+            "lab::tests::pods_reach_each_other_through_the_primary_network_and_leave_no_trace",
+            |dir| {
+                let mut lab = Lab::new(dir, programs()).unwrap();
+                let mut node = lab.add_node("one").unwrap();
+                let before = node.host_state().unwrap();
+                assert!(before.diff(&before).is_empty());
+                let (a, b) = (node.create_pod("a").unwrap(), node.create_pod("b").unwrap());
+                for target in ["10.244.1.3", "fd44:1::3"] {
+                    let limit = Duration::from_secs(5);
+                    let target = target.parse().unwrap();
+                    let report = ping::ping(&a.netns, target, 3, Duration::from_millis(5), limit).unwrap();
+                    assert_eq!(report.lost(), 0, "{target}");
+                }
+                let during = before.diff(&node.host_state().unwrap());
+                assert!(
+                    during.iter().any(|l| l.starts_with("+ link: ") && l.contains("veth1")),
+                    "{during:?}"
+                );
+                assert!(during.iter().any(|l| l.starts_with("+ mount: ")), "{during:?}");
+                a.destroy(&node).unwrap();
+                b.destroy(&node).unwrap();
+                assert_eq!(before.diff(&node.host_state().unwrap()), [""; 0]);
+            },
+        );
+    }
+}
