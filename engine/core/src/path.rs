@@ -306,7 +306,12 @@ impl PathAgent {
             }
         }
         self.candidates.retain(|c| !c.stale(ctx.now));
-        if self.trusted(ctx.now).is_none() {
+        if self.trusted(ctx.now).is_some() {
+            // Who calls has lost the path we trust, or never had it: both ways until it answers.
+            self.doubt = true;
+            self.probe = None;
+            self.ping_best(ctx);
+        } else {
             self.ping_all(false, ctx);
         }
     }

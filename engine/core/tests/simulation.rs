@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use podtether_core::batch::RegionId;
 use podtether_core::engine::{Event, PathView};
-use podtether_core::tailcfg::{FilterRule, NetPortRange, PortRange};
-use sim::{Nat, Rng, World, ms, secs, udp_packet};
+use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, PortRange};
+use sim::{Nat, Rng, World, ms, secs, udp_packet, v6_packet};
 
 fn world(seed: u64, nats: &[Nat]) -> World {
     let mut world = World::new(seed);
@@ -355,6 +355,102 @@ fn the_filter_decides_what_a_pod_gets_and_answers_pass() {
     for reason in ["source_not_ours", "service_address", "no_peer", "malformed"] {
         assert!(drops.contains(&(reason, 1)), "{reason} in {drops:?}");
     }
+}
+
+#[test]
+fn ipv6_is_carried_and_preferred_and_left_when_it_breaks() {
+    let mut world = World::new(9);
+    for n in 0..2u16 {
+        let at = world.add(Nat::PortRestricted);
+        world.nodes[at].host.v6 =
+            Some((std::net::Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, n), 41641).into());
+        world.boot(at, false);
+    }
+    world.run_for(secs(5));
+    for seq in 0..100 {
+        world.send_raw(0, &v6_packet(0, 1, seq));
+        world.run_for(ms(30));
+    }
+    world.run_for(secs(1));
+    assert_eq!(world.got(0, 1).len(), 100);
+    assert!(
+        matches!(world.path(0, 1), PathView::Direct(addr, _) if addr.is_ipv6()),
+        "{:?}",
+        world.path(0, 1)
+    );
+    world.v6_blocked = true;
+    let mut next = 0;
+    world.chat(0, 1, ms(30), secs(15), &mut next);
+    assert!(
+        matches!(world.path(0, 1), PathView::Direct(addr, _) if addr.is_ipv4()),
+        "{:?}",
+        world.path(0, 1)
+    );
+    world.nodes[1].received.clear();
+    let sent = world.chat(0, 1, ms(30), secs(1), &mut next);
+    world.run_for(secs(1));
+    assert_eq!(lost(&world, 0, 1, &sent), BTreeSet::new());
+}
+
+#[test]
+fn a_node_that_moves_to_another_network_is_direct_again_within_seconds() {
+    for seed in 0..30 {
+        let mut world = world(seed, &[Nat::None, Nat::PortRestricted]);
+        let mut next = 0;
+        world.chat(0, 1, ms(20), secs(6), &mut next);
+        let mover = usize::from(seed % 2 == 0);
+        world.roam(mover);
+        let sent = world.chat(0, 1, ms(20), secs(8), &mut next);
+        world.run_for(secs(1));
+        for (from, to) in [(0, 1), (1, 0)] {
+            let lost = lost(&world, from, to, &sent).len();
+            assert!(lost <= 25, "seed {seed}: {from} to {to} lost {lost} packets, 20 ms each");
+        }
+        assert!(world.direct(0, 1) && world.direct(1, 0), "seed {seed}: {:?}", world.path(0, 1));
+    }
+}
+
+#[test]
+fn control_takes_peers_keys_and_relays_away() {
+    let mut world = world(4, &[Nat::None, Nat::None, Nat::None]);
+    let mut next = 0;
+    world.chat(0, 1, ms(20), secs(2), &mut next);
+    // A peer removed gets nothing more across, at once.
+    let id = world.nodes[1].record.id;
+    world.tell(0, MapResponse { peers_removed: vec![id], ..MapResponse::default() });
+    let sent = world.chat(0, 1, ms(20), secs(1), &mut next);
+    world.run_for(secs(1));
+    assert_eq!(lost(&world, 1, 0, &sent).len(), sent.clone().count());
+    // It comes back.
+    let record = world.nodes[1].record.clone();
+    world.tell(0, MapResponse { peers_changed: vec![record.clone()], ..MapResponse::default() });
+    world.run_for(secs(16));
+    let sent = world.chat(0, 1, ms(20), secs(3), &mut next);
+    world.run_for(secs(1));
+    assert_eq!(lost(&world, 0, 1, &(sent.start + 50..sent.end)), BTreeSet::new());
+    // An expired peer is as good as gone.
+    let expired = Node { expired: true, ..record };
+    world.tell(0, MapResponse { peers_changed: vec![expired], ..MapResponse::default() });
+    let sent = world.chat(0, 1, ms(20), secs(1), &mut next);
+    world.run_for(secs(1));
+    assert_eq!(lost(&world, 1, 0, &sent).len(), sent.count());
+    // Another home is found when the region goes.
+    let mut map = MapResponse::default();
+    world.derp_regions = vec![3];
+    map.derp_map = Some(world.derp_map());
+    world.tell(0, map);
+    world.run_for(secs(5));
+    assert_eq!(world.engine(0).status().home_derp, RegionId(3));
+    let closed = world.nodes[0].events.contains(&Event::DerpClose { region: RegionId(1) });
+    assert!(closed, "{:?}", world.nodes[0].events);
+    // The node's own key runs out.
+    let mut own = world.nodes[0].record.clone();
+    own.key_expiry = Some(world.wall().saturating_add(secs(60)));
+    world.tell(0, MapResponse { node: Some(own), ..MapResponse::default() });
+    world.run_for(secs(59));
+    assert!(!world.nodes[0].events.contains(&Event::KeyExpired));
+    world.run_for(secs(2));
+    assert_eq!(world.nodes[0].events.iter().filter(|e| **e == Event::KeyExpired).count(), 1);
 }
 
 #[test]

@@ -179,9 +179,11 @@ impl Engine {
             self.underlay = new;
             if !first {
                 self.netcheck.restart(now);
-                self.restart_paths(now, out);
             }
             self.refresh_endpoints(now, out);
+            if !first {
+                self.restart_paths(now, out);
+            }
         }
         self.greet_peers(now, out);
     }

@@ -67,7 +67,9 @@ pub(crate) enum Nat {
 
 pub(crate) struct Host {
     pub(crate) nat: Nat,
-    inside: SocketAddr,
+    pub(crate) inside: SocketAddr,
+    /// Public, without NAT.
+    pub(crate) v6: Option<SocketAddr>,
     outside_ip: IpAddr,
     next_port: u16,
     /// Symmetric: by destination; else under a key that is the same for all.
@@ -141,6 +143,7 @@ pub(crate) struct World {
     pub(crate) derp_connect: Duration,
     /// Hosts that UDP neither leaves nor reaches.
     pub(crate) udp_blocked: BTreeSet<usize>,
+    pub(crate) v6_blocked: bool,
     pub(crate) derp_down: bool,
     pub(crate) control_down: bool,
     pub(crate) derp_regions: Vec<u32>,
@@ -176,6 +179,7 @@ impl World {
             derp_latency: ms(20),
             derp_connect: ms(60),
             udp_blocked: BTreeSet::new(),
+            v6_blocked: false,
             derp_down: false,
             control_down: false,
             derp_regions: vec![1],
@@ -187,7 +191,7 @@ impl World {
         }
     }
 
-    fn derp_map(&self) -> DerpMap {
+    pub(crate) fn derp_map(&self) -> DerpMap {
         let regions = self.derp_regions.iter().map(|id| {
             let octet = u8::try_from(*id).expect("small");
             let node = DerpNode {
@@ -207,7 +211,7 @@ impl World {
         DerpMap { regions: Some(regions.collect()), ..DerpMap::default() }
     }
 
-    fn wall(&self) -> UnixTime {
+    pub(crate) fn wall(&self) -> UnixTime {
         UnixTime::from_secs(1_800_000_000).saturating_add(self.now - self.start)
     }
 
@@ -218,13 +222,17 @@ impl World {
         let inside_ip = if nat == Nat::None { outside_ip } else { IpAddr::from([192, 168, octet, 2]) };
         let key = NodePrivate::from_bytes(self.rng.bytes());
         let tailnet = Ipv4Addr::new(100, 64, 0, octet);
+        let addresses: Vec<_> = [format!("{tailnet}/32"), format!("fd7a:115c:a1e0::{octet:x}/128")]
+            .iter()
+            .map(|net| net.parse().expect("a net"))
+            .collect();
         let record = Node {
-            id: NodeId(n as u64 + 1),
+            id: NodeId(u64::from(octet)),
             stable_id: format!("n{n}"),
             name: format!("n{n}.sim.ts.net."),
             key: key.public(),
-            addresses: vec![format!("{tailnet}/32").parse().expect("a net")],
-            allowed_ips: vec![format!("{tailnet}/32").parse().expect("a net")],
+            addresses: addresses.clone(),
+            allowed_ips: addresses,
             machine_authorized: true,
             ..Node::default()
         };
@@ -234,6 +242,7 @@ impl World {
             host: Host {
                 nat,
                 inside: SocketAddr::new(inside_ip, PORT),
+                v6: None,
                 outside_ip,
                 next_port: 20_000,
                 mappings: BTreeMap::new(),
@@ -272,7 +281,9 @@ impl World {
         let mut engine = Engine::new(config, self.now);
         let mut out = Outbox::default();
         let inside = node.host.inside;
-        engine.handle_underlay(&[inside.ip()], Some(inside.port()), None, self.now, &mut out);
+        let v6 = node.host.v6;
+        let addresses: Vec<IpAddr> = [Some(inside), v6].into_iter().flatten().map(|a| a.ip()).collect();
+        engine.handle_underlay(&addresses, Some(inside.port()), v6.map(|a| a.port()), self.now, &mut out);
         node.engine = Some(engine);
         self.emit(n, &mut out);
         self.open_session(n);
@@ -303,6 +314,33 @@ impl World {
         node.life += 1;
         node.connected.clear();
         node.wanted.clear();
+    }
+
+    /// The host moves to another network, with another address; the process stays.
+    pub(crate) fn roam(&mut self, n: usize) {
+        let now = self.now;
+        let host = &mut self.nodes[n].host;
+        host.mappings.clear();
+        host.allowed.clear();
+        let IpAddr::V4(old) = host.outside_ip else { unreachable!("NATs are IPv4 here") };
+        let [a, b, c, d] = old.octets();
+        host.outside_ip = IpAddr::from([a, b, c, d + 100]);
+        let inside_ip = if host.nat == Nat::None { host.outside_ip } else { IpAddr::from([10, 0, c, d]) };
+        host.inside.set_ip(inside_ip);
+        let (inside, v6) = (host.inside, host.v6);
+        let addresses: Vec<IpAddr> = [Some(inside), v6].into_iter().flatten().map(|a| a.ip()).collect();
+        let mut out = Outbox::default();
+        let port = Some(inside.port());
+        self.engine(n).handle_underlay(&addresses, port, v6.map(|a| a.port()), now, &mut out);
+        self.emit(n, &mut out);
+    }
+
+    /// A message of control to one node.
+    pub(crate) fn tell(&mut self, n: usize, message: MapResponse) {
+        let mut out = Outbox::default();
+        let now = self.now;
+        self.engine(n).handle_control(ControlEvent::Map(Box::new(message)), now, &mut out);
+        self.emit(n, &mut out);
     }
 
     /// The host's NAT forgets and gives new ports from now on.
@@ -403,6 +441,10 @@ impl World {
     }
 
     fn take_packet(&mut self, n: usize, packet: &[u8]) {
+        if packet[0] >> 4 == 6 {
+            let now = self.now;
+            return self.nodes[n].received.push((usize::from(packet[23]) - 1, u64::from(packet[47]), now));
+        }
         let octet = usize::from(packet[15]);
         let seq = packet.get(28..36).map_or(0, |b| u64::from_be_bytes(b.try_into().expect("8")));
         let now = self.now;
@@ -418,6 +460,10 @@ impl World {
         }
         let host = &mut self.nodes[n].host;
         let from = match host.nat {
+            _ if to.is_ipv6() => match host.v6 {
+                Some(from) if !self.v6_blocked => from,
+                Some(_) | None => return,
+            },
             Nat::None => host.inside,
             Nat::PortRestricted | Nat::Symmetric => {
                 let key = (host.nat == Nat::Symmetric).then_some(to);
@@ -452,6 +498,7 @@ impl World {
         for target in 0..self.nodes.len() {
             let host = &self.nodes[target].host;
             let reaches = match host.nat {
+                _ if to.is_ipv6() => host.v6 == Some(to),
                 Nat::None => host.inside == to,
                 Nat::PortRestricted | Nat::Symmetric => {
                     to.ip() == host.outside_ip && host.allowed.contains(&(to.port(), from))
@@ -648,11 +695,7 @@ impl World {
     }
 
     pub(crate) fn set_rules(&mut self, n: usize, rules: Vec<FilterRule>) {
-        let message = MapResponse { packet_filter: Some(rules), ..MapResponse::default() };
-        let mut out = Outbox::default();
-        let now = self.now;
-        self.engine(n).handle_control(ControlEvent::Map(Box::new(message)), now, &mut out);
-        self.emit(n, &mut out);
+        self.tell(n, MapResponse { packet_filter: Some(rules), ..MapResponse::default() });
     }
 
     pub(crate) fn drops(&self, n: usize) -> Vec<(&'static str, u64)> {
@@ -694,5 +737,17 @@ pub(crate) fn udp_packet(src: Ipv4Addr, dst: Ipv4Addr, sport: u16, dport: u16, s
     p.extend_from_slice(&dport.to_be_bytes());
     p.extend_from_slice(&[0, 16, 0, 0]);
     p.extend_from_slice(&seq.to_be_bytes());
+    p
+}
+
+/// An ICMPv6 echo reply with a number in its last byte.
+pub(crate) fn v6_packet(src: usize, dst: usize, seq: u8) -> Vec<u8> {
+    let address = |n: usize| {
+        std::net::Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, u16::try_from(n + 1).expect("few"))
+    };
+    let mut p = vec![0x60, 0, 0, 0, 0, 8, 58, 64];
+    p.extend_from_slice(&address(src).octets());
+    p.extend_from_slice(&address(dst).octets());
+    p.extend_from_slice(&[129, 0, 0, 0, 0, 0, 0, seq]);
     p
 }

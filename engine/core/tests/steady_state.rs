@@ -1,0 +1,210 @@
+//! Carrying packets allocates nothing once buffers are warm, and an idle peer costs little.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use podtether_core::batch::{Batch, Outbox, RegionId};
+use podtether_core::engine::{Config, ControlEvent, Engine, PathView};
+use podtether_core::key::{DiscoPrivate, NodePrivate};
+use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+    static BYTES: Cell<i64> = const { Cell::new(0) };
+}
+
+struct Counting;
+
+fn count(allocations: u64, bytes: i64) {
+    // A thread that is ending has no counters any more.
+    let _ = ALLOCATIONS.try_with(|n| n.set(n.get() + allocations));
+    let _ = BYTES.try_with(|n| n.set(n.get() + bytes));
+}
+
+fn signed(size: usize) -> i64 {
+    i64::try_from(size).unwrap_or(i64::MAX)
+}
+
+// SAFETY: hands everything on to the system allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(1, signed(layout.size()));
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        count(0, -signed(layout.size()));
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count(1, signed(new_size) - signed(layout.size()));
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn node(n: u8, key: &NodePrivate, disco: &DiscoPrivate) -> Node {
+    let address = format!("100.64.0.{n}/32").parse().expect("a net");
+    Node {
+        id: NodeId(u64::from(n)),
+        name: format!("n{n}.test."),
+        key: key.public(),
+        disco_key: disco.public(),
+        addresses: vec![address],
+        allowed_ips: vec![address],
+        endpoints: vec![endpoint(n)],
+        home_derp: RegionId(0),
+        ..Node::default()
+    }
+}
+
+fn endpoint(n: u8) -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, n], 1000))
+}
+
+fn allow_all() -> Vec<FilterRule> {
+    let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
+    vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }]
+}
+
+fn pair(now: Instant) -> [Engine; 2] {
+    let keys = [1, 2].map(|n| (NodePrivate::from_bytes([n; 32]), DiscoPrivate::from_bytes([n + 10; 32])));
+    [1u8, 2].map(|n| {
+        let (key, disco) = keys[usize::from(n - 1)].clone();
+        let (peer_key, peer_disco) = &keys[usize::from(2 - n)];
+        let config = Config {
+            node_key: key.clone(),
+            disco_key: disco.clone(),
+            mtu: 1280,
+            random_seed: [n; 32],
+            wall: UnixTime::from_secs(1_800_000_000),
+            snapshot: None,
+        };
+        let mut engine = Engine::new(config, now);
+        let mut out = Outbox::default();
+        engine.handle_underlay(&[endpoint(n).ip()], Some(1000), None, now, &mut out);
+        engine.handle_control(ControlEvent::SessionStarted, now, &mut out);
+        let map = MapResponse {
+            node: Some(node(n, &key, &disco)),
+            peers: vec![node(3 - n, peer_key, peer_disco)],
+            packet_filter: Some(allow_all()),
+            ..MapResponse::default()
+        };
+        engine.handle_control(ControlEvent::Map(Box::new(map)), now, &mut out);
+        engine
+    })
+}
+
+fn packet(src: u8, dst: u8) -> Vec<u8> {
+    let len = 1280u16;
+    let mut p = vec![0; usize::from(len)];
+    p[0] = 0x45;
+    p[2..4].copy_from_slice(&len.to_be_bytes());
+    p[8] = 64;
+    p[9] = 17;
+    p[12..16].copy_from_slice(&Ipv4Addr::new(100, 64, 0, src).octets());
+    p[16..20].copy_from_slice(&Ipv4Addr::new(100, 64, 0, dst).octets());
+    p[20..24].copy_from_slice(&[0, 80, 0, 80]);
+    p
+}
+
+/// Hands over what both want sent until nobody wants anything.
+fn settle(engines: &mut [Engine; 2], from: usize, mut out: Outbox, now: Instant) {
+    let (mut turn, mut idle) = (from, 0);
+    while idle < 2 {
+        let mut batch = Batch::new();
+        for (to, datagram) in out.udp.iter() {
+            assert_eq!(to.ip(), IpAddr::from([192, 0, 2, u8::try_from(2 - turn).expect("small")]));
+            batch.push(endpoint(u8::try_from(turn + 1).expect("small")), datagram);
+        }
+        out.clear();
+        turn = 1 - turn;
+        idle = if batch.is_empty() { idle + 1 } else { 0 };
+        engines[turn].handle_udp(&mut batch, now, &mut out);
+    }
+}
+
+#[test]
+fn a_warm_data_path_allocates_nothing() {
+    let mut now = Instant::now();
+    let mut engines = pair(now);
+    let mut to_send = Batch::new();
+    let bytes = packet(1, 2);
+    for _ in 0..64 {
+        assert!(to_send.push((), &bytes));
+    }
+    for _ in 0..3 {
+        let mut out = Outbox::default();
+        engines[0].handle_tun(&mut to_send, now, &mut out);
+        settle(&mut engines, 0, out, now);
+        now += Duration::from_millis(10);
+    }
+    let path = engines[0].peers(now)[0].path;
+    assert_eq!(path, PathView::Direct(endpoint(2), Duration::ZERO));
+
+    let (mut sent, mut received) = (Outbox::default(), Outbox::default());
+    let mut wire = Batch::new();
+    let mut delivered = 0;
+    let mut after_warm_up = 0;
+    for round in 0..200 {
+        if round == 20 {
+            after_warm_up = ALLOCATIONS.get();
+        }
+        sent.clear();
+        received.clear();
+        wire.clear();
+        engines[0].handle_tun(&mut to_send, now, &mut sent);
+        for (_, datagram) in sent.udp.iter() {
+            assert!(wire.push(endpoint(1), datagram));
+        }
+        engines[1].handle_udp(&mut wire, now, &mut received);
+        delivered += received.tun.len();
+        now += Duration::from_millis(1);
+    }
+    let allocations = ALLOCATIONS.get() - after_warm_up;
+    assert_eq!(delivered, 200 * 64);
+    assert_eq!(allocations, 0, "for {} packets", 180 * 64);
+}
+
+#[test]
+fn an_idle_peer_costs_less_than_two_kilobytes() {
+    let now = Instant::now();
+    let mut engines = pair(now);
+    let before = BYTES.get();
+    let peers = 10_000u32;
+    for chunk in 0..10 {
+        let nodes = (chunk * peers / 10..(chunk + 1) * peers / 10).map(|i| {
+            let [_, _, high, low] = i.to_be_bytes();
+            let mut key = [7; 32];
+            key[..4].copy_from_slice(&i.to_be_bytes());
+            let v4 = format!("100.65.{high}.{low}/32").parse().expect("a net");
+            let v6 = format!("fd7a:115c:a1e0::{i:x}/128").parse().expect("a net");
+            Node {
+                id: NodeId(u64::from(i) + 1000),
+                stable_id: format!("n{i}CNTRL"),
+                name: format!("production-web-frontend-{i}.tail1234.ts.net."),
+                key: podtether_core::key::NodePublic::from_bytes(key),
+                disco_key: podtether_core::key::DiscoPublic::from_bytes(key),
+                addresses: vec![v4, v6],
+                allowed_ips: vec![v4, v6],
+                endpoints: vec![endpoint(9), endpoint(10)],
+                home_derp: RegionId(1),
+                ..Node::default()
+            }
+        });
+        let map = MapResponse { peers_changed: nodes.collect(), ..MapResponse::default() };
+        engines[0].handle_control(ControlEvent::Map(Box::new(map)), now, &mut Outbox::default());
+    }
+    let each = (BYTES.get() - before) / i64::from(peers);
+    println!("{each} bytes a peer");
+    assert_eq!(engines[0].gauges(now).peers, 10_001);
+    assert!(each <= 2048, "{each} bytes a peer");
+}
