@@ -75,6 +75,14 @@ impl Context {
         tailnet_routes(&self.config.node.exclude_cidrs)
     }
 
+    /// True when a device of `tailnet` needs nothing more after its engine has logged out: the server
+    /// forgets it, or there is no API that could delete it.
+    #[must_use]
+    pub fn forgets_who_logs_out(&self, tailnet: &str) -> bool {
+        self.config.tailnets.get(tailnet).is_some_and(|t| t.ephemeral)
+            || !self.credentials.get(tailnet).is_some_and(Credential::deletes_devices)
+    }
+
     /// Uid for the engine in `slot`.
     #[must_use]
     pub fn uid(&self, slot: u32) -> Option<u32> {

@@ -48,7 +48,9 @@ fn load(matches: &clap::ArgMatches) -> Result<Config, ConfigError> {
 
 /// JSON for machines, lines for a person at a terminal.
 fn logs() {
-    let filter = EnvFilter::try_from_env("PODTETHER_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    // tarpc warns of every connection that an engine's death breaks; the table reports the death itself.
+    let filter =
+        EnvFilter::try_from_env("PODTETHER_LOG").unwrap_or_else(|_| EnvFilter::new("info,tarpc=error"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     if std::io::stderr().is_terminal() {
         builder.with_target(false).init();

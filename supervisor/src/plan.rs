@@ -82,8 +82,9 @@ pub struct Observed {
     pub configured: bool,
     /// Control may know the device.
     pub device: bool,
-    /// The engine was asked to log out and did not.
-    pub logout_failed: bool,
+    /// The engine was asked to log out, whatever came of it. A server may keep a device that logged out,
+    /// expired; then `device` stays true.
+    pub logout_tried: bool,
     /// The API was asked to delete the device or the unused key and did not.
     pub delete_failed: bool,
 }
@@ -169,7 +170,7 @@ fn leave(at: &Observed, logout: bool) -> Vec<Step> {
     let mut steps = Vec::new();
     let engine_alive = matches!(at.engine, Engine::Starting | Engine::Running);
     let device_goes = logout && at.device;
-    let engine_logs_out = device_goes && engine_alive && !at.logout_failed;
+    let engine_logs_out = device_goes && engine_alive && !at.logout_tried;
     if engine_logs_out {
         steps.push(Step::Logout);
     }
@@ -204,7 +205,7 @@ mod tests {
         rotate: false,
         configured: false,
         device: false,
-        logout_failed: false,
+        logout_tried: false,
         delete_failed: false,
     };
     const UP: Observed = Observed {
@@ -265,8 +266,8 @@ mod tests {
             ("running", UP, true, &[Logout, StopEngine, RemoveLink, Forget]),
             ("identity stays", UP, false, &[StopEngine, RemoveLink, Forget]),
             (
-                "control does not answer",
-                Observed { logout_failed: true, ..UP },
+                "logged out, but the server keeps the device",
+                Observed { logout_tried: true, ..UP },
                 true,
                 &[StopEngine, RemoveLink, DeleteDevice, Forget],
             ),
@@ -310,7 +311,7 @@ mod tests {
             rotate: f[1],
             configured: f[2],
             device: f[3],
-            logout_failed: f[4],
+            logout_tried: f[4],
             delete_failed: f[5],
         })
     }

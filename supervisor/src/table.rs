@@ -311,7 +311,7 @@ impl Table {
             Step::Logout => {
                 let client = pod.engine.as_ref().and_then(|e| e.client.clone());
                 let Some(client) = client else {
-                    pod.logout_failed = true;
+                    pod.logout_tried = true;
                     return true;
                 };
                 let online = pod

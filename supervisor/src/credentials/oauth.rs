@@ -117,14 +117,14 @@ impl Api {
         });
         let what = "mint an auth key";
         let answer =
-            self.call(what, &Method::POST, "/api/v2/tailnet/-/keys", Some(&request), deadline).await?;
+            self.get(what, &Method::POST, "/api/v2/tailnet/-/keys", Some(&request), deadline).await?;
         let key: KeyAnswer = parse(what, &answer)?;
         Ok(Key { secret: key.key, id: Some(key.id), ttl: s.ttl })
     }
 
     pub(super) async fn delete_key(&self, id: &str, deadline: Instant) -> Result<(), CredentialError> {
         let path = format!("/api/v2/tailnet/-/keys/{}", segment(id)?);
-        self.call("delete the unused auth key", &Method::DELETE, &path, None, deadline).await.map(drop)
+        self.delete("delete the unused auth key", &path, deadline).await.map(drop)
     }
 
     pub(super) async fn delete_device(
@@ -132,9 +132,16 @@ impl Api {
         device: &Device,
         deadline: Instant,
     ) -> Result<(), CredentialError> {
+        // The API takes the stable id, so most deletions need no list.
+        if !device.stable_id.is_empty() {
+            let path = format!("/api/v2/device/{}", segment(&device.stable_id)?);
+            if self.delete("delete the device", &path, deadline).await? {
+                return Ok(());
+            }
+        }
         let what = "find the device to delete";
         let path = "/api/v2/tailnet/-/devices?fields=all";
-        let answer = self.call(what, &Method::GET, path, None, deadline).await?;
+        let answer = self.get(what, &Method::GET, path, None, deadline).await?;
         let list: DevicesAnswer = parse(what, &answer)?;
         let ours = list.devices.into_iter().find(|d| {
             d.node_key == device.node_key || (!device.stable_id.is_empty() && d.node_id == device.stable_id)
@@ -142,11 +149,16 @@ impl Api {
         let Some(ours) = ours else { return Ok(()) };
         let path =
             format!("/api/v2/device/{}", segment(if ours.id.is_empty() { &ours.node_id } else { &ours.id })?);
-        self.call("delete the device", &Method::DELETE, &path, None, deadline).await.map(drop)
+        self.delete("delete the device", &path, deadline).await.map(drop)
     }
 
-    /// One call, tried again until `deadline` while the reason to fail is a passing one.
-    async fn call(
+    /// True when it was there.
+    async fn delete(&self, what: &str, path: &str, deadline: Instant) -> Result<bool, CredentialError> {
+        Ok(self.call(what, &Method::DELETE, path, None, deadline).await?.is_some())
+    }
+
+    /// What has to be there.
+    async fn get(
         &self,
         what: &str,
         method: &Method,
@@ -154,6 +166,20 @@ impl Api {
         request: Option<&Value>,
         deadline: Instant,
     ) -> Result<Vec<u8>, CredentialError> {
+        self.call(what, method, path, request, deadline)
+            .await?
+            .ok_or_else(|| CredentialError::Refused(format!("cannot {what}: the API does not know it")))
+    }
+
+    /// `None` when the API knows no such thing. One call, tried again until `deadline` while the reason to fail is a passing one.
+    async fn call(
+        &self,
+        what: &str,
+        method: &Method,
+        path: &str,
+        request: Option<&Value>,
+        deadline: Instant,
+    ) -> Result<Option<Vec<u8>>, CredentialError> {
         let mut pause = FIRST_PAUSE;
         let mut token_refused = false;
         loop {
@@ -168,11 +194,8 @@ impl Api {
                 self.inner.send(what, builder, deadline).await
             };
             match attempt.await {
-                Ok(body) => return Ok(body),
-                Err(Failure::NotFound) if *method == Method::DELETE => return Ok(Vec::new()),
-                Err(Failure::NotFound) => {
-                    return Err(CredentialError::Refused(format!("cannot {what}: the API does not know it")));
-                }
+                Ok(body) => return Ok(Some(body)),
+                Err(Failure::NotFound) => return Ok(None),
                 // The token may have been revoked before its time: a new one gets one chance.
                 Err(Failure::Unauthorized(_)) if !token_refused => {
                     token_refused = true;

@@ -179,10 +179,11 @@ async fn devices_are_found_by_key_or_id_and_absent_ones_are_fine() {
     let device = |key: &str, id: &str| Device { node_key: key.into(), stable_id: id.into() };
     api.delete_device(&device("nodekey:bb", ""), soon()).await.unwrap();
     api.delete_device(&device("nodekey:none", "nA"), soon()).await.unwrap();
+    api.delete_device(&device("nodekey:none", "k1"), soon()).await.unwrap();
     api.delete_device(&device("nodekey:none", ""), soon()).await.unwrap();
     api.delete_key("k1", soon()).await.unwrap();
     api.delete_key("used-and-gone", soon()).await.unwrap();
-    assert_eq!(script.lock().unwrap().deleted, ["2", "1", "k1", "used-and-gone"]);
+    assert_eq!(script.lock().unwrap().deleted, ["2", "nA", "1", "k1", "k1", "used-and-gone"]);
     assert!(api.delete_key("../x", soon()).await.is_err(), "an id never becomes a path");
 }
 

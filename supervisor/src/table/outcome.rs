@@ -74,13 +74,18 @@ impl Table {
                 self.failed(id, failure);
             }
             Outcome::LoggedOut(Ok(())) => {
-                pod.key_given = false;
+                pod.logout_tried = true;
                 pod.key = None;
-                left(identity);
-                pod.notes.push("the device left the tailnet".into());
+                // Servers keep a device that is not ephemeral, logged out and expired.
+                let kept = !self.context.forgets_who_logs_out(&pod.record.tailnet);
+                if !kept {
+                    pod.key_given = false;
+                    left(identity);
+                }
+                pod.notes.push("the device logged out".into());
             }
             Outcome::LoggedOut(Err(e)) => {
-                pod.logout_failed = true;
+                pod.logout_tried = true;
                 pod.reason = format!("the engine could not log out: {e}");
                 tracing::info!(pod = pod.record.pod.name, "{}", pod.reason);
             }

@@ -120,7 +120,7 @@ pub(super) struct Pod {
     /// An engine has been given a key: control may know the device.
     pub(super) key_given: bool,
     pub(super) rejections: u32,
-    pub(super) logout_failed: bool,
+    pub(super) logout_tried: bool,
     pub(super) delete_failed: bool,
 
     pub(super) join: Option<Join>,
@@ -162,7 +162,7 @@ impl Pod {
             key: None,
             key_given: false,
             rejections: 0,
-            logout_failed: false,
+            logout_tried: false,
             delete_failed: false,
             join: None,
             adders: Vec::new(),
@@ -204,7 +204,7 @@ impl Pod {
             rotate: self.rotate,
             configured: self.configured.is_some() && addresses.is_none_or(|a| a == self.configured_for),
             device: identity.record.registered || self.key_given,
-            logout_failed: self.logout_failed,
+            logout_tried: self.logout_tried,
             delete_failed: self.delete_failed,
         }
     }
