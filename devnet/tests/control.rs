@@ -35,10 +35,11 @@ async fn the_first_message_is_whole() {
     assert_eq!(region["Nodes"][0]["HostName"], "derp1.tailnet.test");
     assert_eq!(region["Nodes"][0]["IPv4"], "127.0.0.1");
     assert_eq!(region["Nodes"][0]["IPv6"], "none");
-    assert_eq!(
-        first["DNSConfig"],
-        json!({"Routes": {"tailnet.test": []}, "Domains": ["tailnet.test"], "Proxied": true})
-    );
+    let dns = &first["DNSConfig"];
+    assert_eq!((&dns["Domains"], &dns["Proxied"]), (&json!(["tailnet.test"]), &json!(true)));
+    for zone in ["tailnet.test", "64.100.in-addr.arpa", "127.100.in-addr.arpa"] {
+        assert_eq!(dns["Routes"][zone], json!([]), "{zone}");
+    }
     assert_eq!(
         first["PacketFilters"],
         json!({"base": [{"SrcIPs": ["*"], "DstPorts": [{"IP": "*", "Ports": {"First": 0, "Last": 65535}}]}]})

@@ -155,7 +155,7 @@ async fn dispatch(
             | "/machine/c2n",
         ) => Reply::text(StatusCode::NOT_IMPLEMENTED, "Not implemented yet"),
         (_, "/machine/register" | "/machine/map") => {
-            Reply::text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed")
+            Reply { status: StatusCode::METHOD_NOT_ALLOWED, ..Reply::empty() }
         }
         _ => Reply::text(StatusCode::NOT_FOUND, "404 page not found"),
     };

@@ -126,11 +126,7 @@ impl View {
             node: Some(own_node.clone()),
             derp_map: Some(state.derp_map.clone()),
             peers: peers.values().map(|(_, node)| node.clone()).collect(),
-            dns_config: Some(wire::DnsConfig {
-                routes: BTreeMap::from([(self.base_domain.clone(), Vec::new())]),
-                domains: vec![self.base_domain.clone()],
-                proxied: true,
-            }),
+            dns_config: Some(dns_config(&self.base_domain)),
             domain: self.base_domain.clone(),
             collect_services: Some(false),
             packet_filters: Some(chunk(filter.clone())),
@@ -196,6 +192,18 @@ impl View {
             cap_map: BTreeMap::new(),
             expired: node.expired,
         }
+    }
+}
+
+/// Names below the suffix and the reverse zones of the tailnet's ranges are answered by the node itself.
+fn dns_config(base_domain: &str) -> wire::DnsConfig {
+    let reverse_v4 = (64..128).map(|octet| format!("{octet}.100.in-addr.arpa"));
+    let reverse_v6 = "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned();
+    let zones = reverse_v4.chain([reverse_v6, base_domain.to_owned()]);
+    wire::DnsConfig {
+        routes: zones.map(|zone| (zone, Vec::new())).collect(),
+        domains: vec![base_domain.to_owned()],
+        proxied: true,
     }
 }
 
