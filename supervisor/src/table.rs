@@ -26,6 +26,7 @@ use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, Cn
 use tokio::sync::{mpsc, oneshot};
 
 use crate::context::Context;
+use crate::credentials::Credential;
 use crate::engine::Event;
 use crate::metrics::Counters;
 use crate::plan::{Step, Wanted, plan};
@@ -309,16 +310,16 @@ impl Table {
                 self.run_step(id, step, steps::configure(spec, fds, config));
             }
             Step::Logout => {
-                let client = pod.engine.as_ref().and_then(|e| e.client.clone());
-                let Some(client) = client else {
+                let engine = pod.engine.as_ref();
+                let client = engine.and_then(|e| e.client.clone());
+                let online =
+                    engine.and_then(|e| e.status.as_ref()).is_some_and(|status| status.control_connected);
+                // An engine that does not reach control is not worth waiting for where the API can do it.
+                let api = context.credentials.get(&tailnet).is_some_and(Credential::deletes_devices);
+                let Some(client) = client.filter(|_| online || !api) else {
                     pod.logout_tried = true;
                     return true;
                 };
-                let online = pod
-                    .engine
-                    .as_ref()
-                    .and_then(|e| e.status.as_ref())
-                    .is_some_and(|status| status.control_connected);
                 let patience = if online { LOGOUT_WITHIN } else { LOGOUT_WITHIN_OFFLINE };
                 if let Some(engine) = &mut pod.engine {
                     engine.asked = true;

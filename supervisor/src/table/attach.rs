@@ -14,7 +14,7 @@ use crate::record::{self, IdentityKey, random_id};
 
 /// Part of the runtime's patience that is kept for rolling back.
 const ROLLBACK_SHARE: u32 = 4;
-const MIN_ROLLBACK: Duration = Duration::from_millis(500);
+const MIN_ROLLBACK: Duration = Duration::from_millis(1500);
 const MAX_ROLLBACK: Duration = Duration::from_secs(10);
 /// Before the runtime's own deadline, so that the answer still arrives.
 const REPLY_EARLY: Duration = Duration::from_millis(250);
@@ -253,7 +253,7 @@ pub(super) fn with_notes(details: &str, notes: &[String]) -> String {
 
 fn join(request: &AddRequest, now: Instant) -> Join {
     let patience = Duration::from_millis(request.timeout_ms.clamp(1000, 3_600_000));
-    let rollback = (patience / ROLLBACK_SHARE).clamp(MIN_ROLLBACK, MAX_ROLLBACK);
+    let rollback = (patience / ROLLBACK_SHARE).clamp(MIN_ROLLBACK.min(patience / 2), MAX_ROLLBACK);
     Join { deadline: now + (patience - rollback), reply_by: now + (patience - REPLY_EARLY), started: now }
 }
 

@@ -89,7 +89,8 @@ impl Table {
                 pod.reason = format!("the engine could not log out: {e}");
                 tracing::info!(pod = pod.record.pod.name, "{}", pod.reason);
             }
-            Outcome::LinkRemoved(Ok(())) => {
+            // A name that cannot be used was never used.
+            Outcome::LinkRemoved(Ok(()) | Err(podtether_net::Error::Invalid { .. })) => {
                 pod.failures = 0;
                 pod.link = Link::Absent;
                 pod.underlay = super::pod::Underlay::default();

@@ -1,6 +1,6 @@
 //! A node in namespaces of its own: a devnet, a supervisor process, and pods made as a runtime would.
 
-#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 
 use std::io::{Read, Write};
