@@ -472,3 +472,45 @@ impl Allowance {
         granted
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::DevnetConfig;
+    use podtether_core::key::MachinePrivate;
+
+    fn disco(number: u8) -> Vec<u8> {
+        [DISCO_MAGIC.as_slice(), &[number; 60]].concat()
+    }
+
+    #[test]
+    fn a_full_queue_loses_its_oldest_and_spares_disco() {
+        let shared = Shared::new(DevnetConfig::default(), MachinePrivate::generate().unwrap());
+        let relay = Relay::new(1, Arc::new(shared), NodePrivate::generate().unwrap());
+        let [source, key] = [1, 2].map(|byte| NodePublic::from_bytes([byte; 32]));
+        let client = Arc::new(Client { key, queue: Mutex::default(), ready: Notify::new() });
+        relay.register(&client);
+        assert!(relay.forward(source, &key, &disco(7)));
+        for number in 0..100 {
+            assert!(relay.forward(source, &key, &[number]));
+        }
+        assert_eq!(relay.stats(), RelayStats { clients: 1, packets: 101, bytes: 166, dropped: 68 });
+        let mut reader = FrameReader::new();
+        let mut bytes = Vec::new();
+        lock(&client.queue).drain(&mut bytes);
+        reader.push(&bytes);
+        let mut packets = Vec::new();
+        while let Some(Frame::RecvPacket(from, packet)) = reader.next_frame().unwrap() {
+            assert_eq!(from, source);
+            packets.push(packet.to_vec());
+        }
+        assert_eq!(packets[0], disco(7));
+        assert_eq!(packets[1..], (68..100).map(|number| vec![number]).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn notes_are_rationed() {
+        let mut allowance = Allowance::new();
+        assert_eq!([(); 5].map(|()| allowance.take()), [true, true, true, false, false]);
+    }
+}

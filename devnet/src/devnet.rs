@@ -16,7 +16,6 @@ use crate::control::state::{AuthKeyOptions, Node, NodeId};
 use crate::control::{map, register};
 use crate::derp::{Mode, Relay, RelayStats};
 use crate::fault::{Fault, Target};
-use crate::listen::Gate;
 use crate::random;
 use crate::shared::Shared;
 
@@ -32,7 +31,6 @@ pub(crate) struct Inner {
     pub(crate) root_pem: String,
     pub(crate) http: Vec<SocketAddr>,
     pub(crate) https: Vec<SocketAddr>,
-    pub(crate) gate: watch::Sender<Gate>,
     pub(crate) relays: Vec<Arc<Relay>>,
     pub(crate) regions: Vec<RegionConfig>,
     pub(crate) stop: CancellationToken,
@@ -305,12 +303,12 @@ impl Devnet {
 
     /// Cuts every connection to the control server and admin API, without refusing new ones.
     pub fn drop_connections(&self) {
-        self.inner.gate.send_modify(|gate| gate.cut += 1);
+        self.shared().gate.send_modify(|gate| gate.cut += 1);
     }
 
     /// Closes the listeners and their connections, so that connecting is refused, or opens them again.
     pub fn set_refusing(&self, refusing: bool) {
-        self.inner.gate.send_if_modified(|gate| gate.set_open(!refusing));
+        self.shared().gate.send_if_modified(|gate| gate.set_open(!refusing));
     }
 
     /// Holds map streams open and sends nothing on them, not even keepalives.

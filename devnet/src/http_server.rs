@@ -155,8 +155,9 @@ async fn verify(shared: &Shared, request: Request<Incoming>) -> Result<Response<
     })
 }
 
-/// `{"target": "register", "fault": {"status": 429, "retry_after": "3"}}` sets a fault, without
-/// `fault` clears it, and `{"stall": true}` silences the map streams.
+/// `{"target": "register", "fault": {"status": 429, "retry_after": "3"}}` sets a fault, and without
+/// `fault` clears it. `{"stall": true}` silences the map streams, `{"expire": 3}` lets a node's key
+/// expire, `{"cut": true}` cuts every connection, this one too.
 async fn debug_fault(shared: &Shared, request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -164,6 +165,9 @@ async fn debug_fault(shared: &Shared, request: Request<Incoming>) -> Result<Resp
         target: Option<Target>,
         fault: Option<Fault>,
         stall: Option<bool>,
+        expire: Option<u64>,
+        #[serde(default)]
+        cut: bool,
     }
     let order = match body(request).await {
         Ok(body) => serde_json::from_slice::<Order>(&body),
@@ -179,6 +183,13 @@ async fn debug_fault(shared: &Shared, request: Request<Incoming>) -> Result<Resp
             }
             if let Some(stall) = order.stall {
                 shared.stalled.send_replace(stall);
+            }
+            if let Some(node) = order.expire {
+                let now = jiff::Timestamp::now();
+                shared.with_state(|state| state.set_expiry(node, Some(now), now));
+            }
+            if order.cut {
+                shared.gate.send_modify(|gate| gate.cut += 1);
             }
             empty(StatusCode::OK)
         }

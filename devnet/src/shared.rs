@@ -10,6 +10,7 @@ use crate::api::Tokens;
 use crate::config::DevnetConfig;
 use crate::control::state::State;
 use crate::fault::Switchboard;
+use crate::listen::Gate;
 use crate::sync::lock;
 
 const MAX_COMPLAINTS: usize = 1000;
@@ -21,6 +22,8 @@ pub(crate) struct Shared {
     pub(crate) faults: Switchboard,
     /// Bumped when anything a map session may have to tell has changed.
     pub(crate) changed: watch::Sender<u64>,
+    /// What the control server's listeners do.
+    pub(crate) gate: watch::Sender<Gate>,
     /// While true, map streams stay open and silent.
     pub(crate) stalled: watch::Sender<bool>,
     /// Waiting answers to ping requests, by their id.
@@ -39,6 +42,7 @@ impl Shared {
             tokens: Tokens::default(),
             faults: Switchboard::default(),
             changed: watch::Sender::new(1),
+            gate: watch::Sender::new(Gate::OPEN),
             stalled: watch::Sender::new(false),
             pings: Mutex::default(),
             server_url: OnceLock::new(),

@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use podtether_core::key::{MachinePrivate, NodePrivate};
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::ca::Authority;
@@ -18,10 +20,12 @@ use crate::control::wire;
 use crate::derp::{self, Relay};
 use crate::devnet::{Devnet, Inner};
 use crate::http_server;
-use crate::listen::{self, Gate};
+use crate::listen;
 use crate::random;
 use crate::shared::Shared;
 use crate::stun;
+
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Why a devnet did not start.
 #[derive(Debug, thiserror::Error)]
@@ -69,26 +73,25 @@ impl Devnet {
         let https = bind(&config.https_listen).await?;
         let shared = Arc::new(Shared::new(config, MachinePrivate::generate()?));
         let stop = CancellationToken::new();
-        let (gate, open) = watch::channel(Gate::OPEN);
         let mut tasks = tokio::task::JoinSet::new();
         let mut http_addresses = Vec::new();
         for (listener, address) in http {
             http_addresses.push(address);
-            let shared = shared.clone();
-            tasks.spawn(listen::accept(listener, open.clone(), move |stream, token| {
+            let (shared, gate) = (shared.clone(), shared.gate.subscribe());
+            tasks.spawn(listen::accept(listener, gate, move |stream, token| {
                 http_server::serve(shared.clone(), stream, token)
             }));
         }
         let mut https_addresses = Vec::new();
         for (listener, address) in https {
             https_addresses.push(address);
+            let gate = shared.gate.subscribe();
             let (shared, acceptor) = (shared.clone(), authority.acceptor.clone());
-            tasks.spawn(listen::accept(listener, open.clone(), move |stream, token| {
+            tasks.spawn(listen::accept(listener, gate, move |stream, token| {
                 let (shared, acceptor) = (shared.clone(), acceptor.clone());
                 async move {
-                    match acceptor.accept(stream).await {
-                        Ok(stream) => http_server::serve(shared, stream, token).await,
-                        Err(error) => tracing::debug!(%error, "TLS handshake failed"),
+                    if let Some(stream) = secure(&acceptor, stream).await {
+                        http_server::serve(shared, stream, token).await;
                     }
                 }
             }));
@@ -124,7 +127,6 @@ impl Devnet {
                 root_pem: authority.root_pem,
                 http: http_addresses,
                 https: https_addresses,
-                gate,
                 relays,
                 regions: bound,
                 stop_on_drop: stop.clone().drop_guard(),
@@ -210,6 +212,17 @@ fn certificate_names(config: &DevnetConfig) -> Vec<String> {
     names
 }
 
+async fn secure(acceptor: &TlsAcceptor, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
+    match tokio::time::timeout(TLS_TIMEOUT, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => Some(stream),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "TLS handshake failed");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
 /// Listens on all addresses of a region, on the same ports, which are in the returned copy.
 async fn start_region(
     region: &RegionConfig,
@@ -225,9 +238,8 @@ async fn start_region(
         tasks.spawn(listen::accept(listener, relay.gate.subscribe(), move |stream, token| {
             let (relay, acceptor) = (own.clone(), acceptor.clone());
             async move {
-                match acceptor.accept(stream).await {
-                    Ok(stream) => derp::serve(relay, stream, token).await,
-                    Err(error) => tracing::debug!(%error, "TLS handshake failed"),
+                if let Some(stream) = secure(&acceptor, stream).await {
+                    derp::serve(relay, stream, token).await;
                 }
             }
         }));

@@ -391,3 +391,45 @@ async fn a_ping_request_reaches_the_node_and_its_answer_comes_back() {
     assert_eq!(answered.unwrap(), b"HTTP/1.1 200 OK\r\n\r\n");
     assert!(devnet.ping(99, "", b"", PATIENCE).await.is_err());
 }
+
+#[tokio::test]
+async fn a_client_that_does_not_read_is_cut_off() {
+    let devnet = devnet(|config| config.write_timeout = Duration::from_millis(200)).await;
+    let (_a, _unread) = Machine::new("a").join(&devnet, tagged()).await;
+    let big = Machine::new("big");
+    let key = devnet.create_auth_key(tagged());
+    let mut request = big.register_request(Some(&key.secret));
+    request["Hostinfo"]["OSVersion"] = json!("x".repeat(200_000));
+    assert_eq!(big.connect(&devnet).await.register(&request).await["Error"], "");
+    assert!(devnet.wait_for(PATIENCE, |nodes| !nodes[0].streaming).await, "more than its window holds");
+}
+
+#[tokio::test]
+async fn a_hundred_nodes_join_at_once() {
+    const NODES: usize = 100;
+    let devnet = devnet(|_| {}).await;
+    let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..tagged() });
+    let mut joining = tokio::task::JoinSet::new();
+    for _ in 0..NODES {
+        let (devnet, secret) = (devnet.clone(), key.secret.clone());
+        joining.spawn(async move {
+            let machine = Machine::new("pod");
+            let mut control = machine.connect(&devnet).await;
+            assert_eq!(control.register(&machine.register_request(Some(&secret))).await["Error"], "");
+            let mut stream = control.map(&machine.map_request()).await.unwrap();
+            let mut peers = std::collections::BTreeSet::new();
+            while peers.len() < NODES - 1 {
+                let message = stream.news().await.unwrap();
+                peers.extend(names(&message["Peers"]));
+                peers.extend(names(&message["PeersChanged"]));
+            }
+            (control, stream)
+        });
+    }
+    let kept = joining.join_all().await;
+    assert_eq!(kept.len(), NODES);
+    let nodes = devnet.nodes();
+    let addresses: std::collections::BTreeSet<_> = nodes.iter().flat_map(|node| &node.addresses).collect();
+    assert_eq!(addresses.len(), 2 * NODES);
+    assert!(nodes.iter().all(|node| node.streaming));
+}

@@ -204,10 +204,13 @@ async fn interview(address: SocketAddr, keys: &Keys) -> Answers {
     answers
 }
 
+/// What is asked, the request, and its headers.
+type Question<'a> = (&'static str, &'a str, &'a str, &'a [(&'a str, &'a str)]);
+
 async fn outside(address: SocketAddr, answers: &mut Answers) {
     let handshake = [("Upgrade", "tailscale-control-protocol")];
     let garbage = [handshake[0], ("X-Tailscale-Handshake", "*")];
-    let questions: [(&'static str, &str, &str, &[(&str, &str)]); 8] = [
+    let questions: [Question<'_>; 8] = [
         ("key without version", "GET", "/key", &[]),
         ("key with nonsense", "GET", "/key?v=x", &[]),
         ("key for an old client", "GET", "/key?v=30", &[]),
