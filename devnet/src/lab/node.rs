@@ -13,8 +13,8 @@ use anyhow::{Context as _, Result, bail};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use podtether_net::Netns;
 use podtether_net::netlink::{Netlink, VethEnd};
+use podtether_net::{Netns, sysctl};
 use serde_json::Value;
 
 use super::{HostState, Pod, Programs, block_on, default_route, host_state, index_of, make_namespace};
@@ -104,6 +104,8 @@ impl Node {
             for address in node.pod_addresses(1) {
                 netlink.add_address(bridge, address).await?;
             }
+            // No link-local address that would come and go with the carrier.
+            node.netns.run(|| sysctl::write("net/ipv6/conf/cni0/addr_gen_mode", "1")).await??;
             netlink.set_up(bridge).await.map_err(anyhow::Error::from)
         })?;
         Ok(node)
