@@ -421,4 +421,42 @@ mod tests {
             assert!(error.contains(part), "{text}: {error}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn fuzz_a_policy_parses_or_is_refused(text in "(\\[\\[rules\\]\\]\n)?[ -~\n]{0,80}", word in "[ -~]{0,24}") {
+            let _ = text.parse::<Policy>();
+            let json = serde_json::json!({"rules": [{"src": [word], "dst": [word], "ports": [word], "proto": [word]}]});
+            let _ = json.to_string().parse::<Policy>();
+            let _ = (parse_net(&word), parse_ports(&word));
+        }
+
+        #[test]
+        fn fuzz_whoever_a_filter_admits_is_a_visible_peer(
+            tags in proptest::collection::vec(0_usize..4, 4),
+            rules in proptest::collection::vec((0_usize..9, 0_usize..9), 0..4),
+        ) {
+            let all = ["tag:0", "tag:1", "tag:2", "n0", "n1", "*", "100.64.0.2", "100.64.0.0/30", "n9"];
+            let text: String = rules
+                .iter()
+                .map(|&(src, dst)| format!("[[rules]]\nsrc=['{}']\ndst=['{}']\n", all[src], all[dst]))
+                .collect();
+            let policy: Policy = text.parse().unwrap();
+            let names = ["n0", "n1", "n2", "n3"];
+            let machines: Vec<_> = (0..4)
+                .map(|n| Machine::new(names[n], Some(all[tags[n].min(2)]), &format!("100.64.0.{}", n + 1)))
+                .collect();
+            for node in &machines {
+                let rules = policy.filter_for(&node.subject(), machines.iter().map(Machine::subject));
+                for peer in machines.iter().filter(|peer| peer.name != node.name) {
+                    let admits = |source: &String| {
+                        source == "*" || parse_net(source).is_some_and(|net| net.contains(&peer.addresses[0]))
+                    };
+                    if rules.iter().any(|rule| rule.src_ips.iter().any(admits)) {
+                        proptest::prop_assert!(policy.connects(&node.subject(), &peer.subject()), "{text}");
+                    }
+                }
+            }
+        }
+    }
 }

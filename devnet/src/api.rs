@@ -443,4 +443,17 @@ mod tests {
         tokens.revoke_all();
         assert!(!tokens.is_valid(&long));
     }
+
+    proptest::proptest! {
+        #[test]
+        fn fuzz_forms_decode_or_are_refused(body: Vec<u8>) {
+            let _ = form(&body);
+        }
+
+        #[test]
+        fn fuzz_what_is_escaped_comes_back(text: String) {
+            let escaped: String = text.bytes().map(|byte| format!("%{byte:02x}")).collect();
+            proptest::prop_assert_eq!(unescape(&escaped), Some(text));
+        }
+    }
 }

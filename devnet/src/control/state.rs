@@ -556,4 +556,14 @@ mod tests {
         assert_eq!(state.node_by_key(&key).unwrap().id, first);
         assert!(state.node_by_key(&NodePublic::from_bytes([1; 32])).is_none());
     }
+
+    proptest::proptest! {
+        #[test]
+        fn fuzz_any_hostname_becomes_a_label(hostname: String) {
+            let label = sanitize(&hostname);
+            proptest::prop_assert!(!label.is_empty() && label.len() <= 63);
+            proptest::prop_assert!(!label.starts_with('-') && !label.ends_with('-'));
+            proptest::prop_assert!(label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-'));
+        }
+    }
 }

@@ -234,7 +234,7 @@ impl Control {
     ) -> (http::response::Parts, h2::RecvStream) {
         let request =
             Request::builder().method(method).uri(format!("https://devnet{path}")).body(()).unwrap();
-        futures_util::future::poll_fn(|context| self.send.poll_ready(context)).await.unwrap();
+        std::future::poll_fn(|context| self.send.poll_ready(context)).await.unwrap();
         let (response, mut sender) = self.send.send_request(request, false).unwrap();
         sender.send_data(Bytes::copy_from_slice(body), true).unwrap();
         soon(response).await.unwrap().into_parts()
