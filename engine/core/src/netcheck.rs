@@ -6,7 +6,7 @@
 //! [`ROUND_MAX`]. Full rounds come every five minutes; quick ones keep the NAT mapping alive while packets
 //! flow. Nothing is sent in between.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -95,6 +95,14 @@ struct Round {
     answers: BTreeMap<RegionId, Duration>,
     mapped_v4: Vec<SocketAddr>,
     repeats: usize,
+    /// A first home was asked for before the end.
+    home_asked: bool,
+}
+
+impl Round {
+    fn first_home_at(&self) -> Instant {
+        self.first_answer.map_or(self.started + FIRST_HOME_BLIND, |at| at + FIRST_HOME_AFTER_ANSWER)
+    }
 }
 
 /// What a round, or an answer in it, changed.
@@ -141,8 +149,20 @@ impl Netcheck {
             );
         }
         self.regions = regions;
+        let hosts: Vec<String> = self.hosts().cloned().collect();
+        self.resolved.retain(|host, _| hosts.contains(host));
+        self.asked.retain(|host| hosts.contains(host));
         self.round = None;
         self.next_full = Some(now);
+    }
+
+    fn hosts(&self) -> impl Iterator<Item = &String> {
+        self.regions.values().flat_map(|r| &r.nodes).flat_map(|n| &n.targets).filter_map(
+            |target| match target {
+                Target::Host(host) => Some(host),
+                Target::Addr(_) => None,
+            },
+        )
     }
 
     /// Whether any region is known.
@@ -189,6 +209,10 @@ impl Netcheck {
     pub(crate) fn set_resolved(&mut self, host: &str, addresses: &[IpAddr], ctx: &mut Context<'_>) {
         let Some(at) = self.asked.iter().position(|asked| asked == host) else { return };
         self.asked.swap_remove(at);
+        if addresses.is_empty() {
+            // What was known stays; the next full round asks again.
+            return;
+        }
         self.resolved.insert(host.to_owned(), addresses.iter().copied().take(8).collect());
         if self.round.is_some() {
             self.send_probes(ctx);
@@ -221,29 +245,23 @@ impl Netcheck {
             return [self.next_full, self.next_quick].into_iter().flatten().min();
         };
         let repeat = REPEATS.get(round.repeats).map(|after| round.started + *after);
-        let first_home = (!has_home).then(|| {
-            round.first_answer.map_or(round.started + FIRST_HOME_BLIND, |at| at + FIRST_HOME_AFTER_ANSWER)
-        });
-        // A first home already due was asked for and not found; only the round's own steps follow.
-        let first_home = first_home.filter(|at| *at < round.started + ROUND_MAX);
+        let first_home = (!has_home && !round.home_asked).then(|| round.first_home_at());
         [repeat, first_home, Some(round.started + ROUND_MAX)].into_iter().flatten().min()
     }
 
-    pub(crate) fn handle_timeout(
-        &mut self,
-        has_home: bool,
-        home: RegionId,
-        ctx: &mut Context<'_>,
-    ) -> Changed {
+    pub(crate) fn handle_timeout(&mut self, home: RegionId, ctx: &mut Context<'_>) -> Changed {
         let now = ctx.now;
+        let has_home = home.is_some();
         let mut changed = Changed::default();
         if let Some(round) = &mut self.round {
             if now < round.started + ROUND_MAX {
+                let home = !has_home && !round.home_asked && now >= round.first_home_at();
+                round.home_asked |= home;
                 if REPEATS.get(round.repeats).is_some_and(|after| now >= round.started + *after) {
                     round.repeats += 1;
                     self.send_probes(ctx);
                 }
-                return Changed { endpoints: false, home: !has_home };
+                return Changed { endpoints: false, home };
             }
             changed = self.finish();
         }
@@ -269,6 +287,11 @@ impl Netcheck {
         }
         if full {
             self.next_full = Some(now + FULL_EVERY);
+            // Names are asked for anew, also those whose answer never came; what is known serves meanwhile.
+            let known: BTreeSet<String> =
+                self.hosts().filter(|host| self.resolved.contains_key(*host)).cloned().collect();
+            self.asked = known.into_iter().collect();
+            ctx.resolve.extend_from_slice(&self.asked);
         }
         let spread = Duration::from_millis(QUICK_MIN_MS + ctx.random.next_u64() % QUICK_SPREAD_MS);
         let active = self.last_traffic.is_some_and(|at| now.duration_since(at) < ACTIVE);
@@ -283,6 +306,7 @@ impl Netcheck {
             answers: BTreeMap::new(),
             mapped_v4: Vec::new(),
             repeats: 0,
+            home_asked: false,
         });
         self.send_probes(ctx);
     }
@@ -445,3 +469,6 @@ fn stun_node(node: &DerpNode) -> Option<StunNode> {
     }
     Some(StunNode { targets, port })
 }
+
+#[cfg(test)]
+mod tests;

@@ -486,3 +486,6 @@ fn kind_points(ip: IpAddr) -> u128 {
         IpAddr::V6(_) => 10,
     }
 }
+
+#[cfg(test)]
+mod tests;

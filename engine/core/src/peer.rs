@@ -213,3 +213,69 @@ impl PeerTable {
         self.by_prefix.retain(|(_, other)| *other != slot);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(id: u64, key: u8, addresses: &[&str]) -> Node {
+        let nets: Vec<IpNet> = addresses.iter().map(|a| a.parse().expect("a net")).collect();
+        Node {
+            id: NodeId(id),
+            key: NodePublic::from_bytes([key; 32]),
+            disco_key: DiscoPublic::from_bytes([key; 32]),
+            addresses: nets.clone(),
+            allowed_ips: nets,
+            ..Node::default()
+        }
+    }
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn peers_are_found_by_everything_and_gone_when_removed() {
+        let mut table = PeerTable::default();
+        let now = Instant::now();
+        let a = table.upsert(&node(1, 1, &["100.64.0.1/32", "fd7a::1/128"]), false, now).slot;
+        let b = table.upsert(&node(2, 2, &["100.64.0.2/32", "10.0.0.0/8", "10.1.0.0/16"]), false, now).slot;
+        assert_eq!(table.by_ip(ip("fd7a::1")), Some(a));
+        assert_eq!(table.by_ip(ip("10.1.2.3")), Some(b));
+        assert_eq!(table.by_key(&NodePublic::from_bytes([2; 32])), Some(b));
+        assert_eq!(table.by_disco(&DiscoPublic::from_bytes([1; 32])), Some(a));
+
+        // A new key and address take the place of the old ones.
+        table.upsert(&node(1, 3, &["100.64.0.3/32"]), false, now);
+        assert_eq!(table.by_key(&NodePublic::from_bytes([1; 32])), None);
+        assert_eq!((table.by_ip(ip("100.64.0.1")), table.by_ip(ip("100.64.0.3"))), (None, Some(a)));
+
+        assert!(table.remove(NodeId(2)).is_some());
+        assert!(table.remove(NodeId(2)).is_none());
+        assert_eq!((table.by_ip(ip("10.1.2.3")), table.len()), (None, 1));
+        let c = table.upsert(&node(9, 9, &["100.64.0.9/32"]), false, now).slot;
+        assert_eq!(c, b, "the place is used again");
+    }
+
+    #[test]
+    fn an_address_that_moved_to_another_peer_stays_there() {
+        let mut table = PeerTable::default();
+        let now = Instant::now();
+        table.upsert(&node(1, 1, &["100.64.0.1/32"]), false, now);
+        let b = table.upsert(&node(2, 2, &["100.64.0.1/32"]), false, now).slot;
+        table.remove(NodeId(1));
+        assert_eq!(table.by_ip(ip("100.64.0.1")), Some(b));
+    }
+
+    #[test]
+    fn only_addresses_that_control_allows_are_a_peers() {
+        let mut table = PeerTable::default();
+        let now = Instant::now();
+        let mut peer = node(1, 1, &["100.64.0.1/32", "100.64.0.2/32"]);
+        peer.allowed_ips = vec!["100.64.0.1/32".parse().expect("a net"), "0.0.0.0/8".parse().expect("a net")];
+        let a = table.upsert(&peer, false, now).slot;
+        assert_eq!(table.by_ip(ip("100.64.0.1")), Some(a));
+        assert_eq!(table.by_ip(ip("100.64.0.2")), None);
+        assert_eq!(table.by_ip(ip("0.1.1.1")), None, "subnet routes are not taken");
+    }
+}

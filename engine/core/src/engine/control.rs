@@ -60,8 +60,8 @@ impl Engine {
         }
         if change.derp_changed {
             self.netcheck.set_map(self.netmap.derp_map(), now);
-            let map = self.netmap.derp_map();
-            self.relays.retain(|region| map.region(region).is_some(), &mut self.events);
+            let known = self.netmap.derp_map().iter().map(|(region, _)| region).collect();
+            self.relays.set_known(known, &mut self.events);
             if self.netcheck.only_choice() || self.relays.home().is_some() {
                 // Nothing to measure before the one home there can be is taken, or to leave one that went.
                 self.choose_home(now);

@@ -152,7 +152,7 @@ impl Engine {
         }
         let endpoints = self.endpoints.iter().map(|(addr, _)| *addr).collect();
         let Some(peer) = self.peers.get(slot) else { return };
-        let region = if peer.home.is_some() { peer.home } else { self.relays.home() };
+        let region = if self.relays.knows(peer.home) { peer.home } else { self.relays.home() };
         if region.is_some() {
             let via = Via::Derp(region, peer.key);
             self.send_disco(slot, via, &Message::CallMeMaybe { endpoints }, now, out);
@@ -216,7 +216,7 @@ impl Engine {
 
     pub(super) fn netcheck_timeout(&mut self, now: Instant, out: &mut Outbox) {
         let home = self.relays.home();
-        self.with_netcheck(now, out, |netcheck, ctx| netcheck.handle_timeout(home.is_some(), home, ctx));
+        self.with_netcheck(now, out, |netcheck, ctx| netcheck.handle_timeout(home, ctx));
     }
 
     fn with_netcheck(

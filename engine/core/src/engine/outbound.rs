@@ -236,7 +236,7 @@ pub(super) fn relay_for(
     relays: &Relays,
 ) -> Option<DerpDestination> {
     let heard = active.path.heard.filter(|region| relays.is_connected(*region));
-    let region = heard.or(Some(home)).filter(|r| r.is_some()).unwrap_or(relays.home());
+    let region = heard.or(Some(home)).filter(|r| relays.knows(*r)).unwrap_or(relays.home());
     region.is_some().then_some(DerpDestination { region, peer })
 }
 

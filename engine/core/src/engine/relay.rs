@@ -1,6 +1,6 @@
 //! Which DERP regions are connected, and what waits until one is.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::batch::{DerpDestination, Outbox, RegionId};
@@ -27,6 +27,7 @@ struct Relay {
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     home: RegionId,
+    known: BTreeSet<RegionId>,
     regions: BTreeMap<RegionId, Relay>,
 }
 
@@ -41,6 +42,11 @@ impl Relays {
 
     pub(crate) fn is_connected(&self, region: RegionId) -> bool {
         self.regions.get(&region).is_some_and(|r| r.connected)
+    }
+
+    /// Whether the DERP map has the region.
+    pub(crate) fn knows(&self, region: RegionId) -> bool {
+        self.known.contains(&region)
     }
 
     /// What the home relay complains about.
@@ -71,7 +77,7 @@ impl Relays {
 
     fn connect(&mut self, region: RegionId, events: &mut VecDeque<Event>) -> Option<&mut Relay> {
         if !self.regions.contains_key(&region) {
-            if self.regions.len() > MAX_REGIONS {
+            if self.regions.len() > MAX_REGIONS || !self.known.contains(&region) {
                 return None;
             }
             events.push_back(Event::DerpConnect { region });
@@ -126,16 +132,17 @@ impl Relays {
         }
     }
 
-    /// Leaves regions that the DERP map no longer has.
-    pub(crate) fn retain(&mut self, known: impl Fn(RegionId) -> bool, events: &mut VecDeque<Event>) {
+    /// Takes over which regions there are and leaves those that there are no more.
+    pub(crate) fn set_known(&mut self, known: BTreeSet<RegionId>, events: &mut VecDeque<Event>) {
+        self.known = known;
         self.regions.retain(|region, _| {
-            let keep = known(*region);
+            let keep = self.known.contains(region);
             if !keep {
                 events.push_back(Event::DerpClose { region: *region });
             }
             keep
         });
-        if !self.regions.contains_key(&self.home) {
+        if !self.known.contains(&self.home) {
             self.home = RegionId::default();
         }
     }
@@ -156,5 +163,62 @@ impl Relays {
             }
             keep
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: RegionId = RegionId(1);
+    const B: RegionId = RegionId(2);
+
+    fn to(region: RegionId) -> DerpDestination {
+        DerpDestination { region, peer: NodePublic::from_bytes([1; 32]) }
+    }
+
+    #[test]
+    fn packets_wait_for_the_connection_and_idle_regions_are_left() {
+        let (mut relays, mut events, mut out) = (Relays::default(), VecDeque::new(), Outbox::default());
+        let now = Instant::now();
+        relays.set_known([A, B].into(), &mut events);
+        relays.set_home(A, now, &mut events);
+        assert_eq!(events, [Event::DerpConnect { region: A }, Event::DerpPreferred { region: A }]);
+        events.clear();
+        for n in 0..MAX_WAITING + 1 {
+            assert_eq!(relays.send(to(B), &n.to_le_bytes(), now, &mut out, &mut events), n < MAX_WAITING);
+        }
+        assert_eq!(events, [Event::DerpConnect { region: B }], "once");
+        assert!(out.is_empty());
+        relays.handle_connected(B, now, &mut out);
+        let first: Vec<_> = out.derp.iter().map(|(_, p)| p.to_vec()).take(1).collect();
+        assert_eq!(
+            (out.derp.len(), first),
+            (MAX_WAITING, vec![1usize.to_le_bytes().to_vec()]),
+            "the oldest went"
+        );
+        assert!(relays.send(to(B), b"now", now, &mut out, &mut events));
+        assert_eq!(out.derp.last(), Some(&b"now"[..]));
+        assert!(!relays.send(to(RegionId(9)), b"", now, &mut out, &mut events), "no such region");
+
+        events.clear();
+        let idle = relays.deadline().expect("B is idle some time");
+        assert_eq!(idle, now + IDLE);
+        relays.handle_timeout(idle, &mut events);
+        assert_eq!(events, [Event::DerpClose { region: B }]);
+        assert_eq!(relays.deadline(), None, "home is never idle");
+    }
+
+    #[test]
+    fn a_new_home_leaves_the_old_one_in_a_while_and_a_vanished_one_at_once() {
+        let (mut relays, mut events) = (Relays::default(), VecDeque::new());
+        let now = Instant::now();
+        relays.set_known([A, B].into(), &mut events);
+        relays.set_home(A, now, &mut events);
+        relays.set_home(B, now, &mut events);
+        assert_eq!(relays.deadline(), Some(now + IDLE));
+        relays.set_known([A].into(), &mut events);
+        assert_eq!(events.back(), Some(&Event::DerpClose { region: B }));
+        assert!(!relays.home().is_some());
     }
 }

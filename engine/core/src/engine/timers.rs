@@ -6,6 +6,10 @@ use crate::wg::Due;
 /// The least time between two snapshots, and how long changes are gathered.
 const SNAPSHOT_EVERY: Duration = Duration::from_secs(2);
 const SNAPSHOT_AFTER: Duration = Duration::from_millis(200);
+/// A snapshot costs time for each peer in the netmap; this keeps it below one part in a hundred.
+const SNAPSHOT_PER_PEER: Duration = Duration::from_millis(2);
+/// One peer's timer never fires more often: a slip in its logic must not stop the others.
+const MIN_PAUSE: Duration = Duration::from_millis(10);
 
 impl Engine {
     /// When to call [`Engine::handle_timeout`] next.
@@ -35,7 +39,7 @@ impl Engine {
                 active.scheduled = None;
             }
             self.peer_timeout(slot, now, out);
-            self.schedule(slot);
+            self.schedule_from(slot, Some(now + MIN_PAUSE));
         }
         if self.relays.deadline().is_some_and(|at| at <= now) {
             self.relays.handle_timeout(now, &mut self.events);
@@ -88,9 +92,14 @@ impl Engine {
 
     /// Sees to it that a peer's entry is early enough.
     pub(super) fn schedule(&mut self, slot: Slot) {
+        self.schedule_from(slot, None);
+    }
+
+    fn schedule_from(&mut self, slot: Slot, earliest: Option<Instant>) {
         let Some(active) = self.peers.get_mut(slot).and_then(|p| p.active.as_deref_mut()) else { return };
         let tunnel = active.tunnel.deadline();
         let due = active.path.deadline().map_or(tunnel, |path| path.min(tunnel));
+        let due = earliest.map_or(due, |earliest| due.max(earliest));
         match active.scheduled {
             Some(at) if at <= due => return,
             Some(at) => {
@@ -104,7 +113,9 @@ impl Engine {
 
     pub(super) fn snapshot_dirty(&mut self, now: Instant) {
         if self.snapshot_at.is_none() {
-            let spaced = self.last_snapshot.map_or(now, |at| at + SNAPSHOT_EVERY);
+            let peers = u32::try_from(self.peers.len()).unwrap_or(u32::MAX);
+            let pause = SNAPSHOT_EVERY + SNAPSHOT_PER_PEER.saturating_mul(peers);
+            let spaced = self.last_snapshot.map_or(now, |at| at + pause);
             self.snapshot_at = Some(spaced.max(now + SNAPSHOT_AFTER));
         }
     }

@@ -66,7 +66,9 @@ impl Engine {
     }
 
     fn restored_home(&mut self, home: RegionId, now: Instant) {
-        if self.netmap.derp_map().region(home).is_some() {
+        let known = self.netmap.derp_map().iter().map(|(region, _)| region).collect();
+        self.relays.set_known(known, &mut self.events);
+        if self.relays.knows(home) {
             self.relays.set_home(home, now, &mut self.events);
         }
     }
