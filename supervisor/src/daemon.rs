@@ -28,6 +28,8 @@ pub async fn run(config: Config) -> Result<()> {
     let store = Store::open(&config.node.state_dir)?;
     let run_dir = config.node.run_dir.clone();
     private_dir(&run_dir)?;
+    // Not with the first pod: what a pod brings has to go with it.
+    private_dir(&run_dir.join("engines"))?;
     let context = Arc::new(Context::new(config, store).map_err(|e| anyhow!(e))?);
     netns::prepare_dir(&context.netns_dir())?;
     report_confinement(&context)?;
