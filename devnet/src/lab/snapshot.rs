@@ -21,7 +21,7 @@ pub struct HostState {
 }
 
 impl HostState {
-    /// What differs, a line each: `+` only in `after`, `-` only here.
+    /// What differs, a line each: `+` only in `after`, `-` only here (but for mounts).
     #[must_use]
     pub fn diff(&self, after: &Self) -> Vec<String> {
         let empty = BTreeSet::new();
@@ -30,7 +30,10 @@ impl HostState {
         for kind in kinds {
             let old = self.facts.get(kind).unwrap_or(&empty);
             let new = after.facts.get(kind).unwrap_or(&empty);
-            lines.extend(old.difference(new).map(|fact| format!("- {kind}: {fact}")));
+            // A mount of the machine's goes away in here too when the machine removes its mount point.
+            if kind != "mount" {
+                lines.extend(old.difference(new).map(|fact| format!("- {kind}: {fact}")));
+            }
             lines.extend(new.difference(old).map(|fact| format!("+ {kind}: {fact}")));
         }
         lines
