@@ -2,9 +2,28 @@
 //!
 //! A devnet, two simulated nodes with a router between them, a supervisor on each, four pods joined by
 //! calling `podtether-cni` as a runtime does. Everything runs in namespaces of its own, whose init is a
-//! child of the process the user started: whatever ends that, ends and removes all of it.
+//! child of the process the user started ([`outer`]): whatever ends that, ends and removes all of it.
+//!
+//! | part | module |
+//! |---|---|
+//! | outside: interrupts, leftovers | [`outer`] |
+//! | inside: the order of events | [`inside`] |
+//! | what everything runs on | [`world`] |
+//! | pods join and reach each other | [`reach`] |
+//! | an engine is killed, UDP is blocked, pods leave | [`trouble`] |
+//! | what the user sees | [`display`] |
+
+mod display;
+mod inside;
+mod outer;
+mod reach;
+mod trouble;
+mod world;
+
+use std::process::ExitCode;
 
 use clap::Args;
+use podtether_net::isolate;
 
 /// What the user may choose.
 #[derive(Debug, Args)]
@@ -17,7 +36,10 @@ pub(crate) struct Demo {
 /// Runs the demo.
 ///
 /// # Errors
-/// Names what failed.
-pub(crate) fn run(demo: &Demo) -> anyhow::Result<()> {
-    anyhow::bail!("the demo is not complete yet (keep: {})", demo.keep)
+/// When it cannot even start.
+pub(crate) fn run(demo: &Demo) -> anyhow::Result<ExitCode> {
+    if isolate::is_isolated() {
+        return inside::run(demo.keep);
+    }
+    outer::run(if demo.keep { &["--keep"] } else { &[] })
 }

@@ -5,6 +5,7 @@ mod demo;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -69,7 +70,7 @@ impl FromStr for Addresses {
     }
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<ExitCode> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
@@ -78,7 +79,8 @@ fn main() -> anyhow::Result<()> {
             .enable_all()
             .build()
             .context("tokio runtime")?
-            .block_on(serve(arguments)),
+            .block_on(serve(arguments))
+            .map(|()| ExitCode::SUCCESS),
         Command::Demo(arguments) => demo::run(&arguments),
     }
 }
