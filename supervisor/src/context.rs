@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use podtether_net::link::{LinkSpec, tailnet_routes};
+use tokio::sync::Semaphore;
 
 use crate::config::Config;
 use crate::credentials::{self, Credential};
@@ -28,7 +29,12 @@ pub struct Context {
     pub engine: PathBuf,
     /// Whether engines get uids of their own.
     pub own_uids: bool,
+    /// Links that are made or removed at a time: the kernel does them one after another anyway, and
+    /// the first pods of many should not wait for the last.
+    pub link_places: Semaphore,
 }
+
+const LINKS_AT_ONCE: usize = 6;
 
 impl Context {
     /// Prepares everything that can be wrong before the first pod.
@@ -48,7 +54,8 @@ impl Context {
             return Err(format!("node.engine_path: {} is not there", engine.display()));
         }
         let own_uids = own_uids(config.node.uid_base);
-        Ok(Context { config, store, credentials, roots, engine, own_uids })
+        let link_places = Semaphore::new(LINKS_AT_ONCE);
+        Ok(Context { config, store, credentials, roots, engine, own_uids, link_places })
     }
 
     /// Where namespaces are pinned.

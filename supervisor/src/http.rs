@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use futures_util::future::join_all;
+use serde::Deserialize;
 
 use crate::engine::within;
 use crate::metrics::{Counters, scrape};
@@ -62,8 +63,17 @@ async fn readyz(State(web): State<Web>) -> Response {
     }
 }
 
-async fn pods(State(web): State<Web>) -> Json<Vec<PodReport>> {
+/// `?peers=false` leaves out what the engines have to be asked for.
+#[derive(Debug, Deserialize)]
+struct PodsQuery {
+    peers: Option<bool>,
+}
+
+async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Json<Vec<PodReport>> {
     let listing = web.table.list().await;
+    if query.peers == Some(false) {
+        return Json(listing.pods);
+    }
     let peers = join_all(listing.clients.into_iter().map(|client| async move {
         match client {
             Some(client) => client.peers(within(PEERS_WITHIN)).await.unwrap_or_default(),

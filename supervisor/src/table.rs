@@ -338,7 +338,7 @@ impl Table {
                 pod.fds = None;
                 pod.configured = None;
                 let spec = context.link_spec(&pod.record);
-                self.run_step(id, step, steps::remove_link(spec));
+                self.run_step(id, step, steps::remove_link(context, spec));
             }
             Step::DeleteDevice => {
                 let device = identity.device();

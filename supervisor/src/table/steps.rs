@@ -64,6 +64,7 @@ pub(super) async fn save(
 
 /// Makes or takes over the link and opens what an engine needs.
 pub(super) async fn build(context: Arc<Context>, record: Attachment, kept: Underlay) -> Outcome {
+    let _place = context.link_places.acquire().await;
     Outcome::Built(build_link(&context, &record, kept).await.map(Arc::new))
 }
 
@@ -136,7 +137,8 @@ pub(super) async fn logout(client: EngineClient, patience: Duration) -> Outcome 
     })
 }
 
-pub(super) async fn remove_link(spec: LinkSpec) -> Outcome {
+pub(super) async fn remove_link(context: Arc<Context>, spec: LinkSpec) -> Outcome {
+    let _place = context.link_places.acquire().await;
     Outcome::LinkRemoved(link::remove(&spec).await)
 }
 

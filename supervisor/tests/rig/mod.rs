@@ -143,7 +143,7 @@ impl Rig {
 
     /// One pod of `/v1/pods`.
     pub fn pod(&self, name: &str) -> Value {
-        let pods: Value = serde_json::from_str(&http("/v1/pods")).unwrap();
+        let pods: Value = serde_json::from_str(&http("/v1/pods?peers=false")).unwrap();
         let found = pods.as_array().unwrap().iter().find(|p| p["pod"] == name);
         found.cloned().unwrap_or(Value::Null)
     }
