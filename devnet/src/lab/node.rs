@@ -295,13 +295,17 @@ impl Node {
             node.add_veth(VethEnd { namespace: None, name: &port, mac: None, mtu: super::MTU }, far).await?;
             let outside = index_of(&node, &port).await?;
             node.set_master(outside, index_of(&node, "cni0").await?).await?;
+            let key = format!("net/ipv6/conf/{port}/addr_gen_mode");
+            self.netns.run(move || sysctl::write(&key, "1")).await??;
             node.set_up(outside).await?;
             let Some(eth0) = pod.link("eth0").await? else { bail!("no eth0") };
             for address in addresses {
                 pod.add_address(eth0.index, address).await?;
             }
             pod.set_up(eth0.index).await?;
+            node.wait_running(&port).await?;
             pod.wait_running("eth0").await?;
+            pod.wait_local(&addresses.map(|a| a.addr())).await?;
             for gateway in self.pod_addresses(1) {
                 pod.add_route(default_route(gateway.addr(), eth0.index)).await?;
             }

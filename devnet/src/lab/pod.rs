@@ -168,6 +168,9 @@ impl Pod {
             "capabilities": { "io.kubernetes.cri.pod-annotations": true },
             "runtimeConfig": { "io.kubernetes.cri.pod-annotations": annotations },
         });
+        if call.verb == "GC" {
+            config["cni.dev/valid-attachments"] = json!([]);
+        }
         let previous = match call.verb.as_str() {
             "ADD" => Some(&self.primary_result),
             "DEL" | "CHECK" => Some(self.result.as_ref().unwrap_or(&self.primary_result)),
