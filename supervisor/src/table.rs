@@ -316,7 +316,8 @@ impl Table {
                     engine.and_then(|e| e.status.as_ref()).is_some_and(|status| status.control_connected);
                 // An engine that does not reach control is not worth waiting for where the API can do it.
                 let api = context.credentials.get(&tailnet).is_some_and(Credential::deletes_devices);
-                let Some(client) = client.filter(|_| online || !api) else {
+                let process = engine.map(|e| Arc::clone(&e.process));
+                let (Some(client), Some(process)) = (client.filter(|_| online || !api), process) else {
                     pod.logout_tried = true;
                     return true;
                 };
@@ -324,7 +325,7 @@ impl Table {
                 if let Some(engine) = &mut pod.engine {
                     engine.asked = true;
                 }
-                self.run_step(id, step, steps::logout(client, patience));
+                self.run_step(id, step, steps::logout(client, process, patience));
             }
             Step::StopEngine => {
                 if let Some(engine) = &mut pod.engine {

@@ -162,15 +162,20 @@ impl Table {
         match next {
             Next::Restart => {}
             Next::NewKey => {
+                // Control does not know the device: nothing is left there to remove.
+                pod.key_given = false;
+                if let Some(identity) = self.identities.get_mut(&pod.identity)
+                    && std::mem::take(&mut identity.record.registered)
+                {
+                    identity.changed();
+                }
                 pod.need_key = true;
-                pod.key = None;
-                pod.rejections += 1;
+                pod.rejections += u32::from(pod.key.take().is_some());
             }
             Next::RotateNodeKey => {
                 pod.need_key = true;
                 pod.rotate = true;
-                pod.key = None;
-                pod.rejections += 1;
+                pod.rejections += u32::from(pod.key.take().is_some());
             }
             Next::RebuildLink => {
                 pod.link = Link::Broken;
@@ -202,7 +207,7 @@ impl Table {
         let tailnet = &pod.record.tailnet;
         let failure = match next {
             Next::Stop => error(code::BAD_CONFIG, format!("{name}: {reason}"), "correct the configuration"),
-            Next::NewKey if reusable || pod.rejections >= REJECTIONS_IN_ADD => error(
+            Next::NewKey if pod.rejections >= if reusable { 1 } else { REJECTIONS_IN_ADD } => error(
                 code::REFUSED,
                 format!("{name}: the tailnet refuses the auth key: {reason}"),
                 format!("check tailnet.{tailnet}.credentials and the tags it may use"),

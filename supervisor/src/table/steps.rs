@@ -7,12 +7,15 @@ use std::time::{Duration, Instant};
 use podtether_net::link::{self, Configured, LinkSpec, PodConfig};
 use podtether_net::sockets::{self, Family, PortChoice};
 use podtether_proto::engine::EngineClient;
+use podtether_proto::exit::EngineExit;
 
 use super::pod::{Fds, Underlay};
 use crate::context::Context;
 use crate::credentials::{CredentialError, Key};
 use crate::engine::{Home, within};
 use crate::record::{Attachment, Identity};
+use crate::restart::Ended;
+use crate::spawn::Process;
 
 /// How a step ended.
 #[derive(Debug)]
@@ -130,10 +133,17 @@ pub(super) async fn configure(spec: LinkSpec, fds: Arc<Fds>, config: PodConfig) 
     Outcome::Configured(config.addresses, result)
 }
 
-pub(super) async fn logout(client: EngineClient, patience: Duration) -> Outcome {
-    Outcome::LoggedOut(match client.logout(within(patience)).await {
-        Ok(result) => result,
-        Err(e) => Err(e.to_string()),
+pub(super) async fn logout(client: EngineClient, process: Arc<Process>, patience: Duration) -> Outcome {
+    let failed = match client.logout(within(patience)).await {
+        Ok(Ok(())) => return Outcome::LoggedOut(Ok(())),
+        Ok(Err(e)) => e,
+        Err(e) => e.to_string(),
+    };
+    // The news of its own expiry can end an engine before its answer is out.
+    let gone = tokio::time::timeout(Duration::from_millis(100), process.ended()).await;
+    Outcome::LoggedOut(match gone {
+        Ok(Ended::Exit(EngineExit::Stopped | EngineExit::NodeKeyExpired | EngineExit::NodeUnknown)) => Ok(()),
+        Ok(_) | Err(_) => Err(failed),
     })
 }
 
