@@ -168,7 +168,7 @@ pub async fn attend<M>(
     start: StartRequest,
     reports: Reports<M>,
 ) {
-    tokio::spawn(output::relay(child, start.pod.clone(), process.pid()));
+    tokio::spawn(output::relay(child, start.pod.clone(), Arc::clone(&process)));
     let mut first_answer = None;
     let verdict = {
         let session = session(&home, start, &mut first_answer, &reports);

@@ -4,6 +4,8 @@
 //! text. Lines are bounded, control characters do not reach the log, and a line that is not ours cannot
 //! pretend to be another pod's: namespace and pod come from the supervisor.
 
+use std::sync::Arc;
+
 use futures_util::StreamExt;
 use podtether_proto::engine::PodRef;
 use serde_json::Value;
@@ -11,11 +13,14 @@ use tokio::process::Child;
 use tokio_process_stream::{Item, ProcessChunkStream};
 use tracing::Level;
 
+use crate::spawn::Process;
+
 /// Longest line that is kept; the rest of it is dropped.
 const MAX_LINE: usize = 4096;
 
 /// Reads the output of `child` to its end and reaps it.
-pub async fn relay(child: Child, pod: PodRef, pid: u32) {
+pub async fn relay(child: Child, pod: PodRef, process: Arc<Process>) {
+    let pid = process.pid();
     let mut stream = ProcessChunkStream::from(child);
     let mut out = Lines::default();
     let mut err = Lines::default();
@@ -23,7 +28,8 @@ pub async fn relay(child: Child, pod: PodRef, pid: u32) {
         match item {
             Item::Stdout(chunk) => out.push(&chunk, |line| log(line, &pod, pid)),
             Item::Stderr(chunk) => err.push(&chunk, |line| log(line, &pod, pid)),
-            Item::Done(_) => break,
+            Item::Done(Ok(status)) => process.reaped(status),
+            Item::Done(Err(error)) => tracing::warn!(pid, %error, "an engine could not be reaped"),
         }
     }
     out.finish(|line| log(line, &pod, pid));

@@ -85,8 +85,8 @@ pub struct Identity {
     pub addresses: Vec<IpAddr>,
     /// Stable node id, empty when unknown.
     pub stable_id: String,
-    /// Seconds since the epoch when the last attachment went; `None` while there is one.
-    pub unused_since_unix_s: Option<u64>,
+    /// Seconds since the epoch until which it is kept without an attachment; `None` while there is one.
+    pub keep_until_unix_s: Option<u64>,
     /// The device has to leave the tailnet; only the deed is missing.
     pub leaving: bool,
 }

@@ -9,7 +9,8 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
+use std::sync::OnceLock;
 
 use nix::sys::signal::Signal;
 use podtether_proto::exit::EngineExit;
@@ -39,6 +40,8 @@ pub struct Birth<'a> {
 pub struct Process {
     pid: u32,
     pidfd: AsyncFd<OwnedFd>,
+    /// Set by the first to learn it: who reaps the child takes its status away from the others.
+    ended: OnceLock<Ended>,
 }
 
 /// Starts an engine. The child carries the output pipes; [`Process`] tells how it ends.
@@ -84,7 +87,7 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
     let pidfd = pidfd_open(pid)?;
     // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives.
     let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
-    Ok((Process { pid, pidfd }, child))
+    Ok((Process { pid, pidfd, ended: OnceLock::new() }, child))
 }
 
 /// Variables an engine may see: how loudly it logs, and how it panics.
@@ -162,12 +165,21 @@ impl Process {
     /// end is seen at once, before the output is drained.
     pub async fn ended(&self) -> Ended {
         loop {
+            if let Some(ended) = self.ended.get() {
+                return ended.clone();
+            }
             let Ok(mut ready) = self.pidfd.readable().await else { return Ended::Crash };
             match peek(self.pidfd.get_ref().as_fd()) {
-                Some(ended) => return ended,
+                Some(ended) => return self.ended.get_or_init(|| ended).clone(),
                 None => ready.clear_ready(),
             }
         }
+    }
+
+    /// Tells how the process ended, from whoever reaped it.
+    pub fn reaped(&self, status: ExitStatus) {
+        let exit = status.code().and_then(EngineExit::from_code);
+        let _ = self.ended.set(exit.map_or(Ended::Crash, Ended::Exit));
     }
 
     /// Ends it now.
@@ -190,7 +202,7 @@ fn peek(pidfd: BorrowedFd<'_>) -> Option<Ended> {
     // SAFETY: writes one siginfo_t.
     let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, flags) };
     if result != 0 {
-        // Reaped already: its code is lost, so it counts as a crash.
+        // Reaped by somebody who did not tell: its code is lost, so it counts as a crash.
         return Some(Ended::Crash);
     }
     // SAFETY: waitid succeeded, so the field is set; zero means that it lives.

@@ -431,3 +431,24 @@ fn a_wrong_configuration_stops_it() {
         "{said}"
     );
 }
+
+#[test]
+fn an_identity_outlives_its_sandbox_by_the_grace() {
+    in_namespaces("an_identity_outlives_its_sandbox_by_the_grace", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.config.push_str("identity_grace = \"3s\"\n");
+        rig.start();
+        block_on(async {
+            rig.netns("a").await;
+            let first = rig.add("a").await.unwrap();
+            rig.del("a").await.unwrap();
+            assert_eq!(devnet.nodes().len(), 1, "kept");
+            assert_eq!(rig.add("a").await.unwrap().addresses, first.addresses);
+            let start = Instant::now();
+            rig.del("a").await.unwrap();
+            assert!(devnet.wait_for(SOON, <[_]>::is_empty).await);
+            assert!(start.elapsed() >= Duration::from_secs(2), "{:?}", start.elapsed());
+        });
+    });
+}

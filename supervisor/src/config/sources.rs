@@ -9,8 +9,9 @@ use toml::Value;
 use super::keys::{self, CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, KEYS, Kind, LEGACY_ENV, Section};
 use super::{ConfigError, DEFAULT_PATH, parse_duration};
 
-/// What the program was given, injected so that tests need neither environment nor files.
-#[derive(Debug, Clone, Default)]
+/// What the program was given, injected so that tests need neither environment nor files. It may hold
+/// secrets, so it does not print.
+#[derive(Clone, Default)]
 pub struct Inputs {
     /// The file's path, for messages.
     pub path: PathBuf,

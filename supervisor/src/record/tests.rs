@@ -13,7 +13,7 @@ fn identity(id: &str) -> Identity {
         registered: true,
         addresses: vec!["100.64.0.1".parse().unwrap()],
         stable_id: String::new(),
-        unused_since_unix_s: None,
+        keep_until_unix_s: None,
         leaving: false,
     }
 }

@@ -108,7 +108,8 @@ impl Table {
         let mut identity_id = String::new();
         if let Some(identity) = self.identities.get_mut(&key) {
             identity_id.clone_from(&identity.record.id);
-            if identity.record.unused_since_unix_s.take().is_some() || identity.record.leaving {
+            identity.frozen = false;
+            if identity.record.keep_until_unix_s.take().is_some() || identity.record.leaving {
                 identity.record.leaving = false;
                 identity.changed();
             }

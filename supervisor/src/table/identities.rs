@@ -19,6 +19,8 @@ pub(super) struct Identity {
     pub(super) saved: u64,
     /// INVARIANT: one engine at a time has these keys; two would fight for the device's sessions.
     pub(super) holder: Option<AttachmentId>,
+    /// Some attachment's record is damaged, so nobody can say whether this one is unused.
+    pub(super) frozen: bool,
     /// The reaper's.
     pub(super) reaping: bool,
     pub(super) reap_after: Option<Instant>,
@@ -34,6 +36,7 @@ impl Identity {
             version: 1,
             saved: 1,
             holder: None,
+            frozen: false,
             reaping: false,
             reap_after: None,
             reap_failures: 0,
@@ -56,7 +59,7 @@ impl Identity {
             registered: false,
             addresses: Vec::new(),
             stable_id: String::new(),
-            unused_since_unix_s: None,
+            keep_until_unix_s: None,
             leaving: false,
         };
         Ok(Identity { saved: 0, ..Identity::loaded(record) })

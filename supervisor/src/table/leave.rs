@@ -91,12 +91,23 @@ impl Table {
         pod.failure.get_or_insert(gone);
     }
 
+    /// How long an identity stays whose pod went without a DEL.
+    pub(super) fn keep_vanished_until(&self) -> u64 {
+        let grace = self.context.config.node.identity_grace.max(AFTER_VANISHING);
+        unix_now().saturating_add(grace.as_secs())
+    }
+
     /// What the identity's record becomes when this attachment is forgotten.
     pub(super) fn identity_fate(&mut self, id: &AttachmentId) -> IdentityFate {
         let Some(pod) = self.pods.get(id) else { return IdentityFate::Keep };
         let shared = self.pods.iter().any(|(other, p)| other != id && p.identity == pod.identity);
         let may_be_known = pod.key_given;
         let logout = matches!(pod.wanted, Wanted::Gone { logout: true });
+        let keep_until = if pod.leavers.is_empty() {
+            self.keep_vanished_until()
+        } else {
+            unix_now().saturating_add(self.context.config.node.identity_grace.as_secs())
+        };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return IdentityFate::Keep };
         if shared {
             return IdentityFate::Keep;
@@ -104,7 +115,7 @@ impl Table {
         if !identity.record.registered && !may_be_known {
             return IdentityFate::Remove(identity.record.id.clone());
         }
-        identity.record.unused_since_unix_s = Some(unix_now());
+        identity.record.keep_until_unix_s = Some(keep_until);
         identity.record.leaving = logout;
         identity.changed();
         identity.saved = identity.version;
@@ -143,18 +154,16 @@ impl Table {
     /// Once a second: identities without an attachment leave when their time is over.
     pub(super) fn reap(&mut self) {
         let now = Instant::now();
-        let grace = self.context.config.node.identity_grace;
         let in_use: std::collections::HashSet<&IdentityKey> =
             self.pods.values().map(|p| &p.identity).collect();
         let mut due = Vec::new();
         for (key, identity) in &mut self.identities {
-            if in_use.contains(key) || identity.reaping || identity.reap_after.is_some_and(|at| at > now) {
+            let waits = identity.frozen || identity.reap_after.is_some_and(|at| at > now);
+            if in_use.contains(key) || identity.reaping || waits {
                 continue;
             }
-            let since = identity.record.unused_since_unix_s.unwrap_or_else(unix_now);
-            let patience = if identity.record.leaving { Duration::ZERO } else { grace.max(AFTER_VANISHING) };
-            if unix_now() < since.saturating_add(patience.as_secs()) && !identity.record.leaving {
-                identity.record.unused_since_unix_s = Some(since);
+            let kept = identity.record.keep_until_unix_s.is_none_or(|until| unix_now() < until);
+            if kept && !identity.record.leaving {
                 continue;
             }
             identity.reaping = true;

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use podtether_net::netns;
 
 use super::Table;
-use super::identities::{Identity, unix_now};
+use super::identities::Identity;
 use super::pod::Pod;
 use crate::engine::Home;
 use crate::plan::{Link, Wanted};
@@ -42,14 +42,13 @@ impl Table {
         for record in attachments {
             self.recover_attachment(record, &by_id);
         }
-        let used: HashSet<&IdentityKey> = self.pods.values().map(|p| &p.identity).collect();
+        let used: HashSet<IdentityKey> = self.pods.values().map(|p| p.identity.clone()).collect();
+        let keep_until = self.keep_vanished_until();
         for (key, identity) in &mut self.identities {
-            if !used.contains(key) && identity.record.unused_since_unix_s.is_none() {
-                identity.record.unused_since_unix_s = Some(unix_now());
-            }
-            if !used.contains(key) && keep_unclaimed {
-                // A damaged attachment may be its user: nobody can say, so it stays.
-                identity.reaping = true;
+            if !used.contains(key) {
+                identity.record.keep_until_unix_s.get_or_insert(keep_until);
+                // A damaged attachment may be its user.
+                identity.frozen = keep_unclaimed;
             }
         }
         let ids: Vec<_> = self.pods.keys().cloned().collect();
