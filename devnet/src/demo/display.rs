@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Columns of the whole table.
 const WIDTH: usize = 100;
-const WHAT: usize = 44;
+const WHAT: usize = 42;
 const RESULT: usize = 6;
 const MEASURED: usize = WIDTH - WHAT - RESULT - 4;
 

@@ -1,12 +1,12 @@
 //! The order of events, inside the namespaces.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use podtether_net::isolate;
 
 use super::display::{Display, Row, duration};
@@ -59,7 +59,7 @@ fn steps(display: &mut Display, slot: &mut Option<World>, dir: &std::path::Path,
         let world = slot.insert(World::start(dir)?);
         Ok(vec![Row::passed(
             "control, admin API and DERP over TLS",
-            format!("{}, root certificate its own", world.devnet.https_url()),
+            format!("{}, own root certificate", world.devnet.https_url()),
         )])
     })?;
     let world = slot.as_mut().context("no world")?;
@@ -77,16 +77,21 @@ fn steps(display: &mut Display, slot: &mut Option<World>, dir: &std::path::Path,
 }
 
 fn requirements() -> Result<Vec<Row>> {
-    File::options().read(true).write(true).open("/dev/net/tun").context(
-        "open /dev/net/tun (missing: the kernel module tun; not permitted: most systems let everybody \
-         open it, here only root may)",
-    )?;
+    if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
+        let advice = if error.kind() == ErrorKind::NotFound {
+            "as root: `modprobe tun`"
+        } else {
+            "run the demo as root, or, as root, let everybody open it as most systems do: \
+             `chmod 0666 /dev/net/tun`"
+        };
+        bail!("/dev/net/tun cannot be opened: {error}; {advice}");
+    }
     let map = std::fs::read_to_string("/proc/self/uid_map").context("read the id map")?;
     let ids: u64 = map.lines().filter_map(|l| l.split_whitespace().nth(2)?.parse::<u64>().ok()).sum();
     let (what, measured) = if ids > 65_536 {
         ("engines run under", "a uid each, without capabilities")
     } else {
-        ("engines run under", "the demo's one uid (an ordinary user has no other to give), no capabilities")
+        ("engines run under", "the user's one uid: no others are mapped here")
     };
     Ok(vec![Row::passed(what, measured)])
 }

@@ -21,6 +21,13 @@ const GOODBYE: Duration = Duration::from_secs(5);
 /// Runs the demo inside, and says what is left of it.
 pub(super) fn run(arguments: &[&str]) -> anyhow::Result<ExitCode> {
     let before = Host::look();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    // From here on an interrupt no longer ends this process before it has cleaned up.
+    let _inside = runtime.enter();
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
+
     let mut command = Command::new(std::env::current_exe().context("own path")?);
     // The lifeline: the demo inside ends when its stdin does, so it never outlives this process.
     command.arg("demo").args(arguments).stdin(Stdio::piped());
@@ -31,15 +38,8 @@ pub(super) fn run(arguments: &[&str]) -> anyhow::Result<ExitCode> {
     // What it is called out here, for the hints it prints.
     writeln!(lifeline, "{}", first_child(guard_pid).unwrap_or(guard_pid)).context("start the demo inside")?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let status = runtime.block_on(async move {
-        let mut signals = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()]
-            .map(signal)
-            .into_iter()
-            .collect::<Result<Vec<_>, _>>()
-            .context("listen for signals")?;
         let mut ended = tokio::task::spawn_blocking(move || guard.wait());
-        let [interrupt, terminate, hangup] = &mut signals[..] else { anyhow::bail!("three signals") };
         tokio::select! {
             status = &mut ended => return anyhow::Ok(status??),
             _ = interrupt.recv() => {}
@@ -47,18 +47,19 @@ pub(super) fn run(arguments: &[&str]) -> anyhow::Result<ExitCode> {
             _ = hangup.recv() => {}
         }
         drop(lifeline);
-        if tokio::time::timeout(GOODBYE, &mut ended).await.is_err() {
-            kill(guard_pid);
+        if let Ok(status) = tokio::time::timeout(GOODBYE, &mut ended).await {
+            return Ok(status??);
         }
+        kill(guard_pid);
         // Not for ever: a process in an uninterruptible call cannot be waited for.
-        tokio::time::timeout(GOODBYE, ended).await.context("wait for the demo's end")??.map_err(Into::into)
+        Ok(tokio::time::timeout(GOODBYE, ended).await.context("wait for the demo's end")???)
     })?;
     let left = Host::look().beyond(&before, &inside);
     if left.is_empty() {
-        let row = Row::passed("afterwards", "no process, namespace, mount, interface or file is left");
+        let row = Row::passed("left behind", "no process, namespace, mount, link or file");
         show(&row);
     } else {
-        show(&Row::failed("afterwards", format!("left behind: {}", left.join(", "))));
+        show(&Row::failed("left behind", left.join(", ")));
         return Ok(ExitCode::FAILURE);
     }
     Ok(exit_code(status))

@@ -61,6 +61,7 @@ pub(super) fn join(world: &mut World, progress: &Progress<'_>) -> Result<Vec<Row
             "the tailnet's device {} should have {v4} and tag:k8s-pod, and is {device:?}",
             pod.name
         );
+        pod.check(node).with_context(|| format!("CHECK of {}, which has just joined", pod.name))?;
         rows.push(Row::passed(
             format!("{} on {} joins", pod.name, node.name),
             format!("{v4} {v6} in {}", duration(took)),
@@ -91,11 +92,11 @@ pub(super) fn first_contact(world: &World, progress: &Progress<'_>) -> Result<Ve
         );
         slowest = slowest.max(run.report().arrivals.first().copied().unwrap_or_default());
     }
-    let what = format!("first reply, {count} pairs at once, keys included");
+    let what = format!("first reply, {count} pairs at once");
     let direct = all_direct(world)?;
     Ok(vec![
-        Row::passed(what, format!("at most {}", duration(slowest))),
-        Row::passed("all paths are direct", format!("{} later", duration(direct))),
+        Row::passed(what, format!("in {} at most, key exchange included", duration(slowest))),
+        Row::passed("all paths are direct", format!("{} after that", duration(direct))),
     ])
 }
 
@@ -123,7 +124,7 @@ pub(super) fn pings(world: &World, progress: &Progress<'_>) -> Result<Vec<Row>> 
         rows.push(Row::passed(
             format!("{family}: every pod pings every other"),
             format!(
-                "0 of {sent} lost; {} across nodes, {} on one",
+                "0/{sent} lost, {} across, {} on one node",
                 duration(median(across)),
                 duration(median(beside))
             ),
@@ -187,7 +188,7 @@ pub(super) fn names(world: &World, progress: &Progress<'_>) -> Result<Vec<Row>> 
     ensure!(!answer.ok && answer.addresses.is_empty(), "{missing} should not exist, and is {answer:?}");
     Ok(vec![Row::passed(
         format!("by name, as in web-2.{domain}"),
-        format!("{asked} lookups right, {} each; 0 of {sent} pings lost", duration(median(times))),
+        format!("{asked} lookups right, {} each; 0/{sent} pings lost", duration(median(times))),
     )])
 }
 
@@ -236,10 +237,8 @@ pub(super) fn access(world: &World) -> Result<Vec<Row>> {
             format!("answers in {} (IPv4), {} (IPv6)", answers[0], answers[1]),
         ),
         Row::passed(
-            format!("TCP {DENIED_PORT}, not in the ACL"),
-            format!(
-                "no answer in {SILENCE:?}: dropped by the receiver's filter, though the pod itself reaches it"
-            ),
+            format!("TCP {DENIED_PORT}, served but not in the ACL"),
+            format!("silent for {}: the peer's filter drops it", duration(SILENCE)),
         ),
     ])
 }

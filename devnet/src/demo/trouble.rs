@@ -104,6 +104,7 @@ pub(super) fn kill(world: &World, progress: &Progress<'_>) -> Result<Vec<Row>> {
             )
         }))
     })?;
+    victim.pod.check(victim.node).context("CHECK of the pod whose engine was killed")?;
     let after = Lasting::of(&victim)?;
     ensure!(before == after, "the pod's link should have stayed {before:?}, and is {after:?}");
 
@@ -130,16 +131,12 @@ pub(super) fn kill(world: &World, progress: &Progress<'_>) -> Result<Vec<Row>> {
     Ok(vec![
         Row::passed(
             format!("{}'s engine killed halfway through TCP", victim.pod.name),
-            format!(
-                "all {mebibytes} MiB right, in {}; longest silence {}",
-                duration(report.took),
-                duration(gap)
-            ),
+            format!("{mebibytes} MiB right in {}, longest silence {}", duration(report.took), duration(gap)),
         ),
-        Row::passed("the other pods meanwhile", format!("0 of {sent} pings lost, {pairs} pairs, every 5 ms")),
+        Row::passed("the other pods meanwhile", format!("0/{sent} pings lost, {pairs} pairs, every 5 ms")),
         Row::passed(
-            "after the restart",
-            format!("same address, ifindex {}, UDP port {}; 1 restart", after.ifindex, after.udp_port),
+            "after one restart",
+            format!("same address, ifindex {}, UDP port {}", after.ifindex, after.udp_port),
         ),
     ])
 }
@@ -219,11 +216,11 @@ pub(super) fn relay(world: &World, progress: &Progress<'_>) -> Result<Vec<Row>> 
     }
     Ok(vec![
         Row::passed(
-            "UDP between the nodes blocked: relay only",
-            format!("all 8 pairs within {}, longest silence {}", duration(to_relay), duration(silence)),
+            "UDP between nodes blocked: relay only",
+            format!("all 8 pairs in {}, longest silence {}", duration(to_relay), duration(silence)),
         ),
-        Row::passed("pods on one node meanwhile", format!("0 of {sent} pings lost")),
-        Row::passed("unblocked: direct again", format!("all 8 pairs within {}", duration(to_direct))),
+        Row::passed("pods on one node meanwhile", format!("0/{sent} pings lost")),
+        Row::passed("unblocked: direct again", format!("all 8 pairs in {}", duration(to_direct))),
     ])
 }
 
@@ -286,11 +283,11 @@ pub(super) fn leave(world: &mut World, progress: &Progress<'_>) -> Result<Vec<Ro
     Ok(vec![
         Row::passed(
             "pods leave",
-            format!("device gone from the tailnet, DEL in {} at most", duration(slowest)),
+            format!("devices gone from the tailnet, DEL {} at most", duration(slowest)),
         ),
         Row::passed(
             "nodes and pods are as before ADD",
-            "links, addresses, routes, rules, neighbours, nft, mounts, processes, files",
+            "links, addresses, neighbours, routes, rules, nft, mounts, processes, files",
         ),
     ])
 }
