@@ -452,3 +452,67 @@ fn an_identity_outlives_its_sandbox_by_the_grace() {
         });
     });
 }
+
+#[test]
+fn an_add_that_died_with_its_supervisor_is_rolled_back() {
+    in_namespaces("an_add_that_died_with_its_supervisor_is_rolled_back", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let client = rig.client().await;
+            let ns = rig.netns("a").await;
+            devnet.set_fault(Target::Map, Fault::hang());
+            let request = rig.request("a");
+            let call = tokio::spawn(async move { client.add(within(TIMEOUT), request).await });
+            assert!(devnet.wait_for(SOON, |nodes| nodes.len() == 1).await, "registered, without a netmap");
+            rig.kill();
+            assert!(call.await.unwrap().is_err());
+            assert_ne!(rig.leftovers(), [""; 0]);
+            devnet.clear_faults();
+            rig.start();
+            rig.client().await;
+            assert!(devnet.wait_for(SOON, <[_]>::is_empty).await, "{:?}", devnet.nodes());
+            let start = Instant::now();
+            while !rig.leftovers().is_empty() {
+                assert!(start.elapsed() < SOON, "{:?}", rig.leftovers());
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            let netlink = podtether_net::netlink::Netlink::open(&ns).await.unwrap();
+            assert!(netlink.link("ts0").await.unwrap().is_none());
+            rig.add("a").await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_full_disk_fails_an_add_and_nothing_else() {
+    in_namespaces("a_full_disk_fails_an_add_and_nothing_else", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        let state = dir.join("state");
+        std::fs::create_dir(&state).unwrap();
+        let none: Option<&str> = None;
+        nix::mount::mount(none, &state, Some("tmpfs"), nix::mount::MsFlags::empty(), Some("size=64k"))
+            .unwrap();
+        rig.start();
+        block_on(async {
+            rig.netns("a").await;
+            rig.netns("b").await;
+            rig.add("a").await.unwrap();
+            rig.until("a", "running", |p| p["state"] == "running").await;
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            let fill = state.join("fill");
+            let _ = std::fs::write(&fill, vec![0; 1 << 20]);
+            let error = rig.add("b").await.unwrap_err();
+            assert_eq!(error.code, code::IO, "{error}");
+            assert!(error.msg.contains("No space left"), "{error}");
+            assert_eq!(rig.pod("a")["state"], "running");
+            std::fs::remove_file(&fill).unwrap();
+            rig.add("b").await.unwrap();
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            assert_eq!(rig.leftovers(), [""; 0]);
+        });
+    });
+}

@@ -28,6 +28,17 @@ fn join_talk_survive_leave() {
             assert_eq!(pod["tags"][0], "tag:k8s-pod");
             assert_eq!(pod["name"], "k8s-default-a.tailnet.test");
 
+            let status = format!("/proc/{}/status", pod["enginePid"]);
+            let status = std::fs::read_to_string(status).unwrap();
+            let line = |name: &str| status.lines().find(|l| l.starts_with(name)).unwrap().to_owned();
+            for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+                assert_eq!(line(set).split_whitespace().nth(1), Some("0000000000000000"), "{set}");
+            }
+            assert_eq!(line("NoNewPrivs:").split_whitespace().nth(1), Some("1"));
+            if let Some(uid) = pod["engineUid"].as_u64() {
+                assert_eq!(line("Uid:").split_whitespace().nth(1), Some(uid.to_string().as_str()));
+            }
+
             for to in [v4(&second), v6(&second)] {
                 tcp_echo(&b, &a, SocketAddr::new(to, 8000));
             }
