@@ -50,7 +50,7 @@ fn every_verb_in_every_version_of_the_specification() {
             }
             let deleted = pod.cni(node, &call("DEL", version)).unwrap();
             assert_eq!(deleted.ok().unwrap(), Value::Null);
-            assert_eq!(pod.cni(node, &call("CHECK", version)).unwrap().code().is_some(), true);
+            assert!(pod.cni(node, &call("CHECK", version)).unwrap().code().is_some());
         }
     });
 }

@@ -1,6 +1,9 @@
 //! The whole of podtether on real kernel objects: the real programs, called as a container runtime calls
 //! them, on nodes and pods that are namespaces of the test's own process.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(clippy::print_stdout, reason = "the harness shows what a failed test printed")]
+
 mod cni;
 mod kills;
 mod leave;
