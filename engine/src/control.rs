@@ -20,6 +20,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::dial::{ControlUrl, Dialer};
+use crate::http1::retry_after_seconds;
+use crate::log::Complaints;
 use crate::reason::Ending;
 use session::Session;
 
@@ -28,9 +30,10 @@ const EVENT_QUEUE: usize = 8;
 const PING_QUEUE: usize = 4;
 /// Longest wait after a server that could not be reached: a server that is back is found within 5 s.
 const RECONNECT_MAX: Duration = Duration::from_secs(4);
-/// A server that asks for more than this gets [`REFUSED_WAIT`].
+/// For a server that says "too many requests" but not until when, or asks for more than
+/// [`RETRY_AFTER_MAX`].
+const BUSY_WAIT: Duration = Duration::from_secs(7);
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
-const REFUSED_WAIT: Duration = Duration::from_secs(7);
 /// A logout that has to open a session of its own.
 const LOGOUT_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -93,6 +96,16 @@ impl Failure {
     fn refused(reason: impl Into<String>) -> Self {
         Self::Refused { reason: reason.into(), retry_after: None }
     }
+
+    /// An HTTP status other than the one that was hoped for.
+    fn status(reason: String, status: u16, retry_after: Option<&str>) -> Self {
+        let asked = retry_after_seconds(retry_after).map(Duration::from_secs);
+        let retry_after = match asked.filter(|asked| *asked <= RETRY_AFTER_MAX) {
+            None if status == 429 || asked.is_some() => Some(BUSY_WAIT),
+            asked => asked,
+        };
+        Self::Refused { reason, retry_after }
+    }
 }
 
 type LogoutAnswer = oneshot::Sender<Result<(), String>>;
@@ -124,6 +137,7 @@ impl Control {
             logouts: logouts_out,
             server_key: None,
             registered: false,
+            complaints: Complaints::default(),
         };
         task.spawn(client.run());
         Self { host, pings, logouts, events, _task: task }
@@ -168,6 +182,7 @@ struct Client {
     /// From the last `/key`; forgotten when a handshake fails, in case the server has a new one.
     server_key: Option<MachinePublic>,
     registered: bool,
+    complaints: Complaints,
 }
 
 /// The driver is gone, so this task ends too.
@@ -193,6 +208,7 @@ impl Client {
         if established {
             soon.reset();
             refused.reset();
+            self.complaints = Complaints::default();
             self.tell(Event::SessionLost).await?;
         }
         let (reason, wait) = match failure {
@@ -210,17 +226,16 @@ impl Client {
             }
             Failure::Refused { reason, retry_after } => {
                 let wait = match retry_after {
-                    Some(asked) if asked <= RETRY_AFTER_MAX => {
-                        // Everyone was told the same number; spread the return.
-                        asked + Duration::from_secs(1).mul_f64(unit(random_u64()))
-                    }
-                    Some(_) => REFUSED_WAIT.mul_f64(0.75 + 0.5 * unit(random_u64())),
+                    // Everyone was told the same; spread the return.
+                    Some(asked) => asked + BUSY_WAIT.mul_f64(0.4 * unit(random_u64())),
                     None => refused.next(random_u64()),
                 };
                 (reason, wait)
             }
         };
-        tracing::warn!(reason, wait_ms = wait.as_millis(), "no control session; trying again");
+        self.complaints.say(&reason, wait, |reason, wait_ms| {
+            tracing::warn!(reason, wait_ms, "no control session; trying again");
+        });
         self.tell(Event::Trying { reason }).await?;
         self.rest(wait).await
     }
@@ -286,4 +301,23 @@ fn random_u64() -> u64 {
 /// Between 0 and 1.
 fn unit(random: u64) -> f64 {
     f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_server_is_left_alone_as_long_as_it_asks() {
+        let wait = |status, header| match Failure::status(String::new(), status, header) {
+            Failure::Refused { retry_after, .. } => retry_after.map(|d| d.as_secs()),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(wait(429, Some("3")), Some(3));
+        assert_eq!(wait(503, Some(" 30 ")), Some(30));
+        for header in [None, Some("soon"), Some("3601"), Some("Wed, 21 Oct 2026 07:28:00 GMT")] {
+            assert_eq!(wait(429, header), Some(7), "{header:?}");
+        }
+        assert_eq!(wait(500, None), None);
+    }
 }

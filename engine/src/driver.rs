@@ -52,6 +52,8 @@ pub(crate) struct Link {
 const ROUNDS_PER_YIELD: u32 = 4;
 /// A snapshot is written this long after the core asked for it.
 const SNAPSHOT_DELAY: Duration = Duration::from_secs(1);
+/// Without any snapshot a restart has to wait for control.
+const FIRST_SNAPSHOT_DELAY: Duration = Duration::from_millis(20);
 /// At most so often.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(3);
 /// Longest DNS query that is looked at.
@@ -287,10 +289,15 @@ impl Driver {
             }
             engine::Event::SnapshotDirty => {
                 let now = Instant::now();
-                let pause = self.snapshot_written.map(|at| at + SNAPSHOT_PAUSE);
-                self.snapshot_due.get_or_insert(pause.unwrap_or(now).max(now + SNAPSHOT_DELAY));
+                let due = match self.snapshot_written {
+                    None => now + FIRST_SNAPSHOT_DELAY,
+                    Some(at) => (at + SNAPSHOT_PAUSE).max(now + SNAPSHOT_DELAY),
+                };
+                self.snapshot_due.get_or_insert(due);
             }
             engine::Event::PingRequest(request) => self.control.ping(*request),
+            // That is what a logout does; its answer is on the way.
+            engine::Event::KeyExpired if self.logging_out.is_some() => {}
             engine::Event::KeyExpired => {
                 let reason = "the node key has expired";
                 self.ending = Some(Ending::new(EngineExit::NodeKeyExpired, reason));
@@ -314,8 +321,12 @@ impl Driver {
                 return self.report();
             }
             control::Event::Ended(ending) => {
-                self.ending = Some(ending);
-                return;
+                // A server may forget the node before it answers the logout.
+                let gone = matches!(ending.exit, EngineExit::NodeUnknown | EngineExit::NodeKeyExpired);
+                return match self.logging_out.take() {
+                    Some(_) if gone => self.logged_out(Ok(())),
+                    _ => self.ending = Some(ending),
+                };
             }
             control::Event::SessionStarted => {
                 self.trouble.clear();

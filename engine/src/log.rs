@@ -8,6 +8,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use tracing_subscriber::EnvFilter;
@@ -36,6 +37,29 @@ pub(crate) fn init() {
         .with_env_filter(filter)
         .with_writer(Lines(Mutex::new(out)))
         .try_init();
+}
+
+/// Says the same complaint once and then ever more rarely, so that a long outage does not fill the logs
+/// of a node with a hundred pods.
+#[derive(Debug, Default)]
+pub(crate) struct Complaints {
+    last: String,
+    repeats: u64,
+}
+
+impl Complaints {
+    /// Calls `log` with the reason and the wait in milliseconds, or does not.
+    pub(crate) fn say(&mut self, reason: &str, wait: Duration, log: impl FnOnce(&str, u64)) {
+        if self.last == reason {
+            self.repeats += 1;
+        } else {
+            reason.clone_into(&mut self.last);
+            self.repeats = 0;
+        }
+        if self.repeats == 0 || self.repeats.is_power_of_two() && self.repeats >= 8 {
+            log(reason, u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+        }
+    }
 }
 
 struct Output {
@@ -128,6 +152,16 @@ impl Write for Line<'_> {
 mod tests {
     use super::*;
     use std::io::Read as _;
+
+    #[test]
+    fn the_same_complaint_becomes_rare() {
+        let mut complaints = Complaints::default();
+        let mut said = Vec::new();
+        for (number, reason) in (0..100).map(|n| (n, "down")).chain([(100, "up"), (101, "down")]) {
+            complaints.say(reason, Duration::ZERO, |_, _| said.push(number));
+        }
+        assert_eq!(said, [0, 8, 16, 32, 64, 100, 101]);
+    }
 
     #[test]
     fn a_full_pipe_drops_whole_lines_and_never_blocks() {

@@ -71,8 +71,8 @@ async fn fetch_key(dialer: &Dialer, url: &ControlUrl) -> Result<MachinePublic, F
 }
 
 fn refusal(url: &ControlUrl, path: &str, reply: &http1::Reply) -> Failure {
-    let retry_after = http1::retry_after_seconds(reply.header("retry-after")).map(Duration::from_secs);
-    Failure::Refused { reason: format!("{url}{path} answered HTTP {}", reply.status), retry_after }
+    let reason = format!("{url}{path} answered HTTP {}", reply.status);
+    Failure::status(reason, reply.status, reply.header("retry-after"))
 }
 
 async fn upgrade(dialer: &Dialer, identity: &Identity, key: MachinePublic) -> Result<Session, Failure> {
@@ -143,6 +143,50 @@ where
         if let Some(done) = early.feed(&bytes[..count]).map_err(io::Error::other)? {
             noise.unread(&done.rest);
             return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use podtether_core::key::MachinePrivate;
+    use podtether_core::noise::ServerHandshake;
+    use podtether_core::tailcfg::EarlyNoise;
+    use tokio::io::AsyncWriteExt as _;
+
+    /// HTTP/2's first frame header, then its payload.
+    const FIRST_FRAME: &[u8] = &[0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100];
+
+    #[tokio::test]
+    async fn the_early_payload_may_be_there_may_straddle_records_and_may_be_absent() {
+        let early = EarlyPayload::encode(&EarlyNoise::default());
+        let with = [early.as_slice(), FIRST_FRAME].concat();
+        for (bytes, record_length) in [
+            (with.as_slice(), 4000),
+            (&with, 1),
+            (&with, 11),
+            (&with, early.len()),
+            (FIRST_FRAME, 4000),
+            (FIRST_FRAME, 2),
+        ] {
+            let keys = || MachinePrivate::generate().unwrap();
+            let (client_key, server_key) = (keys(), keys());
+            let (client, initiation) =
+                ClientHandshake::start(&client_key, &server_key.public(), 115).unwrap();
+            let (mut server, response) =
+                ServerHandshake::read(&server_key, &initiation).unwrap().respond().unwrap();
+            let (near, mut far) = tokio::io::duplex(100_000);
+            let mut sealed = Vec::new();
+            for piece in bytes.chunks(record_length) {
+                server.seal(piece, &mut sealed).unwrap();
+            }
+            far.write_all(&sealed).await.unwrap();
+            let mut noise = NoiseStream::new(near, client.finish(&response).unwrap(), RecordReader::new());
+            skip_early_payload(&mut noise).await.unwrap();
+            let mut first = vec![0; FIRST_FRAME.len()];
+            noise.read_exact(&mut first).await.unwrap();
+            assert_eq!(first, FIRST_FRAME, "records of {record_length}");
         }
     }
 }

@@ -112,3 +112,65 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for NoiseStream<S> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use podtether_core::key::MachinePrivate;
+    use podtether_core::noise::{ClientHandshake, ServerHandshake};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+
+    fn pair(room: usize) -> (NoiseStream<DuplexStream>, NoiseStream<DuplexStream>) {
+        let keys = || MachinePrivate::generate().unwrap();
+        let (client_key, server_key) = (keys(), keys());
+        let (client, initiation) = ClientHandshake::start(&client_key, &server_key.public(), 115).unwrap();
+        let (server, response) = ServerHandshake::read(&server_key, &initiation).unwrap().respond().unwrap();
+        let client = client.finish(&response).unwrap();
+        let (near, far) = duplex(room);
+        (
+            NoiseStream::new(near, client, RecordReader::new()),
+            NoiseStream::new(far, server, RecordReader::new()),
+        )
+    }
+
+    #[tokio::test]
+    async fn bytes_arrive_whole_and_in_order_through_any_room() {
+        for room in [1, 7, 100, 5000, 100_000] {
+            let (client, server) = pair(room);
+            let sent: Vec<u8> = (0..60_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+            let echo = tokio::spawn(async move {
+                let (mut read, mut write) = tokio::io::split(server);
+                tokio::io::copy(&mut read, &mut write).await.unwrap();
+                write.shutdown().await.unwrap();
+            });
+            let (mut read, mut write) = tokio::io::split(client);
+            let writer = tokio::spawn({
+                let sent = sent.clone();
+                async move {
+                    write.write_all(&sent).await.unwrap();
+                    write.shutdown().await.unwrap();
+                }
+            });
+            let mut got = Vec::new();
+            read.read_to_end(&mut got).await.unwrap();
+            assert_eq!(got, sent, "room {room}");
+            writer.await.unwrap();
+            echo.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_changed_byte_ends_the_stream() {
+        let (mut client, server) = pair(100_000);
+        client.write_all(b"hello").await.unwrap();
+        client.flush().await.unwrap();
+        let NoiseStream { mut inner, transport, .. } = server;
+        let mut record = vec![0; 3 + 5 + 16];
+        inner.read_exact(&mut record).await.unwrap();
+        record[5] ^= 1;
+        let mut records = RecordReader::new();
+        records.feed(&record);
+        let mut tampered = NoiseStream::new(inner, transport, records);
+        assert!(tampered.read_u8().await.is_err());
+    }
+}

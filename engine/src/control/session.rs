@@ -23,7 +23,6 @@ use tokio::task::JoinSet;
 use super::ping::Pings;
 use super::{Client, Event, Failure, Gone, Identity, random_u64};
 use crate::dial::ControlUrl;
-use crate::http1::retry_after_seconds;
 use crate::reason::Ending;
 
 /// Silence for this long means that the session is dead, also before the first message.
@@ -84,10 +83,8 @@ impl Session {
 
     fn refusal(&self, doing: &str, response: &Response<RecvStream>) -> Failure {
         let retry_after = response.headers().get("retry-after").and_then(|v| v.to_str().ok());
-        Failure::Refused {
-            reason: format!("{} answered HTTP {} to {doing}", self.url, response.status().as_u16()),
-            retry_after: retry_after_seconds(retry_after).map(Duration::from_secs),
-        }
+        let status = response.status().as_u16();
+        Failure::status(format!("{} answered HTTP {status} to {doing}", self.url), status, retry_after)
     }
 
     async fn register(&self, request: &RegisterRequest) -> Result<RegisterResponse, Failure> {

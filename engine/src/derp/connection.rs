@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use super::{Event, MAX_PACKET, Message, Packet};
 use crate::dial::{self, Dialer, Io};
 use crate::http1;
+use crate::log::Complaints;
 use crate::tls::Trust;
 
 /// One server's time to accept a connection.
@@ -52,12 +53,14 @@ struct Gone;
 impl Connection {
     pub(super) async fn keep(mut self) {
         let mut backoff = Backoff::new();
+        let mut complaints = Complaints::default();
         loop {
             let servers = self.servers.borrow_and_update().clone();
             let error = match self.connect(&servers).await {
                 Ok(greeted) => {
-                    tracing::info!(region = %self.region, code = servers.region_code, "DERP connected");
+                    tracing::info!(region = self.region.0, code = servers.region_code, "DERP connected");
                     backoff.reset();
+                    complaints = Complaints::default();
                     if self.tell(Event::Connected).await.is_err() {
                         return;
                     }
@@ -76,7 +79,10 @@ impl Connection {
             let random = getrandom::u64().unwrap_or(u64::MAX / 2);
             let jitter = f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX);
             let wait = backoff.next(random).min(RECONNECT_MAX.mul_f64(0.5 + 0.5 * jitter));
-            tracing::warn!(region = %self.region, code = servers.region_code, %error, wait_ms = wait.as_millis(), "no DERP connection; trying again");
+            complaints.say(&error.to_string(), wait, |error, wait_ms| {
+                let (region, code) = (self.region.0, &servers.region_code);
+                tracing::warn!(region, code, error, wait_ms, "no DERP connection; trying again");
+            });
             tokio::time::sleep(wait).await;
         }
     }
