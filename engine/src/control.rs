@@ -311,7 +311,7 @@ mod tests {
     fn a_busy_server_is_left_alone_as_long_as_it_asks() {
         let wait = |status, header| match Failure::status(String::new(), status, header) {
             Failure::Refused { retry_after, .. } => retry_after.map(|d| d.as_secs()),
-            other => panic!("{other:?}"),
+            Failure::Unreachable(_) | Failure::Fatal(_) => panic!("not a refusal"),
         };
         assert_eq!(wait(429, Some("3")), Some(3));
         assert_eq!(wait(503, Some(" 30 ")), Some(30));

@@ -22,6 +22,7 @@ use podtether_proto::secret::{SecretKey, SecretString};
 use podtether_proto::{fds, transport};
 use tarpc::{client, context};
 
+pub const ENGINE: &str = env!("CARGO_BIN_EXE_podtether-engine");
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A pod with its link, and the engine of now.
@@ -37,9 +38,13 @@ pub struct Pod {
     snapshot: File,
     reason: PathBuf,
     dir: PathBuf,
+    /// The node's namespace; `None` for the test's own.
+    node: Option<Netns>,
     machine_key: [u8; 32],
     node_key: [u8; 32],
     lives: u32,
+    /// Uid and gid for the engine.
+    pub ids: Option<u32>,
     pub engine: Option<Running>,
 }
 
@@ -81,6 +86,11 @@ pub async fn underlay_addresses(nets: &[&str]) -> Vec<IpAddr> {
 impl Pod {
     /// A pod namespace with a link, and everything an engine needs, under `dir`.
     pub async fn make(dir: &Path, name: &str) -> Self {
+        Self::make_on(dir, name, None).await
+    }
+
+    /// The same on a node of its own.
+    pub async fn make_on(dir: &Path, name: &str, node: Option<&Netns>) -> Self {
         let netns_dir = dir.join("netns");
         std::fs::create_dir_all(&netns_dir).unwrap();
         prepare_dir(&netns_dir).unwrap();
@@ -93,7 +103,14 @@ impl Pod {
         let mut link = link::ensure_link(&spec).await.unwrap();
         let tun = link.open_tun().await.unwrap();
         let (dns4, dns6) = link.open_dns().await.unwrap();
-        let udp = |family| underlay(family, &PortChoice::default()).unwrap();
+        let sockets = || {
+            let udp = |family| underlay(family, &PortChoice::default()).unwrap();
+            (udp(Family::V4).unwrap(), udp(Family::V6))
+        };
+        let (udp4, udp6) = match node {
+            Some(node) => node.run(sockets).await.unwrap(),
+            None => sockets(),
+        };
         let snapshot = File::options()
             .read(true)
             .write(true)
@@ -108,16 +125,18 @@ impl Pod {
             spec,
             link,
             tun,
-            udp4: udp(Family::V4).unwrap(),
-            udp6: udp(Family::V6),
+            udp4,
+            udp6,
             dns4,
             dns6,
             snapshot,
             reason: dir.join(format!("{name}.reason")),
             dir: dir.to_owned(),
+            node: node.cloned(),
             machine_key: keys[..32].try_into().unwrap(),
             node_key: keys[32..].try_into().unwrap(),
             lives: 0,
+            ids: None,
             engine: None,
         }
     }
@@ -160,7 +179,7 @@ impl Pod {
         ];
         named.extend(self.udp6.as_ref().map(|s| (fds::UDP6, s.as_fd())));
         named.extend(self.dns6.as_ref().map(|s| (fds::DNS6, s.as_fd())));
-        let child = spawn(Path::new(env!("CARGO_BIN_EXE_podtether-engine")), &named);
+        let child = spawn(Path::new(ENGINE), &named, self.node.as_ref(), self.ids);
         let deadline = Instant::now() + PATIENCE;
         let transport = loop {
             match transport::connect(&path).await {
@@ -259,14 +278,30 @@ impl Drop for Running {
 }
 
 /// Starts `program` with exactly these descriptors, as `PODTETHER_FDS` says.
-pub fn spawn(program: &Path, named: &[(&str, BorrowedFd<'_>)]) -> Child {
+pub fn spawn(
+    program: &Path,
+    named: &[(&str, BorrowedFd<'_>)],
+    node: Option<&Netns>,
+    ids: Option<u32>,
+) -> Child {
     let names: Vec<_> = named.iter().map(|(name, _)| *name).collect();
     let numbers: Vec<RawFd> = named.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
+    let namespace = node.map(|ns| ns.as_fd().as_raw_fd());
     let mut command = Command::new(program);
     command.env_clear().env(fds::ENV, names.join(":"));
     command.env("PODTETHER_LOG", std::env::var("PODTETHER_LOG").unwrap_or_else(|_| "info".into()));
-    // SAFETY: plain system calls on numbers.
-    unsafe { command.pre_exec(move || place(&numbers)) };
+    if let Some(id) = ids {
+        command.env("PODTETHER_UID", id.to_string()).env("PODTETHER_GID", id.to_string());
+    }
+    let prepare = move || {
+        if let Some(fd) = namespace {
+            // SAFETY: setns on a number; the test holds the namespace across the spawn.
+            nix::errno::Errno::result(unsafe { libc::setns(fd, libc::CLONE_NEWNET) })?;
+        }
+        place(&numbers)
+    };
+    // SAFETY: `prepare` makes plain system calls and allocates nothing.
+    unsafe { command.pre_exec(prepare) };
     command.spawn().unwrap()
 }
 
@@ -289,12 +324,14 @@ fn place(numbers: &[RawFd]) -> std::io::Result<()> {
 }
 
 /// What came back of probes between two pods.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Probed {
     pub sent: u32,
     pub answered: u32,
-    /// Longest time without an answer.
+    /// Most probes lost in a row, as time.
     pub gap: Duration,
+    /// First and last of each run of lost probes.
+    pub lost: Vec<(u32, u32)>,
 }
 
 /// Answers every datagram at `address` in `pod` for as long as the handle lives.
@@ -315,8 +352,8 @@ pub async fn echo(pod: &Pod, address: SocketAddr) -> tokio::task::JoinSet<()> {
 pub async fn probe(pod: &Pod, from: IpAddr, to: SocketAddr, count: u32, interval: Duration) -> Probed {
     let socket = pod.udp((from, 0).into()).await;
     let mut probed = Probed::default();
+    let mut answered = vec![false; usize::try_from(count).unwrap()];
     let mut ticks = tokio::time::interval(interval);
-    let mut answered_at = Instant::now();
     let mut buffer = [0; 64];
     let mut last_sent = Instant::now();
     while probed.answered < count && last_sent.elapsed() < Duration::from_secs(2) {
@@ -328,16 +365,22 @@ pub async fn probe(pod: &Pod, from: IpAddr, to: SocketAddr, count: u32, interval
                 last_sent = Instant::now();
             }
             answer = socket.recv_from(&mut buffer) => {
-                if answer.is_ok_and(|(_, source)| source == to) {
-                    if probed.answered > 0 {
-                        probed.gap = probed.gap.max(answered_at.elapsed());
-                    }
-                    answered_at = Instant::now();
-                    probed.answered += 1;
+                if let Ok((4, source)) = answer && source == to {
+                    let number = u32::from_be_bytes(buffer[..4].try_into().unwrap());
+                    let seen = &mut answered[usize::try_from(number).unwrap()];
+                    probed.answered += u32::from(!std::mem::replace(seen, true));
                 }
             }
             () = tokio::time::sleep(Duration::from_millis(100)) => {}
         }
     }
+    for number in (0..probed.sent).filter(|n| !answered[usize::try_from(*n).unwrap()]) {
+        match probed.lost.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => probed.lost.push((number, number)),
+        }
+    }
+    probed.gap =
+        probed.lost.iter().map(|(first, last)| interval * (last - first + 1)).max().unwrap_or_default();
     probed
 }
