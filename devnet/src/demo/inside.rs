@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use podtether_net::isolate;
 
 use super::display::{Display, Row, duration};
-use super::world::World;
+use super::world::{Place, World};
 use super::{reach, trouble};
 
 /// Exit code after an interrupt, as shells have it.
@@ -147,26 +147,41 @@ fn say(text: &str) {
 
 /// What a person can try while it is kept.
 fn hints(world: &World, pid: &str) -> String {
-    let enter = format!("nsenter -t {pid} -U --preserve-credentials -m -p");
-    let pins = world.lab.dir().join("netns");
-    let pins = pins.display();
-    let mut text = String::from("\nStill running, until Ctrl-C. In another terminal, as the same user:\n\n");
-    text += &format!("  {enter} -n sh        # a shell beside the demo; the rest is typed there\n");
-    text += "  cd / && ps ax          # every process of it\n\n";
-    for site in &world.sites {
+    let lab = world.lab.dir().display();
+    let mut text = format!(
+        "\nStill running, until Ctrl-C. In another terminal, as the same user, step in:\n\n  \
+         nsenter -t {pid} -U --preserve-credentials -m -p -n sh\n\n\
+         In there, for example:\n\n  cd {lab}\n"
+    );
+    let mut examples: Vec<(String, String)> = Vec::new();
+    if let Some(site) = world.sites.first() {
         let node = &site.node.name;
-        text += &format!("  nsenter --net={pins}/{node} curl -s http://127.0.0.1:9465/v1/pods\n");
-        text += &format!("  tail -f {}\n", site.node.log().display());
-        for pod in &site.pods {
-            let address = pod.addresses().first().map(ToString::to_string).unwrap_or_default();
-            let engine = super::world::Place { node: &site.node, pod }.field::<u32>("enginePid");
-            let engine = engine.map(|pid| format!("kill -9 {pid}")).unwrap_or_default();
-            text += &format!(
-                "  nsenter --net={} sh   # {}, {address}; {engine}\n",
-                pod.netns_path.display(),
-                pod.name
-            );
+        let inside = format!("nsenter --net=netns/{node}");
+        let url = "http://127.0.0.1:9465";
+        examples.push((format!("{inside} curl -s {url}/v1/pods"), format!("what {node} knows of its pods")));
+        examples.push((format!("{inside} curl -s {url}/metrics"), String::new()));
+        examples.push((format!("tail -f {node}/supervisor.log"), "engines' lines included".into()));
+    }
+    let places = world.places();
+    if let [one, .., other] = &places[..]
+        && let Ok(target) = other.pod.v4()
+    {
+        let net = one.pod.netns_path.strip_prefix(world.lab.dir()).unwrap_or(&one.pod.netns_path);
+        let inside = format!("nsenter --net={}", net.display());
+        let (one, other) = (&one.pod.name, &other.pod.name);
+        examples.push((format!("{inside} ping {target}"), format!("{one} pings {other}")));
+    }
+    for place in places {
+        if let (Ok(engine), Ok(address)) = (place.field::<u32>("enginePid"), place.pod.v4()) {
+            let Place { node, pod } = place;
+            let note = format!("the engine of {} ({address}) on {}", pod.name, node.name);
+            examples.push((format!("kill -9 {engine}"), note));
         }
+    }
+    for (command, note) in examples {
+        let note = if note.is_empty() { note } else { format!("# {note}") };
+        text += format!("  {command:<58}  {note}").trim_end();
+        text.push('\n');
     }
     text
 }
