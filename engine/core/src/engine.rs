@@ -46,6 +46,10 @@ use crate::wg::{Identity, Tunnel};
 
 use relay::Relays;
 
+/// So long after we first heard of a peer it may not have heard of us, or neither be at its relay yet.
+const ACQUAINTANCE: Duration = Duration::from_secs(10);
+/// With more peers in use, handshakes are not retried eagerly: each costs a tenth of a millisecond.
+const MAX_EAGER: usize = 64;
 /// Packets that wait for handshakes, all peers together.
 const MAX_WAITING: usize = 1024;
 
@@ -200,8 +204,12 @@ impl Engine {
         let mut path = PathAgent::new(peer.wireguard_only);
         path.set_endpoints(&peer.endpoints);
         let disco = peer.disco;
+        let mut tunnel = Tunnel::new(&self.identity, *peer.key.as_bytes(), index, jitter, now);
+        if self.by_index.len() < MAX_EAGER {
+            tunnel.be_eager(peer.since + ACQUAINTANCE);
+        }
         peer.active = Some(Box::new(Active {
-            tunnel: Tunnel::new(&self.identity, *peer.key.as_bytes(), index, jitter, now),
+            tunnel,
             path,
             index,
             shared: (!disco.is_zero()).then(|| disco::SharedKey::new(&self.disco_key, &disco)),

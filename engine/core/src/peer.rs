@@ -53,12 +53,15 @@ pub(crate) struct Peer {
     /// Its key has expired: it exists, but nothing is exchanged with it.
     pub(crate) expired: bool,
     pub(crate) endpoints: Box<[SocketAddr]>,
+    /// When this life first heard of it: about then it heard of us.
+    pub(crate) since: Instant,
+    online: bool,
     routes: Box<[IpNet]>,
     pub(crate) active: Option<Box<Active>>,
 }
 
 impl Peer {
-    fn from_node(node: &Node, expired: bool) -> Self {
+    fn from_node(node: &Node, expired: bool, since: Instant) -> Self {
         Self {
             id: node.id,
             key: node.key,
@@ -68,6 +71,8 @@ impl Peer {
             jailed: node.is_jailed,
             expired,
             endpoints: node.endpoints.clone().into_boxed_slice(),
+            since,
+            online: node.online == Some(true),
             routes: routes(node),
             active: None,
         }
@@ -86,6 +91,8 @@ pub(crate) struct Upserted {
     pub(crate) slot: Slot,
     /// Running state that ended because the peer has another key or none that is valid.
     pub(crate) dropped: Option<Box<Active>>,
+    /// It may be reachable where or how it was not before.
+    pub(crate) moved: bool,
 }
 
 /// All peers, with the look-ups that the data path needs. Changing one peer costs that peer.
@@ -140,7 +147,7 @@ impl PeerTable {
 
     /// Adds a peer or brings it up to date.
     pub(crate) fn upsert(&mut self, node: &Node, expired: bool, now: Instant) -> Upserted {
-        let mut new = Peer::from_node(node, expired);
+        let mut new = Peer::from_node(node, expired, now);
         let Some(slot) = self.by_id.get(&node.id).copied() else {
             let slot = self.free.pop().unwrap_or_else(|| {
                 self.slots.push(None);
@@ -148,11 +155,16 @@ impl PeerTable {
             });
             self.link(slot, &new);
             self.slots[slot.at()] = Some(new);
-            return Upserted { slot, dropped: None };
+            return Upserted { slot, dropped: None, moved: false };
         };
-        let mut result = Upserted { slot, dropped: None };
+        let mut result = Upserted { slot, dropped: None, moved: false };
         let Some(old) = self.slots[slot.at()].take() else { return result };
         self.unlink(slot, &old);
+        new.since = old.since;
+        result.moved = old.disco != new.disco
+            || old.home != new.home
+            || old.endpoints != new.endpoints
+            || (new.online && !old.online);
         if let Some(mut active) = old.active {
             if old.key != new.key || new.expired || old.wireguard_only != new.wireguard_only {
                 result.dropped = Some(active);

@@ -21,16 +21,28 @@ pub(crate) const REKEY_AFTER: Duration = Duration::from_secs(120);
 /// Age from which a session neither encrypts nor decrypts.
 pub(crate) const REJECT_AFTER: Duration = Duration::from_secs(180);
 const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Pauses before the first retries of an attempt; [`REKEY_TIMEOUT`] before each further one. A first
+/// initiation is often lost because there is no path yet, and 5 s of silence then are for nothing.
+const FIRST_RETRIES: [Duration; 3] =
+    [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
+/// The pause while a peer may not have been told of us yet, which nothing else would tell us of.
+const EAGER_RETRY: Duration = Duration::from_millis(200);
+/// The least time between two initiations: well above the 20 ms within which peers ignore the second.
+const MIN_SPACING: Duration = Duration::from_millis(100);
+/// News of paths that hasten one attempt; a peer that answers everything but WireGuard gains no more.
+const MAX_HASTENED: u8 = 16;
 const REKEY_ATTEMPT: Duration = Duration::from_secs(90);
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Idle time after which a peer's tunnel is taken down.
 pub(crate) const IDLE_AFTER: Duration = Duration::from_secs(540);
-const JITTER_MS: u64 = 334;
+/// Retries are spread by up to a fifteenth of their pause.
+const JITTER_SHARE: u64 = 15;
 
 /// Bytes a data message adds to its packet.
 pub(crate) const OVERHEAD: usize = 32;
 /// Length of a handshake initiation.
 pub(crate) const INITIATION_LEN: usize = 148;
+const INITIATION: u8 = 1;
 const DATA: u8 = 4;
 const SLOTS: usize = 8;
 /// Handshakes per second above which initiators have to prove their address first. One costs about
@@ -58,6 +70,11 @@ pub(crate) fn classify(datagram: &[u8]) -> Kind {
         Ok(Packet::PacketData(p)) => Kind::Indexed(p.receiver_idx),
         Err(_) => Kind::Malformed,
     }
+}
+
+/// Whether a datagram looks like an initiation.
+pub(crate) fn is_initiation(datagram: &[u8]) -> bool {
+    datagram.len() == INITIATION_LEN && datagram.first() == Some(&INITIATION)
 }
 
 /// Whether an initiation may be worked on.
@@ -137,8 +154,20 @@ struct Session {
 
 struct Attempt {
     started: Instant,
+    sent: Instant,
     retry_at: Instant,
+    /// Retries since a path last came up.
+    tries: usize,
+    hastened: u8,
     message: [u8; INITIATION_LEN],
+    /// Receiver indices of the initiations before this one, newest first, and when they were sent.
+    earlier: [Option<(u32, Instant)>; 4],
+}
+
+impl Attempt {
+    fn index(&self) -> u32 {
+        read_u32(&self.message, 4).unwrap_or_default()
+    }
 }
 
 /// What [`Tunnel::open`] made of a datagram.
@@ -189,6 +218,8 @@ pub(crate) struct Tunnel {
     epoch: u64,
     attempt: Option<Attempt>,
     last_initiation: Option<Instant>,
+    /// Until when retries are [`EAGER_RETRY`] apart.
+    eager_until: Instant,
     waiting: VecDeque<Vec<u8>>,
     keepalive_at: Option<Instant>,
     /// Data went out and nothing came back since: when to suspect the session.
@@ -216,6 +247,7 @@ impl Tunnel {
             epoch: 0,
             attempt: None,
             last_initiation: None,
+            eager_until: now,
             waiting: VecDeque::new(),
             keepalive_at: None,
             silence_at: None,
@@ -253,12 +285,14 @@ impl Tunnel {
         self.established
     }
 
-    fn jitter(&mut self) -> Duration {
+    /// `pause` and a little more.
+    fn jittered(&mut self, pause: Duration) -> Duration {
         // xorshift64: spreads retries, holds no secret.
         self.jitter ^= self.jitter << 13;
         self.jitter ^= self.jitter >> 7;
         self.jitter ^= self.jitter << 17;
-        Duration::from_millis(self.jitter % JITTER_MS)
+        let most = u64::try_from(pause.as_millis()).unwrap_or(u64::MAX) / JITTER_SHARE;
+        pause + Duration::from_millis(self.jitter % (most + 1))
     }
 
     /// Encrypts `packet` into `out` (32 bytes longer, 148 at least). `None`: no session, see [`Tunnel::wait`].
@@ -279,8 +313,8 @@ impl Tunnel {
         if !packet.is_empty() {
             self.last_used = now;
             if self.silence_at.is_none() {
-                let jitter = self.jitter();
-                self.silence_at = Some(now + KEEPALIVE + REKEY_TIMEOUT + jitter);
+                let patience = KEEPALIVE + self.jittered(REKEY_TIMEOUT);
+                self.silence_at = Some(now + patience);
             }
         }
         let rekey = session.initiator && now.duration_since(session.established) >= REKEY_AFTER;
@@ -309,9 +343,35 @@ impl Tunnel {
         self.waiting.len()
     }
 
-    /// Makes an initiation unless one was made less than five seconds ago.
+    /// Retries quickly until then: the peer may be about to learn of us.
+    pub(crate) fn be_eager(&mut self, until: Instant) {
+        self.eager_until = self.eager_until.max(until);
+    }
+
+    /// Makes an initiation unless it is too early for one: begins an attempt, or repeats one that is due.
     pub(crate) fn initiate(&mut self, now: Instant) -> Option<[u8; INITIATION_LEN]> {
-        if self.last_initiation.is_some_and(|last| now.duration_since(last) < REKEY_TIMEOUT) {
+        if self.attempt.as_ref().is_some_and(|a| now < a.retry_at) {
+            return None;
+        }
+        self.make_initiation(now)
+    }
+
+    /// A path to the peer has come up: makes an initiation for an attempt that is not answered, now or at
+    /// its next retry, which then is not far.
+    pub(crate) fn hasten(&mut self, now: Instant) -> Option<[u8; INITIATION_LEN]> {
+        let attempt = self.attempt.as_mut()?;
+        if attempt.hastened >= MAX_HASTENED {
+            return None;
+        }
+        attempt.hastened += 1;
+        attempt.tries = 0;
+        let earliest = attempt.sent + MIN_SPACING;
+        attempt.retry_at = attempt.retry_at.min(earliest);
+        if now < earliest { None } else { self.make_initiation(now) }
+    }
+
+    fn make_initiation(&mut self, now: Instant) -> Option<[u8; INITIATION_LEN]> {
+        if self.last_initiation.is_some_and(|last| now.duration_since(last) < MIN_SPACING) {
             return None;
         }
         let mut out = [0; INITIATION_LEN];
@@ -320,11 +380,46 @@ impl Tunnel {
                 return None;
             };
         }
-        let retry_at = now + REKEY_TIMEOUT + self.jitter();
-        let started = self.attempt.as_ref().map_or(now, |a| a.started);
-        self.attempt = Some(Attempt { started, retry_at, message: out });
+        let tries = self.attempt.as_ref().map_or(0, |a| a.tries);
+        let pause = if now < self.eager_until {
+            EAGER_RETRY
+        } else {
+            FIRST_RETRIES.get(tries).copied().unwrap_or(REKEY_TIMEOUT)
+        };
+        let retry_at = now + self.jittered(pause);
+        let attempt = self.attempt.get_or_insert_with(|| Attempt {
+            started: now,
+            sent: now,
+            retry_at,
+            tries: 0,
+            hastened: 0,
+            message: out,
+            earlier: [None; 4],
+        });
+        if attempt.message != out {
+            attempt.earlier.rotate_right(1);
+            attempt.earlier[0] = Some((attempt.index(), attempt.sent));
+        }
+        attempt.tries = tries + usize::from(now >= self.eager_until);
+        attempt.retry_at = retry_at;
+        attempt.sent = now;
+        attempt.message = out;
         self.last_initiation = Some(now);
         Some(out)
+    }
+
+    /// Whether a response answers an initiation that a newer one has replaced. The peer forgets the
+    /// session of the older one when the newer one arrives, so what it would carry could be lost; but it
+    /// tells how long an answer takes, and that the next one is worth that wait.
+    fn superseded(&mut self, index: u32, now: Instant) -> bool {
+        let Some(attempt) = &mut self.attempt else { return false };
+        let Some((_, sent)) = attempt.earlier.into_iter().flatten().find(|(i, _)| *i == index) else {
+            return false;
+        };
+        let round_trip = now.duration_since(sent);
+        let patience = (round_trip * 3 / 2 + MIN_SPACING).min(REKEY_TIMEOUT);
+        attempt.retry_at = attempt.retry_at.max(attempt.sent + patience);
+        true
     }
 
     /// Lets boringtun note the time, so that it can order sessions. True when it made an initiation in
@@ -376,6 +471,9 @@ impl Tunnel {
             }
             Ok(Packet::HandshakeResponse(p)) => {
                 let index = p.receiver_idx;
+                if self.superseded(index, now) {
+                    return Opened::Duplicate;
+                }
                 let keepalive = match self.tunn.decapsulate(None, datagram, out) {
                     TunnResult::WriteToNetwork(keepalive) => keepalive,
                     TunnResult::Err(error) => return rejected(&error),
@@ -621,23 +719,112 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_does_not_answer_is_retried_every_five_seconds_for_ninety() {
+    fn a_peer_that_does_not_answer_is_retried_soon_then_every_five_seconds_for_ninety() {
         let Pair { mut a, now, .. } = pair();
         assert_eq!((0..MAX_WAITING + 6).map(|_| a.wait(&packet(), now)).sum::<usize>(), 6);
         assert!(a.initiate(now).is_some());
-        assert!(a.initiate(now + Duration::from_secs(4)).is_none(), "not yet");
-        let mut sent = 1;
+        assert!(a.initiate(now + Duration::from_millis(499)).is_none(), "not yet");
+        let mut times = vec![0];
         let (gave_up, at) = loop {
             let at = a.deadline();
             match a.handle_timeout(at) {
-                Due::Initiate => sent += usize::from(a.initiate(at).is_some()),
+                Due::Initiate => {
+                    assert!(a.initiate(at).is_some(), "due and allowed");
+                    times.push((at - now).as_millis());
+                }
                 other @ (Due::Nothing | Due::Keepalive | Due::GaveUp(_) | Due::Idle) => break (other, at),
             }
         };
         assert_eq!(gave_up, Due::GaveUp(MAX_WAITING));
-        assert!((17..=19).contains(&sent), "{sent}");
+        let pauses: Vec<u128> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        for (n, pause) in pauses.iter().enumerate() {
+            let least = [500, 1000, 2000].get(n).copied().unwrap_or(5000);
+            assert!((least..=least + least / 15).contains(pause), "pause {n} of {pauses:?}");
+        }
         assert!((90..96).contains(&(at - now).as_secs()));
         assert_eq!(a.handle_timeout(a.deadline()), Due::Idle);
+    }
+
+    #[test]
+    fn a_peer_that_may_learn_of_us_any_moment_is_asked_five_times_a_second() {
+        let Pair { mut a, now, .. } = pair();
+        a.be_eager(now + Duration::from_secs(3));
+        assert!(a.initiate(now).is_some());
+        let mut sent = 0;
+        while a.deadline() < now + Duration::from_secs(3) {
+            let at = a.deadline();
+            assert_eq!(a.handle_timeout(at), Due::Initiate);
+            assert!(a.initiate(at).is_some());
+            sent += 1;
+        }
+        assert!((13..=15).contains(&sent), "{sent}");
+        let last = a.deadline();
+        assert!(a.initiate(last).is_some());
+        assert!(a.deadline() - last >= Duration::from_millis(500), "patient from then on");
+    }
+
+    #[test]
+    fn a_new_path_hastens_an_attempt_but_not_without_end() {
+        let Pair { mut a, mut b, now } = pair();
+        assert!(a.hasten(now).is_none(), "nothing to hasten");
+        let first = a.initiate(now).expect("first");
+        assert!(a.hasten(now + Duration::from_millis(30)).is_none(), "too soon after the first");
+        assert_eq!(a.deadline(), now + MIN_SPACING, "but as soon as it may");
+        let at = now + MIN_SPACING;
+        assert_eq!(a.handle_timeout(at), Due::Initiate);
+        let second = a.initiate(at).expect("second");
+        assert_ne!(first, second);
+        let mut out = [0; 256];
+        let later = at + Duration::from_secs(1);
+        let third = a.hasten(later).expect("at once");
+        let Opened::Response(len) = b.open(&third, &mut out, later) else { panic!("no response") };
+        let response = out[..len].to_vec();
+        assert!(matches!(a.open(&response, &mut [0; 256], later), Opened::Established(_)));
+        assert!(a.hasten(later + MIN_SPACING).is_none(), "answered");
+
+        let mut now = later + Duration::from_secs(10);
+        assert!(a.initiate(now).is_some());
+        let hastened = (0..100).filter(|_| {
+            now += MIN_SPACING;
+            a.hasten(now).is_some()
+        });
+        assert_eq!(hastened.count(), usize::from(MAX_HASTENED));
+    }
+
+    #[test]
+    fn only_the_newest_initiations_response_counts_and_a_slow_path_gets_the_time_it_needs() {
+        let Pair { mut a, mut b, now } = pair();
+        let round_trip = Duration::from_millis(450);
+        a.be_eager(now + Duration::from_secs(60));
+        // What is under way: initiations to `b`, responses to `a`, with their times of arrival.
+        let mut responses = VecDeque::new();
+        let mut answer = |init: [u8; INITIATION_LEN], at: Instant| {
+            let mut out = [0; 256];
+            let Opened::Response(len) = b.open(&init, &mut out, at) else { panic!("no response") };
+            (out[..len].to_vec(), at + round_trip)
+        };
+        responses.push_back(answer(a.initiate(now).expect("first"), now));
+        let (mut ignored, mut sent) = (0, 1);
+        let established = loop {
+            let arrival = responses.front().map(|(_, at)| *at);
+            if let Some(at) = arrival.filter(|at| *at <= a.deadline()) {
+                let (response, _) = responses.pop_front().expect("there is one");
+                match a.open(&response, &mut [0; 256], at) {
+                    Opened::Established(_) => break at,
+                    Opened::Duplicate => ignored += 1,
+                    other => panic!("{other:?}"),
+                }
+                continue;
+            }
+            let at = a.deadline();
+            assert_eq!(a.handle_timeout(at), Due::Initiate);
+            responses.push_back(answer(a.initiate(at).expect("due"), at));
+            sent += 1;
+        };
+        assert!(responses.is_empty(), "nothing newer is under way that would end this session");
+        assert_eq!((ignored, sent), (2, 3));
+        assert!(established - now < round_trip * 2, "{:?}", established - now);
+        assert_eq!(send(&mut a, &mut b, established), Opened::Packet(60));
     }
 
     #[test]

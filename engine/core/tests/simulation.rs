@@ -164,6 +164,80 @@ fn the_nearest_region_becomes_home_and_peers_in_other_regions_are_reached() {
 }
 
 #[test]
+fn a_peer_that_is_told_late_of_a_newcomer_hears_from_it_at_once() {
+    let mut worst = Duration::ZERO;
+    for seed in 0..45 {
+        let nats = [Nat::None, Nat::PortRestricted, Nat::Symmetric];
+        let nat = |n: u64| nats[usize::try_from(n % 3).expect("small")];
+        let mut world = World::new(seed);
+        let old = world.add(nat(seed));
+        world.boot(old, false);
+        world.run_for(secs(20));
+        let new = world.add(nat(seed / 3));
+        world.news_latency = ms(50 + Rng(seed).below(3000));
+        world.boot(new, false);
+        while !world.knows(new, old) {
+            world.run_for(ms(5));
+        }
+        // The pod speaks once, as soon as it can.
+        world.send(new, old, 0);
+        while !world.knows(old, new) {
+            world.run_for(ms(5));
+        }
+        let told = world.now;
+        world.run_for(secs(1));
+        let got = world.nodes[old].received.first().map(|(.., at)| *at);
+        let took = got.unwrap_or_else(|| panic!("seed {seed}: lost")) - told;
+        // The next try, and two round trips by relay.
+        assert!(took <= ms(300), "seed {seed}: {took:?} after it was told");
+        worst = worst.max(took);
+    }
+    println!("worst time from the news of a newcomer to its first packet: {worst:?}");
+}
+
+#[test]
+fn a_handshake_lost_at_a_restart_or_for_want_of_a_relay_is_not_waited_for() {
+    for seed in 0..20 {
+        let mut world = world(seed, &[Nat::None, Nat::PortRestricted]);
+        let mut next = 0;
+        let warm_up = 3000 + Rng(seed).below(9000);
+        world.chat(0, 1, ms(5), ms(warm_up), &mut next);
+        world.kill(0);
+        world.control_down = true;
+        world.loss = 1000;
+        world.boot(0, true);
+        // Before its relay is connected, which would have carried a copy.
+        world.chat(0, 1, ms(5), ms(50), &mut next);
+        world.loss = 0;
+        let cleared = world.now;
+        world.chat(0, 1, ms(5), secs(1), &mut next);
+        for node in [0, 1] {
+            let back = world.nodes[node].received.iter().find(|(.., at)| *at > cleared + ms(20));
+            let took = back.map(|(.., at)| *at - cleared);
+            assert!(took.is_some_and(|t| t <= ms(250)), "seed {seed}: node {node} is back after {took:?}");
+        }
+
+        // Long known to each other, with nothing between them but a relay that is away.
+        let mut world = World::new(seed);
+        for n in 0..2 {
+            world.add(Nat::None);
+            world.udp_blocked.insert(n);
+            world.boot(n, false);
+        }
+        world.run_for(secs(60));
+        world.take_derp_down();
+        world.send(0, 1, 7);
+        world.run_for(ms(Rng(seed).below(30_000)));
+        world.bring_derp_up();
+        let up = world.now + world.derp_connect;
+        world.run_for(secs(1));
+        let took = world.nodes[1].received.first().map(|(.., at)| *at - up);
+        // The peer may be connected a moment later, so that it takes the first retry.
+        assert!(took.is_some_and(|t| t <= ms(700)), "seed {seed}: {took:?} after the relay was there");
+    }
+}
+
+#[test]
 fn an_engine_killed_under_traffic_is_back_in_milliseconds() {
     let mut worst = Duration::ZERO;
     for seed in seeds(100) {

@@ -6,7 +6,7 @@ use crate::netmap::NetMapChange;
 
 impl Engine {
     /// News of the control session.
-    pub fn handle_control(&mut self, event: ControlEvent, now: Instant, _out: &mut Outbox) {
+    pub fn handle_control(&mut self, event: ControlEvent, now: Instant, out: &mut Outbox) {
         match event {
             ControlEvent::SessionStarted => {
                 self.control_connected = true;
@@ -16,14 +16,20 @@ impl Engine {
             ControlEvent::Map(message) => {
                 let wall = self.wall(now);
                 match self.netmap.apply(*message, wall) {
-                    Ok(change) => self.apply(change, now),
+                    Ok(change) => {
+                        for slot in self.apply(change, now) {
+                            self.hasten(slot, now, out);
+                        }
+                    }
                     Err(error) => tracing::warn!(%error, "map message ignored"),
                 }
             }
         }
     }
 
-    pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) {
+    /// The peers that may now be reachable where they were not.
+    pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) -> Vec<Slot> {
+        let mut moved = Vec::new();
         let wall = self.netmap.control_time(self.wall(now));
         if let Some(ping) = change.ping_request {
             self.events.push_back(Event::PingRequest(Box::new(ping)));
@@ -42,6 +48,9 @@ impl Engine {
             let update = self.peers.upsert(node, expired, now);
             if let Some(active) = update.dropped {
                 self.forget(update.slot, &active);
+            }
+            if update.moved {
+                moved.push(update.slot);
             }
         }
         if change.self_changed {
@@ -77,6 +86,7 @@ impl Engine {
         if worth_keeping {
             self.snapshot_dirty(now);
         }
+        moved
     }
 
     fn apply_self(&mut self) {

@@ -43,16 +43,19 @@ impl Engine {
             (Message::Ping { tx, .. }, Via::Udp(from)) => {
                 self.send_disco(slot, via, &Message::Pong { tx, observed: from }, now, out);
                 self.with_path(slot, now, out, |path, ctx| path.handle_ping(from, ctx));
+                self.hasten(slot, now, out);
             }
             (Message::Ping { tx, .. }, Via::Derp(region, _)) => {
                 // The address that stands for a relay in this protocol.
                 let port = u16::try_from(region.0).unwrap_or_default();
                 let observed = SocketAddr::from((Ipv4Addr::new(127, 3, 3, 40), port));
                 self.send_disco(slot, via, &Message::Pong { tx, observed }, now, out);
+                self.hasten(slot, now, out);
             }
             (Message::Pong { tx, .. }, Via::Udp(_)) => self.handle_pong(slot, &tx, now, out),
             (Message::CallMeMaybe { endpoints }, Via::Derp(..)) => {
                 self.with_path(slot, now, out, |path, ctx| path.handle_call(&endpoints, ctx));
+                self.hasten(slot, now, out);
             }
             (Message::Pong { .. }, Via::Derp(..)) | (Message::CallMeMaybe { .. }, Via::Udp(_)) => {}
             (Message::Other(_), _) => {}
@@ -103,9 +106,12 @@ impl Engine {
         if !active.path.handle_pong(tx, now) {
             return;
         }
+        let (best, message) = (active.path.best(), active.tunnel.current_initiation().copied());
         // A handshake under way need not wait for its next try to use the new path.
-        if let (Some(best), Some(message)) = (active.path.best(), active.tunnel.current_initiation()) {
-            out.udp.push(best, message);
+        if let (Some(best), Some(message)) = (best, message)
+            && !self.hasten(slot, now, out)
+        {
+            out.udp.push(best, &message);
         }
         self.snapshot_dirty(now);
     }

@@ -46,7 +46,10 @@ impl Engine {
     /// News of a DERP connection.
     pub fn handle_derp(&mut self, region: RegionId, event: DerpEvent<'_>, now: Instant, out: &mut Outbox) {
         match event {
-            DerpEvent::Connected => self.relays.handle_connected(region, now, out),
+            DerpEvent::Connected => {
+                self.relays.handle_connected(region, now, out);
+                self.relay_came_up(region, now, out);
+            }
             DerpEvent::Disconnected => self.relays.handle_disconnected(region),
             DerpEvent::Health { problem } => self.relays.handle_health(region, problem),
             DerpEvent::PeerGone { peer } => {
@@ -302,7 +305,7 @@ impl Engine {
         {
             active.path.heard = Some(region);
         }
-        if self.active(slot).is_some_and(|a| !a.tunnel.ready(now) && !a.tunnel.attempting()) {
+        if self.active(slot).is_some_and(|a| !a.tunnel.ready(now)) && !self.hasten(slot, now, out) {
             self.initiate(slot, false, now, out);
         }
     }

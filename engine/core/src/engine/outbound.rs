@@ -142,10 +142,40 @@ impl Engine {
         let Some(active) = self.active(slot) else { return false };
         let again = again && active.tunnel.attempting();
         let Some(message) = active.tunnel.initiate(now) else { return false };
+        if again {
+            tracing::debug!(peer = self.peers.get(slot).map(|p| p.id.0), "handshake tried again");
+        }
         // What was not answered by one way is tried by both.
         self.transmit(slot, &message, again, None, now, out);
         self.schedule(slot);
         true
+    }
+
+    /// Tries a handshake that is not answered again, because there may be a path now that was not there
+    /// before. False when there is none, or it is too early: the try then comes as soon as it may.
+    pub(super) fn hasten(&mut self, slot: Slot, now: Instant, out: &mut Outbox) -> bool {
+        let Some(active) = self.active(slot).filter(|a| a.tunnel.attempting()) else { return false };
+        let message = active.tunnel.hasten(now);
+        if let Some(message) = &message {
+            self.transmit(slot, message, true, None, now, out);
+        }
+        self.schedule(slot);
+        message.is_some()
+    }
+
+    /// A relay is connected: what could not reach peers through it is sent now.
+    pub(super) fn relay_came_up(&mut self, region: RegionId, now: Instant, out: &mut Outbox) {
+        let slots: Vec<Slot> = self.by_index.values().copied().collect();
+        for slot in slots {
+            let Some(peer) = self.peers.get(slot) else { continue };
+            let Some(active) = peer.active.as_deref() else { continue };
+            let Some(to) = relay_for(active, peer.home, peer.key, &self.relays) else { continue };
+            let Some(message) = active.tunnel.current_initiation().copied() else { continue };
+            if to.region == region && !self.hasten(slot, now, out) {
+                self.relays.send(to, &message, now, out, &mut self.events);
+                self.counters.derp_sent += 1;
+            }
+        }
     }
 
     pub(super) fn send_keepalive(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {

@@ -148,6 +148,8 @@ pub(crate) struct World {
     pub(crate) control_down: bool,
     pub(crate) derp_regions: Vec<u32>,
     pub(crate) control_latency: Duration,
+    /// From a change of a node to the others' knowledge of it.
+    pub(crate) news_latency: Duration,
     /// UDP datagrams between nodes, and packets through relays, that were WireGuard data.
     pub(crate) udp_data: u64,
     pub(crate) derp_data: u64,
@@ -184,6 +186,7 @@ impl World {
             control_down: false,
             derp_regions: vec![1],
             control_latency: ms(30),
+            news_latency: ms(30),
             udp_data: 0,
             derp_data: 0,
             rules: allow_all(),
@@ -364,6 +367,11 @@ impl World {
         let key = self.nodes[to].key.public();
         let engine = self.nodes[from].engine.as_ref().expect("booted");
         engine.peers(self.now).into_iter().find(|p| p.key == key).map_or(PathView::Idle, |p| p.path)
+    }
+
+    pub(crate) fn knows(&self, node: usize, other: usize) -> bool {
+        let key = self.nodes[other].key.public();
+        self.nodes[node].engine.as_ref().is_some_and(|e| e.peers(self.now).iter().any(|p| p.key == key))
     }
 
     pub(crate) fn direct(&self, from: usize, to: usize) -> bool {
@@ -651,7 +659,7 @@ impl World {
                         };
                         let life = self.nodes[to].life;
                         let what = What::Control { to, life, message: Box::new(message), first: false };
-                        self.push(self.control_latency, what);
+                        self.push(self.news_latency, what);
                     }
                 }
             }
