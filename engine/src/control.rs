@@ -9,7 +9,7 @@ mod noise_stream;
 mod ping;
 mod session;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podtether_core::backoff::Backoff;
 use podtether_core::engine::HostUpdate;
@@ -105,6 +105,27 @@ impl Failure {
             asked => asked,
         };
         Self::Refused { reason, retry_after }
+    }
+}
+
+/// Tells in the debug log where the time until a session goes.
+#[derive(Debug)]
+struct Steps {
+    began: Instant,
+    last: Instant,
+}
+
+impl Steps {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { began: now, last: now }
+    }
+
+    fn done(&mut self, step: &'static str) {
+        let now = Instant::now();
+        let micros = |since: Instant| u64::try_from((now - since).as_micros()).unwrap_or(u64::MAX);
+        tracing::debug!(step, us = micros(self.last), total_us = micros(self.began), "control");
+        self.last = now;
     }
 }
 
@@ -255,7 +276,7 @@ impl Client {
     }
 
     async fn logout_alone(&mut self) -> Result<(), String> {
-        let session = self.open().await.map_err(|failure| match failure {
+        let session = self.open(&mut Steps::new()).await.map_err(|failure| match failure {
             Failure::Unreachable(reason) | Failure::Refused { reason, .. } => reason,
             Failure::Fatal(ending) => ending.reason,
         })?;
@@ -263,8 +284,8 @@ impl Client {
         session.logout(&self.identity, &host).await
     }
 
-    async fn open(&mut self) -> Result<Session, Failure> {
-        let opened = connect::open(&self.dialer, &self.identity, &mut self.server_key).await;
+    async fn open(&mut self, steps: &mut Steps) -> Result<Session, Failure> {
+        let opened = connect::open(&self.dialer, &self.identity, &mut self.server_key, steps).await;
         if opened.is_err() {
             self.server_key = None;
         }
@@ -276,7 +297,8 @@ impl Client {
         &mut self,
         established: &mut bool,
     ) -> Result<Result<std::convert::Infallible, Failure>, Gone> {
-        let session = match self.open().await {
+        let mut steps = Steps::new();
+        let session = match self.open(&mut steps).await {
             Ok(session) => session,
             Err(failure) => return Ok(Err(failure)),
         };
@@ -285,8 +307,9 @@ impl Client {
                 return Ok(Err(failure));
             }
             self.registered = true;
+            steps.done("register");
         }
-        self.stream(session, established).await
+        self.stream(session, established, steps).await
     }
 
     async fn tell(&self, event: Event) -> Result<(), Gone> {

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 
 use super::noise_stream::NoiseStream;
 use super::session::Session;
-use super::{Failure, Identity};
+use super::{Failure, Identity, Steps};
 use crate::dial::{ControlUrl, Dialer};
 use crate::http1;
 
@@ -28,15 +28,20 @@ pub(super) async fn open(
     dialer: &Dialer,
     identity: &Identity,
     server_key: &mut Option<MachinePublic>,
+    steps: &mut Steps,
 ) -> Result<Session, Failure> {
     let url = &identity.url;
     let opening = async {
         let key = match *server_key {
             Some(key) => key,
-            None => fetch_key(dialer, url).await?,
+            None => {
+                let key = fetch_key(dialer, url).await?;
+                steps.done("server key");
+                key
+            }
         };
         *server_key = Some(key);
-        upgrade(dialer, identity, key).await
+        upgrade(dialer, identity, key, steps).await
     };
     tokio::time::timeout(OPEN_TIMEOUT, opening)
         .await
@@ -75,12 +80,18 @@ fn refusal(url: &ControlUrl, path: &str, reply: &http1::Reply) -> Failure {
     Failure::status(reason, reply.status, reply.header("retry-after"))
 }
 
-async fn upgrade(dialer: &Dialer, identity: &Identity, key: MachinePublic) -> Result<Session, Failure> {
+async fn upgrade(
+    dialer: &Dialer,
+    identity: &Identity,
+    key: MachinePublic,
+    steps: &mut Steps,
+) -> Result<Session, Failure> {
     let url = &identity.url;
     let failed = || unreachable(url, "no control session with");
     let (handshake, initiation) = ClientHandshake::start(&identity.machine_key, &key, CAPABILITY_VERSION)
         .map_err(|e| Failure::refused(e.to_string()))?;
     let mut stream = dialer.control(url).await.map_err(failed())?;
+    steps.done("connect");
     let request = format!(
         "POST {}/ts2021 HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nUpgrade: {UPGRADE}\r\nConnection: upgrade\r\n\
          X-Tailscale-Handshake: {}\r\nContent-Length: 0\r\n\r\n",
@@ -118,6 +129,7 @@ async fn upgrade(dialer: &Dialer, identity: &Identity, key: MachinePublic) -> Re
         .handshake(noise)
         .await
         .map_err(|e| failed()(io::Error::other(e)))?;
+    steps.done("noise");
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         if let Err(error) = connection.await {

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use super::ping::Pings;
-use super::{Client, Event, Failure, Gone, Identity, random_u64};
+use super::{Client, Event, Failure, Gone, Identity, Steps, random_u64};
 use crate::dial::ControlUrl;
 use crate::reason::Ending;
 
@@ -198,6 +198,7 @@ impl Client {
         &mut self,
         session: Session,
         established: &mut bool,
+        mut steps: Steps,
     ) -> Result<Result<Infallible, Failure>, Gone> {
         let host = self.host.borrow_and_update().clone();
         let hostinfo = self.identity.hostinfo(&host);
@@ -217,18 +218,21 @@ impl Client {
             _ => return Ok(Err(session.refusal("the map request", &response))),
         }
         *established = true;
+        steps.done("map answer");
         self.tell(Event::SessionStarted).await?;
         tracing::info!(control = %self.identity.url, "map session open");
         let mut updates = JoinSet::new();
         updates.spawn(keep_updated(session.clone(), self.identity.clone(), self.host.clone()));
-        self.follow(session, response.into_body()).await
+        self.follow(session, response.into_body(), steps).await
     }
 
     async fn follow(
         &mut self,
         session: Session,
         mut body: RecvStream,
+        steps: Steps,
     ) -> Result<Result<Infallible, Failure>, Gone> {
+        let mut first = Some(steps);
         let mut frames = MapFrames::default();
         let mut pings = Pings::new(session.clone(), self.dialer.clone());
         loop {
@@ -262,7 +266,12 @@ impl Client {
                 match frames.next_message() {
                     Ok(None) => break,
                     Ok(Some(frame)) => match serde_json::from_slice::<MapResponse>(frame) {
-                        Ok(message) => self.tell(Event::Map(Box::new(message))).await?,
+                        Ok(message) => {
+                            if let Some(mut steps) = first.take() {
+                                steps.done("first map");
+                            }
+                            self.tell(Event::Map(Box::new(message))).await?;
+                        }
                         Err(error) => {
                             let reason =
                                 format!("{} sent a map message that is not JSON: {error}", self.identity.url);
