@@ -237,10 +237,14 @@ pub async fn check(spec: &LinkSpec, config: &PodConfig) -> Result<()> {
     let v6 = ipv6_in_kernel(&namespace).await?;
     let ipv6 = ipv6_of(spec, &pod, v6).await?;
     let in_link = Netlink::open(&namespace).await?;
-    let sides = [
-        (&pod, &in_pod, spec.pod_side(ipv6 == Ipv6::Available, Some(config))),
-        (&namespace, &in_link, spec.link_side(v6, Some(config))),
-    ];
+    // In the pod only what carries its packets counts: its owner may tune and add.
+    let mut in_pod_wanted =
+        Wanted { sysctls: vec![], ..spec.pod_side(ipv6 == Ipv6::Available, Some(config)) };
+    for device in &mut in_pod_wanted.devices {
+        device.alias = None;
+        device.exclusive = false;
+    }
+    let sides = [(&pod, &in_pod, in_pod_wanted), (&namespace, &in_link, spec.link_side(v6, Some(config)))];
     for (ns, netlink, wanted) in sides {
         let observed = observe(ns, netlink, &wanted).await?;
         if let Some(step) = plan::plan(&wanted, &observed).first() {

@@ -187,8 +187,15 @@ fn making_it_again_changes_nothing_and_repairs_what_differs() {
             );
             configure_pod(&spec, &second, &config()).await.unwrap();
 
+            // The pod's owner may tune and add; making the link again sets it right all the same.
             second.pod.run(|| sysctl::write("net/ipv4/conf/ts0/rp_filter", "1")).await.unwrap().unwrap();
-            broken("net/ipv4/conf/ts0/rp_filter is not 2").await;
+            in_pod.add_address(second.ifindex, "192.0.2.1/32".parse().unwrap()).await.unwrap();
+            check(&spec, &config()).await.unwrap();
+            ensure_link(&spec).await.unwrap();
+            let filter = second.pod.run(|| sysctl::read("net/ipv4/conf/ts0/rp_filter")).await.unwrap();
+            assert_eq!(filter.unwrap().as_deref(), Some("2"));
+            second.namespace.run(|| sysctl::write("net/ipv4/ip_forward", "0")).await.unwrap().unwrap();
+            broken("net/ipv4/ip_forward is not 1").await;
             ensure_link(&spec).await.unwrap();
 
             let pod0 = in_link.link(LINK_SIDE_NAME).await.unwrap().unwrap();
@@ -288,6 +295,30 @@ fn a_pod_without_ipv6_gets_ipv4_and_is_told() {
             assert_eq!(made.ipv6, Ipv6::DisabledInPod);
             assert_eq!(made.addresses, config().addresses[..1]);
             assert_eq!(made.routes, [("100.64.0.0/10".parse().unwrap(), IpAddr::V4(GATEWAY_V4))]);
+            check(&spec, &config()).await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_route_that_leads_elsewhere_is_an_error_not_a_success() {
+    in_namespaces("link::tests::a_route_that_leads_elsewhere_is_an_error_not_a_success", |dir| {
+        block_on(async {
+            let spec = pod(dir, "a").await;
+            let link = ensure_link(&spec).await.unwrap();
+            let in_pod = Netlink::open(&link.pod).await.unwrap();
+            in_pod.add_bridge("eth0").await.unwrap();
+            let eth0 = in_pod.link("eth0").await.unwrap().unwrap().index;
+            in_pod.set_up(eth0).await.unwrap();
+            let dst = "100.64.0.0/10".parse().unwrap();
+            let elsewhere = netlink::Route { dst, gateway: None, link: eth0, onlink: false };
+            in_pod.add_route(elsewhere).await.unwrap();
+            in_pod.add_route(elsewhere).await.unwrap();
+            let error = configure_pod(&spec, &link, &config()).await.unwrap_err();
+            assert_eq!(error.errno(), Some(libc::EEXIST));
+            assert!(error.to_string().contains("100.64.0.0/10"), "{error}");
+            in_pod.delete_route(elsewhere).await.unwrap();
+            configure_pod(&spec, &link, &config()).await.unwrap();
             check(&spec, &config()).await.unwrap();
         });
     });

@@ -380,12 +380,14 @@ impl Netlink {
     /// Adds a route.
     ///
     /// # Errors
-    /// As the kernel says.
+    /// As the kernel says; `EEXIST` when that destination is routed otherwise.
     pub async fn add_route(&self, route: Route) -> Result<()> {
-        let request = self.handle.route().add(route_message(route));
-        tolerate(request.execute().await, libc::EEXIST, || {
-            format!("add route {} on link {}", route.dst, route.link)
-        })
+        match self.handle.route().add(route_message(route)).execute().await.map_err(io_error) {
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) && self.routes().await?.contains(&route) => {
+                Ok(())
+            }
+            added => added.step(|| format!("add route {} on link {}", route.dst, route.link)),
+        }
     }
 
     /// Deletes a route.
