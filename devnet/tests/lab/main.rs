@@ -9,6 +9,7 @@ mod kills;
 mod leave;
 mod pairs;
 mod paths;
+mod rules;
 mod tailnets;
 
 use std::net::IpAddr;
