@@ -6,7 +6,8 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use podtether_proto::engine::EngineMetrics;
 use prometheus::{
-    Encoder, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
+    Encoder, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
 };
 
 use crate::engine::within;
@@ -89,8 +90,8 @@ pub async fn scrape(counters: &Counters, listing: Listing) -> Result<String, pro
     for (pod, answer) in listing.pods.iter().zip(&answers) {
         series.put(pod, answer.as_ref());
     }
-    let asides = IntCounter::new("podtether_records_aside", "Record files that did not load.")?;
-    asides.inc_by(u64::try_from(listing.asides.len()).unwrap_or(u64::MAX));
+    let asides = IntGauge::new("podtether_records_aside", "Record files that did not load.")?;
+    asides.set(i64::try_from(listing.asides.len()).unwrap_or(i64::MAX));
     pods.register(Box::new(asides))?;
     let mut text = Vec::new();
     let encoder = TextEncoder::new();

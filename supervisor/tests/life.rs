@@ -17,8 +17,9 @@ fn join_talk_survive_leave() {
         block_on(async {
             let (a, b) = (rig.netns("a").await, rig.netns("b").await);
             let start = Instant::now();
-            let (first, second) = tokio::join!(rig.add("a"), rig.add("b"));
+            let (first, twice, second) = tokio::join!(rig.add("a"), rig.add("a"), rig.add("b"));
             let (first, second) = (first.unwrap(), second.unwrap());
+            assert_eq!(twice.unwrap(), first, "at the same time, too");
             println!("two ADDs took {:?}", start.elapsed());
             assert_eq!((first.ifname.as_str(), first.mtu, first.addresses.len()), ("ts0", 1280, 2));
             assert!(first.addresses[0].addr().is_ipv4());
