@@ -84,6 +84,16 @@ fn a_newer_sandbox_takes_the_identity_over() {
             let attached = client.add(within(TIMEOUT), newer.clone()).await.unwrap().unwrap();
             assert_eq!(attached.addresses, first.addresses);
             rig.del("a").await.unwrap();
+
+            // One that fails on its way leaves the device as it was.
+            let mut failing = newer.clone();
+            failing.attachment.container_id = "c-a3".into();
+            failing.netns = "/run/no/such/netns".into();
+            let error = client.add(within(TIMEOUT), failing).await.unwrap().unwrap_err();
+            assert_eq!(error.code, code::UNKNOWN_CONTAINER);
+            assert_eq!(devnet.nodes().len(), 1);
+            let attached = client.add(within(TIMEOUT), newer.clone()).await.unwrap().unwrap();
+            assert_eq!(attached.addresses, first.addresses);
             rig.until("a", "up", |p| p["state"] == "running" && p["containerId"] == "c-a2").await;
             assert_eq!(devnet.nodes().len(), 1);
             client.del(within(TIMEOUT), newer.attachment).await.unwrap().unwrap();

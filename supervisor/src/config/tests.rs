@@ -166,3 +166,18 @@ fn every_key_is_a_flag() {
     assert_eq!(config.node.state_dir.to_str(), Some("/s"));
     assert_eq!(config.tailnets.len(), 2);
 }
+
+proptest::proptest! {
+    #[test]
+    fn fuzz_any_file_is_refused_in_one_line(text in "(\\[(node|tailnet|tailnet.default|x)\\]\n|[a-z_.]{1,12} ?= ?([0-9]{1,3}|\"[ -~]{0,9}\"|true|\\[\\])\n|.{0,20}\n){0,8}") {
+        if let Err(error) = load(&text) {
+            proptest::prop_assert!(!error.contains('\n') && !error.is_empty());
+        }
+    }
+
+    #[test]
+    fn fuzz_values(text in ".{0,30}") {
+        let _ = parse_duration(&text);
+        let _ = value::parse_port_range(&text);
+    }
+}

@@ -47,10 +47,7 @@ impl Table {
                     }
                     self.advance(&request.attachment);
                 }
-                Wanted::Gone { .. } => {
-                    let msg = format!("{} is being removed from this container", pod_name(&request.pod));
-                    let _ = reply.send(Err(error(code::TRY_AGAIN, msg, "try again when that is done")));
-                }
+                Wanted::Gone { .. } => pod.next.push((request, reply, Instant::now())),
             }
             return;
         }
@@ -66,6 +63,17 @@ impl Table {
             }
             Err(e) => {
                 let _ = reply.send(Err(e));
+            }
+        }
+    }
+
+    /// The container is gone: whoever asked for it again meanwhile gets it anew.
+    pub(super) fn add_again(&mut self, next: Vec<(AddRequest, Adder, Instant)>) {
+        for (mut request, reply, asked) in next {
+            let waited = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
+            request.timeout_ms = request.timeout_ms.saturating_sub(waited);
+            if !reply.is_closed() {
+                self.add(request, reply);
             }
         }
     }
@@ -106,8 +114,10 @@ impl Table {
             self.identities.insert(key.clone(), identity);
         }
         let mut identity_id = String::new();
+        let mut had_device = false;
         if let Some(identity) = self.identities.get_mut(&key) {
             identity_id.clone_from(&identity.record.id);
+            had_device = identity.record.registered && !identity.record.leaving;
             identity.frozen = false;
             if identity.record.keep_until_unix_s.take().is_some() || identity.record.leaving {
                 identity.record.leaving = false;
@@ -130,7 +140,7 @@ impl Table {
             addresses: Vec::new(),
             mac: String::new(),
         };
-        Ok(Pod::new(record, key, false))
+        Ok(Pod { had_device, ..Pod::new(record, key, false) })
     }
 
     fn free_slot(&self) -> u32 {
@@ -201,7 +211,7 @@ impl Table {
             return;
         }
         pod.failure = Some(failure);
-        pod.wanted = Wanted::Gone { logout: true };
+        pod.wanted = Wanted::Gone { logout: !pod.had_device };
         pod.retry_at = None;
     }
 

@@ -30,6 +30,9 @@ impl Table {
             return;
         };
         pod.leavers.extend(reply);
+        for (_, adder, _) in pod.next.drain(..) {
+            let _ = adder.send(Err(error(code::TRY_AGAIN, "the container was deleted before it joined", "")));
+        }
         pod.retry_at = None;
         let others = self
             .pods
@@ -149,6 +152,7 @@ impl Table {
         for id in waiting {
             self.advance(&id);
         }
+        self.add_again(pod.next);
     }
 
     /// Once a second: identities without an attachment leave when their time is over.

@@ -141,6 +141,10 @@ impl Table {
         let Some(pod) = self.pods.get_mut(id) else { return };
         tracing::warn!(namespace = pod.record.pod.namespace, pod = pod.record.pod.name, "{what}");
         pod.reason.clone_from(&what);
+        for (_, adder, _) in pod.next.drain(..) {
+            let failure = error(code::TRY_AGAIN, what.clone(), "the container is still being removed");
+            let _ = adder.send(Err(failure));
+        }
         for leaver in pod.leavers.drain(..) {
             let failure = error(code::CLEANUP, what.clone(), "the supervisor goes on trying");
             let _ = leaver.send(Err(failure));

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use podtether_net::link::{Configured, Link as NetLink};
 use podtether_proto::engine::{EngineClient, EngineStatus, NodeState};
 use podtether_proto::fds;
-use podtether_proto::node::{Attached, AttachedRoute, CniError};
+use podtether_proto::node::{AddRequest, Attached, AttachedRoute, CniError};
 use tokio::sync::oneshot;
 
 use super::identities::Identity;
@@ -92,6 +92,8 @@ pub(super) struct Pod {
     pub(super) version: u64,
     pub(super) saved: u64,
     pub(super) identity: IdentityKey,
+    /// The device was in the tailnet before this attachment: an ADD that fails leaves it there.
+    pub(super) had_device: bool,
 
     pub(super) wanted: Wanted,
     /// INVARIANT: at most one step of a pod runs at a time.
@@ -126,6 +128,8 @@ pub(super) struct Pod {
     pub(super) join: Option<Join>,
     pub(super) adders: Vec<Adder>,
     pub(super) leavers: Vec<Leaver>,
+    /// ADDs of the same container that came while it was being removed, and when.
+    pub(super) next: Vec<(AddRequest, Adder, Instant)>,
     /// Why the ADD fails, while it is rolled back.
     pub(super) failure: Option<CniError>,
     /// What the rollback did that the caller should know.
@@ -143,6 +147,7 @@ impl Pod {
             version: 1,
             saved: u64::from(saved),
             identity,
+            had_device: false,
             wanted: Wanted::Attached,
             busy: None,
             failures: 0,
@@ -167,6 +172,7 @@ impl Pod {
             join: None,
             adders: Vec::new(),
             leavers: Vec::new(),
+            next: Vec::new(),
             failure: None,
             notes: Vec::new(),
             restarts: 0,
