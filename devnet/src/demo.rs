@@ -33,13 +33,16 @@ pub(crate) struct Demo {
     keep: bool,
 }
 
-/// Runs the demo.
-///
-/// # Errors
-/// When it cannot even start.
-pub(crate) fn run(demo: &Demo) -> anyhow::Result<ExitCode> {
-    if isolate::is_isolated() {
-        return inside::run(demo.keep);
-    }
-    outer::run(if demo.keep { &["--keep"] } else { &[] })
+/// Runs the demo; its exit code is 0 when everything was shown.
+#[expect(clippy::print_stdout, reason = "a command line tool prints its answers")]
+pub(crate) fn run(demo: &Demo) -> ExitCode {
+    let result = if isolate::is_isolated() {
+        inside::run(demo.keep)
+    } else {
+        outer::run(if demo.keep { &["--keep"] } else { &[] })
+    };
+    result.unwrap_or_else(|error| {
+        println!("the demo cannot start: {error}");
+        ExitCode::FAILURE
+    })
 }

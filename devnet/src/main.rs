@@ -81,7 +81,7 @@ fn main() -> anyhow::Result<ExitCode> {
             .context("tokio runtime")?
             .block_on(serve(arguments))
             .map(|()| ExitCode::SUCCESS),
-        Command::Demo(arguments) => demo::run(&arguments),
+        Command::Demo(arguments) => Ok(demo::run(&arguments)),
     }
 }
 
