@@ -146,3 +146,36 @@ fn processes_in(wanted: &BTreeSet<u64>) -> impl Iterator<Item = u32> {
             .any(|kind| fs::metadata(format!("{dir}/{kind}")).is_ok_and(|meta| wanted.contains(&meta.ino())))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(links: &[&str], mounts: &[&str], files: &[&str]) -> Host {
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+        Host { links: set(links), mounts: set(mounts), files: files.iter().map(PathBuf::from).collect() }
+    }
+
+    #[test]
+    fn only_what_is_new_and_ours_counts_as_left() {
+        let before = host(&["lo", "ts0"], &["/"], &["/run/podtether"]);
+        let after = host(
+            &["lo", "ts0", "docker0", "tun0"],
+            &["/", "/mnt", "/run/podtether/netns"],
+            &["/run/podtether", "/tmp/other", "/tmp/podtether-x"],
+        );
+        let nowhere = BTreeSet::new();
+        assert!(before.beyond(&before, &nowhere).is_empty());
+        assert_eq!(
+            after.beyond(&before, &nowhere),
+            ["mount /run/podtether/netns", "interface tun0", "file /tmp/podtether-x"]
+        );
+    }
+
+    #[test]
+    fn processes_are_found_by_their_namespaces() {
+        let own = fs::metadata("/proc/self/ns/user").unwrap().ino();
+        assert!(processes_in(&BTreeSet::from([own])).any(|pid| pid == std::process::id()));
+        assert!(namespaces(Path::new("/proc/self/ns")).is_empty());
+    }
+}

@@ -177,7 +177,8 @@ impl Place<'_> {
     }
 }
 
-/// Asks until `check` is content; its last complaint is the error.
+/// Asks until `check` is content, for what another process knows and tells nobody unasked; its last
+/// complaint is the error.
 ///
 /// # Errors
 /// After `patience`.
@@ -192,7 +193,7 @@ pub(super) fn wait_until(
         if started.elapsed() > patience {
             bail!("{complaint}, after {patience:?}");
         }
-        std::thread::park_timeout(POLL);
+        std::thread::sleep(POLL);
     }
 }
 
