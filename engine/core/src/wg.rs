@@ -387,7 +387,7 @@ impl Tunnel {
             FIRST_RETRIES.get(tries).copied().unwrap_or(REKEY_TIMEOUT)
         };
         let retry_at = now + self.jittered(pause);
-        let attempt = self.attempt.get_or_insert_with(|| Attempt {
+        let attempt = self.attempt.get_or_insert(Attempt {
             started: now,
             sent: now,
             retry_at,
