@@ -21,12 +21,15 @@ pub(crate) fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// Installs the subscriber. `PODTETHER_LOG` holds a filter; the default is `info`.
+/// boringtun warns of every handshake that is tried again and of every peer that is away.
+const DEFAULT_FILTER: &str = "info,boringtun=off,tarpc=error";
+
+/// Installs the subscriber. `PODTETHER_LOG` holds a filter; the default is `info` of our own.
 pub(crate) fn init() {
     let filter = std::env::var("PODTETHER_LOG")
         .ok()
         .and_then(|text| EnvFilter::try_new(text).ok())
-        .unwrap_or_else(|| EnvFilter::new("info"));
+        .unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
     let Ok(out) = Output::stdout() else { return };
     // A second call (tests) keeps the first subscriber.
     let _ = tracing_subscriber::fmt()

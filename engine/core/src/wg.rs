@@ -812,7 +812,11 @@ mod tests {
                 match a.open(&response, &mut [0; 256], at) {
                     Opened::Established(_) => break at,
                     Opened::Duplicate => ignored += 1,
-                    other => panic!("{other:?}"),
+                    other @ (Opened::Packet(_)
+                    | Opened::Keepalive
+                    | Opened::Response(_)
+                    | Opened::Cookie
+                    | Opened::Rejected) => panic!("{other:?}"),
                 }
                 continue;
             }
