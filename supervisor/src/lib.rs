@@ -11,6 +11,7 @@ pub mod daemon;
 pub mod engine;
 pub mod hostname;
 pub mod http;
+pub mod log;
 pub mod metrics;
 pub mod node;
 pub mod output;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
+use podtether_supervisor::log::JsonLines;
 use tracing_subscriber::EnvFilter;
 
 /// Exit code for a configuration that cannot be used.
@@ -55,6 +56,6 @@ fn logs() {
     if std::io::stderr().is_terminal() {
         builder.with_target(false).init();
     } else {
-        builder.json().flatten_event(true).init();
+        builder.event_format(JsonLines).init();
     }
 }

@@ -113,7 +113,7 @@ fn log(line: &[u8], pod: &PodRef, pid: u32) {
     macro_rules! event {
         ($level:expr) => {
             tracing::event!(
-                target: "engine", $level, namespace = pod.namespace, pod = pod.name, pid, fields, "{message}"
+                target: "engine", $level, namespace = pod.namespace, pod = pod.name, pid, engine = fields, "{message}"
             )
         };
     }

@@ -371,9 +371,12 @@ impl Table {
             pod.busy = Some(step);
         }
         let (to, id) = (self.to_self.clone(), id.clone());
+        let begun = Instant::now();
         let task = tokio::spawn(work);
         tokio::spawn(async move {
             let outcome = task.await.unwrap_or_else(|e| Outcome::Lost(e.to_string()));
+            let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+            tracing::debug!(container = id.container_id, ?step, us, "step done");
             let _ = to.send(Message::Step(id, step, outcome)).await;
         });
     }

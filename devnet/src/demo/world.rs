@@ -211,7 +211,7 @@ fn readable(line: &str) -> String {
     take("timestamp");
     take("target");
     // An engine's own fields, as the supervisor passes them on.
-    if let Ok(Value::Object(inner)) = serde_json::from_str::<Value>(&take("fields")) {
+    if let Ok(Value::Object(inner)) = serde_json::from_str::<Value>(&take("engine")) {
         fields.extend(inner.into_iter().filter(|(key, _)| key != "target"));
     }
     let rest: Vec<String> = fields.iter().map(|(key, value)| format!("{key}={value}")).collect();
@@ -229,7 +229,8 @@ mod tests {
 
     #[test]
     fn log_lines_become_sentences() {
-        let line = r#"{"timestamp":"x","level":"WARN","message":"engine ended","pod":"web-1","fields":"{\"code\":9}"}"#;
+        let line =
+            r#"{"timestamp":"x","level":"WARN","message":"engine ended","pod":"web-1","engine":{"code":9}}"#;
         assert_eq!(readable(line), r#"WARN  engine ended code=9 pod="web-1""#);
         assert_eq!(readable("thread panicked"), "thread panicked");
         assert_eq!(readable(&"x".repeat(1000)).len(), 300);
