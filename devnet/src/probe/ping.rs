@@ -27,6 +27,8 @@ pub struct PingReport {
     pub rtts: Vec<Duration>,
     /// Arrival times since the start, in order.
     pub arrivals: Vec<Duration>,
+    /// Sequence numbers still without a reply at the end, in order.
+    pub unanswered: Vec<u16>,
 }
 
 impl PingReport {
@@ -180,7 +182,8 @@ impl Pinging {
             .changed
             .wait_timeout_while(state, wait, |s| !s.pending.is_empty())
             .unwrap_or_else(PoisonError::into_inner);
-        let report = state.report.clone();
+        let mut report = state.report.clone();
+        report.unanswered = state.pending.keys().copied().collect();
         drop(state);
         Ok(report)
     }
