@@ -46,8 +46,9 @@ impl Context {
         let mut roots = BTreeMap::new();
         for (name, tailnet) in &config.tailnets {
             let at = |e: String| format!("tailnet.{name}: {e}");
+            let extra = credentials::extra_roots(tailnet.ca_file.as_deref());
+            roots.insert(name.clone(), extra.map_err(|e| format!("tailnet.{name}.ca_file: {e}"))?);
             credentials.insert(name.clone(), Credential::new(tailnet).map_err(at)?);
-            roots.insert(name.clone(), credentials::extra_roots(tailnet.ca_file.as_deref()).map_err(at)?);
         }
         let engine = config.engine_path();
         if !engine.is_file() {

@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::context::Context;
 use crate::http::{self, Web};
 use crate::metrics::Counters;
-use crate::record::{Store, private_dir};
+use crate::record::{Store, lock, private_dir};
 use crate::{node, table, underlay};
 
 /// Runs until SIGTERM or SIGINT.
@@ -25,9 +25,11 @@ pub async fn run(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
 
-    let store = Store::open(&config.node.state_dir)?;
+    let store = Store::open(&config.node.state_dir).context("node.state_dir")?;
     let run_dir = config.node.run_dir.clone();
-    private_dir(&run_dir)?;
+    private_dir(&run_dir).context("node.run_dir")?;
+    // Sockets and links there are a supervisor's own, and what it does not know it removes.
+    let _running = lock(&run_dir, "run").context("node.run_dir")?;
     // Not with the first pod: what a pod brings has to go with it.
     private_dir(&run_dir.join("engines"))?;
     let context = Arc::new(Context::new(config, store).map_err(|e| anyhow!(e))?);

@@ -37,7 +37,7 @@ fn main() -> ExitCode {
     match runtime.block_on(daemon::run(config)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            tracing::error!("cannot run: {e:#}");
+            tracing::error!("cannot run: {}", sentence(&e));
             ExitCode::FAILURE
         }
     }
@@ -45,6 +45,15 @@ fn main() -> ExitCode {
 
 fn load(matches: &clap::ArgMatches) -> Result<Config, ConfigError> {
     Config::load(&config::inputs_from(matches)?)
+}
+
+/// An error and its causes, each told once: many errors tell their cause themselves.
+fn sentence(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |told, cause| match &told[..] {
+        "" => cause,
+        text if text.contains(&cause) => told,
+        text => format!("{text}: {cause}"),
+    })
 }
 
 /// JSON for machines, lines for a person at a terminal.

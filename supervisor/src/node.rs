@@ -35,7 +35,7 @@ impl Drop for Socket {
     }
 }
 
-/// Binds `run_dir/supervisor.sock`, 0600. The state directory's lock is held, so a socket that is there
+/// Binds `run_dir/supervisor.sock`, 0600. The directory's lock is held, so a socket that is there
 /// already was left behind.
 ///
 /// # Errors

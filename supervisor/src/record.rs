@@ -149,7 +149,7 @@ impl Store {
         for dir in [root.to_owned(), root.join(Attachment::DIR), root.join(Identity::DIR)] {
             private_dir(&dir)?;
         }
-        Ok(Store { root: root.to_owned(), _lock: file::lock(root)? })
+        Ok(Store { root: root.to_owned(), _lock: lock(root, "state")? })
     }
 
     /// Writes a record; when this returns, it survives a power cut.
@@ -175,6 +175,15 @@ impl Store {
     pub fn load<R: Record>(&self) -> Result<(Vec<R>, Vec<Aside>), StoreError> {
         file::load_all(&self.root.join(R::DIR))
     }
+}
+
+/// Takes `dir`, the `what` directory of the configuration, for this process alone: as long as the file is
+/// open.
+///
+/// # Errors
+/// Another supervisor holds it, or the file system refuses.
+pub fn lock(dir: &Path, what: &str) -> Result<File, StoreError> {
+    file::lock(dir, what)
 }
 
 /// Makes `dir` with mode 0700, or gives an existing one that mode.

@@ -50,6 +50,8 @@ const LOGOUT_WITHIN: Duration = Duration::from_secs(4);
 const LOGOUT_WITHIN_OFFLINE: Duration = Duration::from_secs(1);
 /// How long the API may take to delete something.
 const DELETE_WITHIN: Duration = Duration::from_secs(4);
+/// A step that gives up with an ADD says why this much before.
+const SAY_WHY: Duration = Duration::from_millis(100);
 /// How long a pod that is up may wait for a key.
 const MINT_WITHIN: Duration = Duration::from_secs(60);
 
@@ -296,7 +298,7 @@ impl Table {
                 return true;
             }
             Step::MintKey => {
-                let deadline = pod.join.map_or(now + MINT_WITHIN, |j| j.deadline);
+                let deadline = pod.join.map_or(now + MINT_WITHIN, |j| j.deadline - SAY_WHY);
                 let hostname = identity.record.hostname.clone();
                 self.counters.mints.inc();
                 self.run_step(id, step, steps::mint(context, tailnet, hostname, deadline));

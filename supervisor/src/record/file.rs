@@ -17,6 +17,9 @@ const MAX_BYTES: u64 = 1 << 20;
 /// What stands between header and body: the checksum covers the body's exact bytes.
 const BODY: &str = ",\"body\":";
 
+/// In the name of a file that was put aside.
+const BAD: &str = "bad-";
+
 #[derive(Deserialize)]
 struct Header {
     version: u32,
@@ -40,8 +43,8 @@ pub fn random_id() -> String {
     format!("{:012x}", random >> 16)
 }
 
-pub(super) fn lock(root: &Path) -> Result<File, StoreError> {
-    let path = root.join("lock");
+pub(super) fn lock(dir: &Path, what: &str) -> Result<File, StoreError> {
+    let path = dir.join("lock");
     let wrap = |what: &str, source| StoreError { what: format!("{what} {}", path.display()), source };
     let file = OpenOptions::new()
         .create(true)
@@ -53,8 +56,8 @@ pub(super) fn lock(root: &Path) -> Result<File, StoreError> {
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StoreError {
-            what: format!("another supervisor uses the state directory {}", root.display()),
-            source: io::Error::other("stop it first, or give this one its own node.state_dir"),
+            what: format!("another supervisor uses the {what} directory {}", dir.display()),
+            source: io::Error::other(format!("stop it first, or give this one its own node.{what}_dir")),
         }),
         Err(TryLockError::Error(e)) => Err(wrap("cannot lock", e)),
     }
@@ -110,6 +113,11 @@ pub(super) fn load_all<R: Record>(dir: &Path) -> Result<(Vec<R>, Vec<Aside>), St
             let _ = fs::remove_file(&path);
             continue;
         }
+        if let Some(kind) = path.extension().and_then(|e| e.to_str()?.strip_prefix(BAD)) {
+            let reason = format!("it was put aside before ({kind})");
+            asides.push(Aside { path, reason });
+            continue;
+        }
         let Some(id) = name.strip_suffix(".json") else { continue };
         match read::<R>(&path) {
             Ok(record) if record.id() == id => records.push(record),
@@ -143,12 +151,12 @@ fn read<R: Record>(path: &Path) -> Result<R, (&'static str, String)> {
 }
 
 fn keep_aside(path: &Path, kind: &str, reason: &str) -> Aside {
-    let mut to = path.with_extension(format!("bad-{kind}"));
+    let mut to = path.with_extension(format!("{BAD}{kind}"));
     for n in 1..1000 {
         if !to.exists() {
             break;
         }
-        to = path.with_extension(format!("bad-{kind}-{n}"));
+        to = path.with_extension(format!("{BAD}{kind}-{n}"));
     }
     match fs::rename(path, &to) {
         Ok(()) => Aside { path: to, reason: reason.to_owned() },

@@ -1,4 +1,5 @@
 use super::*;
+use std::collections::BTreeSet;
 use std::fs;
 
 fn identity(id: &str) -> Identity {
@@ -88,6 +89,10 @@ fn a_newer_version_and_a_renamed_file_are_reported() {
     assert!(asides[0].reason.contains("newer podtether"));
     assert!(asides[1].path.ends_with("y.bad-foreign"));
     assert!(!dir.path().join("identities/.z.tmp").exists());
+    let (records, again) = store.load::<Identity>().unwrap();
+    assert!(records.is_empty());
+    let told = |asides: &[Aside]| asides.iter().map(|a| a.path.clone()).collect::<BTreeSet<_>>();
+    assert_eq!(told(&again), told(&asides), "they are told of until somebody removes them");
 }
 
 #[test]

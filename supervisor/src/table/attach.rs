@@ -9,7 +9,7 @@ use super::identities::Identity;
 use super::pod::{Adder, Join, Pod};
 use super::{MAX_PODS, Table};
 use crate::hostname;
-use crate::plan::Wanted;
+use crate::plan::{Step, Wanted};
 use crate::record::{self, IdentityKey, random_id};
 
 /// Part of the runtime's patience that is kept for rolling back.
@@ -20,6 +20,9 @@ const MAX_ROLLBACK: Duration = Duration::from_secs(10);
 const REPLY_EARLY: Duration = Duration::from_millis(250);
 /// Longest name that is taken from a runtime.
 const MAX_NAME: usize = 253;
+
+/// What to do about a name that only the runtime can have wrong.
+const BY_RUNTIME: &str = "the container runtime passes it: see its log";
 
 /// An error of ours.
 pub(super) fn error(code: u32, msg: impl Into<String>, details: impl Into<String>) -> CniError {
@@ -38,6 +41,9 @@ impl Table {
         }
         if let Some(pod) = self.pods.get_mut(&request.attachment) {
             match pod.wanted {
+                Wanted::Attached if differs(&pod.record, &request) => {
+                    let _ = reply.send(Err(taken(&pod.record)));
+                }
                 Wanted::Attached => {
                     pod.adders.push(reply);
                     if pod.join.is_none() {
@@ -165,7 +171,8 @@ impl Table {
                     "a newer sandbox of the pod takes its identity over"
                 );
                 pod.wanted = Wanted::Gone { logout: false };
-                let gone = error(code::TRY_AGAIN, "a newer sandbox of this pod has joined", "");
+                let msg = format!("{}: a newer sandbox of it has joined", pod_name(&pod.record.pod));
+                let gone = error(code::TRY_AGAIN, msg, "the older one is not needed any more");
                 pod.failure.get_or_insert(gone);
             }
             self.advance(&id);
@@ -182,8 +189,7 @@ impl Table {
         }
         let Some(pod) = self.pods.get_mut(id) else { return };
         if now >= join.reply_by && !pod.adders.is_empty() {
-            let mut failure =
-                pod.failure.clone().unwrap_or_else(|| error(code::TRY_AGAIN, "not done in time", ""));
+            let mut failure = pod.failure.clone().unwrap_or_else(|| why_late(pod));
             pod.notes.push("the rest of the clean-up goes on".into());
             if pod.key.as_ref().is_some_and(|(key, _)| key.id.is_some()) {
                 pod.notes.push("the minted auth key is deleted, or left to expire".into());
@@ -222,7 +228,8 @@ impl Table {
         let Some(attached) = pod.attached() else { return };
         if !pod.adders.is_empty() && pod.adders.iter().all(Adder::is_closed) {
             // The runtime has given up, so it will never learn of this interface.
-            let gone = error(code::TRY_AGAIN, "the caller has gone", "");
+            let msg = format!("{}: who asked for it has gone", pod_name(&pod.record.pod));
+            let gone = error(code::TRY_AGAIN, msg, "");
             pod.adders.clear();
             self.fail_add_even_if_up(id, gone);
             return;
@@ -247,6 +254,22 @@ impl Table {
         }
         self.fail_add(id, failure);
     }
+}
+
+/// One container has one interface of this name: it cannot be another pod's, tailnet's or namespace's too.
+fn differs(made: &record::Attachment, asked: &AddRequest) -> bool {
+    made.netns != asked.netns || made.tailnet != asked.tailnet || made.pod.uid != asked.pod.uid
+}
+
+fn taken(made: &record::Attachment) -> CniError {
+    let record::Attachment { attachment, pod, tailnet, netns, .. } = made;
+    let msg = format!(
+        "container {} has {} already: {}, tailnet {tailnet}, in {netns}",
+        attachment.container_id,
+        attachment.ifname,
+        pod_name(pod)
+    );
+    error(code::INTERFACE_EXISTS, msg, "DEL that before ADD joins it otherwise")
 }
 
 pub(super) fn reply_all(pod: &mut Pod, answer: &Result<Attached, CniError>) {
@@ -276,16 +299,24 @@ fn check_names(request: &AddRequest) -> Result<(), CniError> {
     ];
     for (what, name) in names {
         if name.is_empty() || name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            return Err(error(code::BAD_ENV, format!("the {what} is empty, too long or not printable"), ""));
+            return Err(error(
+                code::BAD_ENV,
+                format!("the {what} is empty, too long or not printable"),
+                BY_RUNTIME,
+            ));
         }
     }
     for name in [&request.pod.namespace, &request.pod.name] {
         if name.len() > MAX_NAME || name.chars().any(char::is_control) {
-            return Err(error(code::BAD_ENV, "a pod's name is too long or not printable", ""));
+            return Err(error(code::BAD_ENV, "a pod's name is too long or not printable", BY_RUNTIME));
         }
     }
     if !request.netns.starts_with('/') {
-        return Err(error(code::BAD_ENV, format!("CNI_NETNS {:?} is no path", request.netns), ""));
+        return Err(error(
+            code::BAD_ENV,
+            format!("CNI_NETNS {:?} is no absolute path", request.netns),
+            BY_RUNTIME,
+        ));
     }
     Ok(())
 }
@@ -307,12 +338,19 @@ fn why_late(pod: &Pod) -> CniError {
         ),
         Some(NodeState::Connecting { reason }) => error(
             code::TRY_AGAIN,
-            format!("{name}: the control server was not reached in time: {reason}"),
-            "tried until the deadline",
+            format!("{name}: no session with the control server in time: {reason}"),
+            format!(
+                "the runtime tries again; does tailnet.{}.control_url answer from this node?",
+                pod.record.tailnet
+            ),
         ),
         Some(NodeState::Waiting | NodeState::Running | NodeState::LoggedOut) | None => {
-            let reason = if pod.reason.is_empty() { "the node is busy" } else { &pod.reason };
-            error(code::TRY_AGAIN, format!("{name}: not joined in time: {reason}"), "try again")
+            let reason = match pod.busy {
+                Some(Step::MintKey) => "the tailnet's API has not given an auth key",
+                _ if pod.reason.is_empty() => "the node is busy",
+                _ => &pod.reason,
+            };
+            error(code::TRY_AGAIN, format!("{name}: not joined in time: {reason}"), "the runtime tries again")
         }
     }
 }

@@ -20,6 +20,8 @@ const TRAFFIC_WITHIN: Duration = Duration::from_secs(60);
 /// How long the engine may take for an answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 
+const RESTARTED: &str = "it is restarted by itself";
+
 fn failed(what: impl Into<String>, details: impl Into<String>) -> CniError {
     error(code::CHECK_FAILED, what, details)
 }
@@ -36,7 +38,7 @@ impl Table {
         spec.pod_netns = request.netns.clone().into();
         let config = PodConfig { addresses: pod.record.addresses.clone(), routes: self.context.routes() };
         let client = pod.engine.as_ref().and_then(|e| e.client.clone());
-        let reason = pod.reason.clone();
+        let (reason, stopped) = (pod.reason.clone(), pod.stopped.is_some());
         tokio::spawn(async move {
             let result = async {
                 compare(&name, &request, &config)?;
@@ -46,7 +48,7 @@ impl Table {
                 let client = client.ok_or_else(|| {
                     failed(
                         format!("{name}: its engine is not running: {reason}"),
-                        "it is restarted by itself",
+                        if stopped { "mend that, then delete the pod" } else { RESTARTED },
                     )
                 })?;
                 check_engine(&name, &client).await
@@ -75,7 +77,7 @@ fn compare(name: &str, request: &CheckRequest, config: &PodConfig) -> Result<(),
 }
 
 async fn check_engine(name: &str, client: &EngineClient) -> Result<(), CniError> {
-    let silent = |e| failed(format!("{name}: its engine does not answer: {e}"), "it is restarted by itself");
+    let silent = |e| failed(format!("{name}: its engine does not answer: {e}"), RESTARTED);
     let status = client.watch(within(ANSWER_WITHIN), 0).await.map_err(silent)?;
     if status.state != NodeState::Running {
         let what = format!("{name}: its node is not running: {:?}", status.state);

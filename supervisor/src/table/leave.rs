@@ -43,7 +43,8 @@ impl Table {
             && pod.wanted == Wanted::Attached
         {
             pod.wanted = Wanted::Gone { logout };
-            let gone = error(code::TRY_AGAIN, "the container was deleted while it joined", "");
+            let msg = format!("{}: it was deleted while it joined", pod_name(&pod.record.pod));
+            let gone = error(code::TRY_AGAIN, msg, "");
             pod.failure.get_or_insert(gone);
         }
         self.advance(id);
@@ -90,7 +91,8 @@ impl Table {
             "the pod's network namespace is gone: cleaning up"
         );
         pod.wanted = Wanted::Gone { logout: false };
-        let gone = error(code::UNKNOWN_CONTAINER, "the pod's network namespace is gone", "");
+        let msg = format!("{}: its network namespace is gone", pod_name(&pod.record.pod));
+        let gone = error(code::UNKNOWN_CONTAINER, msg, "");
         pod.failure.get_or_insert(gone);
     }
 

@@ -210,7 +210,9 @@ fn link_error(pod: &Pod, e: &podtether_net::Error) -> CniError {
             format!("{name}: {e}"),
             "pods on the host network cannot join: exclude them from this network",
         ),
-        Error::Invalid { .. } => error(code::BAD_ENV, format!("{name}: {e}"), ""),
+        Error::Invalid { .. } => {
+            error(code::BAD_ENV, format!("{name}: {e}"), "correct the network configuration")
+        }
         Error::TunBusy { .. } | Error::NoFreePort { .. } | Error::Broken { .. } | Error::Kernel { .. } => {
             error(code::LINK, format!("{name}: {e}"), "see the supervisor's log")
         }

@@ -209,7 +209,7 @@ impl Table {
             Next::Stop => error(code::BAD_CONFIG, format!("{name}: {reason}"), "correct the configuration"),
             Next::NewKey if pod.rejections >= if reusable { 1 } else { REJECTIONS_IN_ADD } => error(
                 code::REFUSED,
-                format!("{name}: the tailnet refuses the auth key: {reason}"),
+                format!("{name}: {reason}"),
                 format!("check tailnet.{tailnet}.credentials and the tags it may use"),
             ),
             Next::NewKey | Next::Restart | Next::RotateNodeKey | Next::RebuildLink => return,

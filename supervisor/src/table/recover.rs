@@ -26,7 +26,8 @@ impl Table {
         for aside in &asides {
             tracing::error!(
                 file = %aside.path.display(),
-                "a record was not loaded: {}; its file is kept aside",
+                "a record was not loaded: {}; its file is kept aside, and the devices of pods that no record \
+                 names stay in the tailnet until somebody removes it",
                 aside.reason
             );
         }
