@@ -217,7 +217,7 @@ fn credentials_that_do_not_work_are_named() {
             assert!(devnet.revoke_auth_key(&reusable.id));
             let error = client.add(within(TIMEOUT), request.clone()).await.unwrap().unwrap_err();
             assert_eq!(error.code, code::REFUSED, "{error}");
-            assert!(error.msg.contains("refuses the auth key"), "{error}");
+            assert!(error.msg.contains("refused the auth key"), "{error}");
             std::fs::write(dir.join("auth-key"), "\n").unwrap();
             let error = client.add(within(TIMEOUT), request).await.unwrap().unwrap_err();
             assert!(error.code == code::REFUSED && error.msg.contains("is empty"), "{error}");
