@@ -1,0 +1,258 @@
+use super::*;
+
+fn packet() -> Vec<u8> {
+    let mut p = vec![0; 60];
+    p[0] = 0x45;
+    p[3] = 60;
+    p
+}
+
+struct Pair {
+    a: Tunnel,
+    b: Tunnel,
+    now: Instant,
+}
+
+fn pair() -> Pair {
+    let (a, b) = (Identity::new([7; 32]), Identity::new([9; 32]));
+    let now = Instant::now();
+    Pair {
+        a: Tunnel::new(&a, b.public.to_bytes(), 0x0012_3456, 1, now),
+        b: Tunnel::new(&b, a.public.to_bytes(), 0x0065_4321, 2, now),
+        now,
+    }
+}
+
+fn handshake(from: &mut Tunnel, to: &mut Tunnel, now: Instant) {
+    let init = from.initiate(now).expect("allowed");
+    let mut out = [0; 256];
+    let Opened::Response(len) = to.open(&init, &mut out, now) else { panic!("no response") };
+    let response = out[..len].to_vec();
+    let Opened::Established(len) = from.open(&response, &mut out, now) else { panic!("not established") };
+    let keepalive = out[..len].to_vec();
+    assert_eq!(to.open(&keepalive, &mut [0; 256], now), Opened::Keepalive);
+}
+
+fn send(from: &mut Tunnel, to: &mut Tunnel, now: Instant) -> Opened {
+    let mut out = [0; 256];
+    let sealed = from.seal(&packet(), &mut out, now).expect("a session");
+    to.open(&out[..sealed.len], &mut [0; 256], now)
+}
+
+#[test]
+fn a_session_carries_packets_until_it_is_180_seconds_old() {
+    let Pair { mut a, mut b, now } = pair();
+    assert!(a.seal(&packet(), &mut [0; 256], now).is_none());
+    handshake(&mut a, &mut b, now);
+    assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+    assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60));
+    let old = now + Duration::from_secs(121);
+    let rekey = |t: &mut Tunnel| t.seal(&packet(), &mut [0; 256], old).map(|s| s.rekey);
+    assert_eq!(rekey(&mut a), Some(true), "the initiator makes the next session");
+    assert_eq!(rekey(&mut b), Some(false), "the responder does not");
+    let mut late = [0; 256];
+    let sealed = b.seal(&packet(), &mut late, now + REJECT_AFTER - Duration::from_millis(1)).expect("still");
+    assert_eq!(a.open(&late[..sealed.len], &mut [0; 256], now + REJECT_AFTER), Opened::Rejected);
+    assert!(a.seal(&packet(), &mut [0; 256], now + REJECT_AFTER).is_none());
+    assert!(!b.ready(now + REJECT_AFTER));
+}
+
+#[test]
+fn a_packet_of_an_older_session_is_taken_but_does_not_bring_the_session_back() {
+    let Pair { mut a, mut b, mut now } = pair();
+    handshake(&mut a, &mut b, now);
+    let mut old = [0; 256];
+    let sealed = b.seal(&packet(), &mut old, now).expect("a session");
+    now += Duration::from_secs(120);
+    handshake(&mut a, &mut b, now);
+    let newest = a.current;
+    assert_eq!(a.open(&old[..sealed.len], &mut [0; 256], now), Opened::Packet(60));
+    assert_eq!(a.current, newest);
+    assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+    assert_eq!(b.current & 7, 2, "the second session");
+}
+
+#[test]
+fn the_mirror_agrees_with_boringtun_over_many_sessions_in_both_directions() {
+    let Pair { mut a, mut b, mut now } = pair();
+    for round in 0..600 {
+        if round % 3 == 0 {
+            handshake(&mut b, &mut a, now);
+        } else {
+            handshake(&mut a, &mut b, now);
+        }
+        assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60), "round {round}");
+        assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60), "round {round}");
+        now += Duration::from_secs(6);
+    }
+}
+
+#[test]
+fn both_sides_at_once_end_with_a_session_each_way() {
+    let Pair { mut a, mut b, now } = pair();
+    let (ia, ib) = (a.initiate(now).expect("a"), b.initiate(now).expect("b"));
+    let mut out = [0; 256];
+    let Opened::Response(len) = b.open(&ia, &mut out, now) else { panic!() };
+    let rb = out[..len].to_vec();
+    let Opened::Response(len) = a.open(&ib, &mut out, now) else { panic!() };
+    let ra = out[..len].to_vec();
+    assert!(matches!(a.open(&rb, &mut out, now), Opened::Established(_)));
+    assert!(matches!(b.open(&ra, &mut out, now), Opened::Established(_)));
+    for _ in 0..3 {
+        assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+        assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60));
+    }
+}
+
+#[test]
+fn a_peer_that_does_not_answer_is_retried_soon_then_every_five_seconds_for_ninety() {
+    let Pair { mut a, now, .. } = pair();
+    assert_eq!((0..MAX_WAITING + 6).map(|_| a.wait(&packet(), now)).sum::<usize>(), 6);
+    assert!(a.initiate(now).is_some());
+    assert!(a.initiate(now + Duration::from_millis(499)).is_none(), "not yet");
+    let mut times = vec![0];
+    let (gave_up, at) = loop {
+        let at = a.deadline();
+        match a.handle_timeout(at) {
+            Due::Initiate => {
+                assert!(a.initiate(at).is_some(), "due and allowed");
+                times.push((at - now).as_millis());
+            }
+            other @ (Due::Nothing | Due::Keepalive | Due::GaveUp(_) | Due::Idle) => break (other, at),
+        }
+    };
+    assert_eq!(gave_up, Due::GaveUp(MAX_WAITING));
+    let pauses: Vec<u128> = times.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    for (n, pause) in pauses.iter().enumerate() {
+        let least = [500, 1000, 2000].get(n).copied().unwrap_or(5000);
+        assert!((least..=least + least / 15).contains(pause), "pause {n} of {pauses:?}");
+    }
+    assert!((90..96).contains(&(at - now).as_secs()));
+    assert_eq!(a.handle_timeout(a.deadline()), Due::Idle);
+}
+
+#[test]
+fn a_peer_that_may_learn_of_us_any_moment_is_asked_five_times_a_second() {
+    let Pair { mut a, now, .. } = pair();
+    a.be_eager(now + Duration::from_secs(3));
+    assert!(a.initiate(now).is_some());
+    let mut sent = 0;
+    while a.deadline() < now + Duration::from_secs(3) {
+        let at = a.deadline();
+        assert_eq!(a.handle_timeout(at), Due::Initiate);
+        assert!(a.initiate(at).is_some());
+        sent += 1;
+    }
+    assert!((13..=15).contains(&sent), "{sent}");
+    let last = a.deadline();
+    assert!(a.initiate(last).is_some());
+    assert!(a.deadline() - last >= Duration::from_millis(500), "patient from then on");
+}
+
+#[test]
+fn a_new_path_hastens_an_attempt_but_not_without_end() {
+    let Pair { mut a, mut b, now } = pair();
+    assert!(a.hasten(now).is_none(), "nothing to hasten");
+    let first = a.initiate(now).expect("first");
+    assert!(a.hasten(now + Duration::from_millis(30)).is_none(), "too soon after the first");
+    assert_eq!(a.deadline(), now + MIN_SPACING, "but as soon as it may");
+    let at = now + MIN_SPACING;
+    assert_eq!(a.handle_timeout(at), Due::Initiate);
+    let second = a.initiate(at).expect("second");
+    assert_ne!(first, second);
+    let mut out = [0; 256];
+    let later = at + Duration::from_secs(1);
+    let third = a.hasten(later).expect("at once");
+    let Opened::Response(len) = b.open(&third, &mut out, later) else { panic!("no response") };
+    let response = out[..len].to_vec();
+    assert!(matches!(a.open(&response, &mut [0; 256], later), Opened::Established(_)));
+    assert!(a.hasten(later + MIN_SPACING).is_none(), "answered");
+
+    let mut now = later + Duration::from_secs(10);
+    assert!(a.initiate(now).is_some());
+    let hastened = (0..100).filter(|_| {
+        now += MIN_SPACING;
+        a.hasten(now).is_some()
+    });
+    assert_eq!(hastened.count(), usize::from(MAX_HASTENED));
+}
+
+#[test]
+fn only_the_newest_initiations_response_counts_and_a_slow_path_gets_the_time_it_needs() {
+    let Pair { mut a, mut b, now } = pair();
+    let round_trip = Duration::from_millis(450);
+    a.be_eager(now + Duration::from_secs(60));
+    // What is under way: initiations to `b`, responses to `a`, with their times of arrival.
+    let mut responses = VecDeque::new();
+    let mut answer = |init: [u8; INITIATION_LEN], at: Instant| {
+        let mut out = [0; 256];
+        let Opened::Response(len) = b.open(&init, &mut out, at) else { panic!("no response") };
+        (out[..len].to_vec(), at + round_trip)
+    };
+    responses.push_back(answer(a.initiate(now).expect("first"), now));
+    let (mut ignored, mut sent) = (0, 1);
+    let established = loop {
+        let arrival = responses.front().map(|(_, at)| *at);
+        if let Some(at) = arrival.filter(|at| *at <= a.deadline()) {
+            let (response, _) = responses.pop_front().expect("there is one");
+            match a.open(&response, &mut [0; 256], at) {
+                Opened::Established(_) => break at,
+                Opened::Duplicate => ignored += 1,
+                other @ (Opened::Packet(_)
+                | Opened::Keepalive
+                | Opened::Response(_)
+                | Opened::Cookie
+                | Opened::Rejected) => panic!("{other:?}"),
+            }
+            continue;
+        }
+        let at = a.deadline();
+        assert_eq!(a.handle_timeout(at), Due::Initiate);
+        responses.push_back(answer(a.initiate(at).expect("due"), at));
+        sent += 1;
+    };
+    assert!(responses.is_empty(), "nothing newer is under way that would end this session");
+    assert_eq!((ignored, sent), (2, 3));
+    assert!(established - now < round_trip * 2, "{:?}", established - now);
+    assert_eq!(send(&mut a, &mut b, established), Opened::Packet(60));
+}
+
+#[test]
+fn received_data_is_acknowledged_after_ten_seconds_and_silence_is_noticed_after_fifteen() {
+    let Pair { mut a, mut b, now } = pair();
+    handshake(&mut a, &mut b, now);
+    assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+    assert_eq!(b.deadline(), now + KEEPALIVE);
+    assert_eq!(b.handle_timeout(b.deadline()), Due::Keepalive);
+    let silence = a.deadline() - now;
+    assert!(silence >= Duration::from_secs(15) && silence < Duration::from_millis(15_400));
+    assert_eq!(a.handle_timeout(a.deadline()), Due::Initiate);
+}
+
+#[test]
+fn a_replayed_initiation_is_rejected_and_a_flood_has_to_prove_its_address() {
+    let mut identity = Identity::new([9; 32]);
+    let peer = Identity::new([7; 32]);
+    let now = Instant::now();
+    let mut a = Tunnel::new(&peer, identity.public.to_bytes(), 5, 3, now);
+    let mut b = Tunnel::new(&identity, peer.public.to_bytes(), 6, 4, now);
+    let init = a.initiate(now).expect("first");
+    assert_eq!(identity.initiator(&init), Some(peer.public.to_bytes()));
+    assert!(matches!(b.open(&init, &mut [0; 256], now), Opened::Response(_)));
+    assert_eq!(b.open(&init, &mut [0; 256], now), Opened::Duplicate);
+
+    let from = IpAddr::from([192, 0, 2, 1]);
+    let mut reply = [0; 256];
+    let admitted = (0..1000).take_while(|_| identity.admit(from, &init, now, &mut reply) == Admission::Yes);
+    assert_eq!(admitted.count(), INITIATIONS_PER_S as usize);
+    let Admission::Cookie(len) = identity.admit(from, &init, now, &mut reply) else { panic!("no cookie") };
+    assert_eq!(a.open(&reply[..len], &mut [0; 256], now), Opened::Cookie);
+    let proven = a.initiate(now + REKEY_TIMEOUT).expect("second");
+    assert_eq!(identity.admit(from, &proven, now, &mut reply), Admission::Yes);
+    assert!(matches!(
+        identity.admit(IpAddr::from([192, 0, 2, 2]), &proven, now, &mut reply),
+        Admission::Cookie(_)
+    ));
+    let later = now + Duration::from_secs(1);
+    assert_eq!(identity.admit(from, &init, later, &mut reply), Admission::Yes);
+}
