@@ -5,6 +5,7 @@
 //! | `outbound` | where the pod's packets go, and how WireGuard messages are sent |
 //! | `inbound` | what datagrams and relay packets are, and which of their content reaches the pod |
 //! | `discovery` | disco and STUN: finding and keeping paths |
+//! | `routing` | whose routes and which exit node the pod uses |
 //! | `relay` | which DERP regions are connected, and what waits for one |
 //! | `control` | what a netmap change means for peers, filter, names and relays |
 //! | `timers` | what is due when |
@@ -17,6 +18,7 @@ mod discovery;
 mod inbound;
 mod outbound;
 mod relay;
+mod routing;
 mod timers;
 mod tsmp;
 mod view;
@@ -28,7 +30,7 @@ use std::time::{Duration, Instant};
 
 pub use api::{
     Config, ControlEvent, Counters, DerpEvent, DropReason, Event, Gauges, HostUpdate, PathView, PeerView,
-    SelfView, Status,
+    RoutesView, SelfView, Status,
 };
 
 use crate::batch::{Batch, Outbox, RegionId};
@@ -41,6 +43,7 @@ use crate::netmap::NetMap;
 use crate::path::{Action, PathAgent};
 use crate::peer::{Active, PeerTable, Slot};
 use crate::random::Random;
+use crate::routes::Routing;
 use crate::tailcfg::{DerpRegion, EndpointType, UnixTime};
 use crate::wg::{Identity, Tunnel};
 
@@ -88,10 +91,13 @@ pub struct Engine {
     control_connected: bool,
     key_expired: bool,
     own: HashSet<IpAddr>,
+    /// What control lets this node carry for others besides its addresses.
+    own_routes: Vec<ipnet::IpNet>,
     filter: FilterState,
     names: Magic,
 
     peers: PeerTable,
+    routing: routing::State,
     by_index: HashMap<u32, Slot>,
     timers: BTreeSet<(Instant, Slot)>,
     waiting: usize,
@@ -137,9 +143,11 @@ impl Engine {
             control_connected: false,
             key_expired: false,
             own: HashSet::new(),
+            own_routes: Vec::new(),
             filter: FilterState::default(),
             names: Magic::new(),
             peers: PeerTable::default(),
+            routing: routing::State::default(),
             by_index: HashMap::new(),
             timers: BTreeSet::new(),
             waiting: 0,

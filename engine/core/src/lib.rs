@@ -8,7 +8,7 @@
 //! |---|---|
 //! | the node as a whole | `engine`, `batch`, `snapshot` |
 //! | control protocol | `noise`, `map_frame`, `tailcfg`, `netmap`, `register`, `backoff` |
-//! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp` |
+//! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp`, `routes` |
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
 
@@ -29,6 +29,7 @@ mod path;
 mod peer;
 mod random;
 pub mod register;
+pub mod routes;
 pub mod snapshot;
 pub mod stun;
 pub mod tailcfg;

@@ -7,12 +7,11 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-use ipnet::IpNet;
-
 use crate::batch::RegionId;
 use crate::disco;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::path::PathAgent;
+use crate::routes::{Offer, RouteTable};
 use crate::tailcfg::{Node, NodeId};
 use crate::wg::Tunnel;
 
@@ -56,12 +55,14 @@ pub(crate) struct Peer {
     /// When this life first heard of it: about then it heard of us.
     pub(crate) since: Instant,
     online: bool,
-    routes: Box<[IpNet]>,
+    /// Its own addresses, as far as control lets it have them.
+    hosts: Box<[IpAddr]>,
+    offer: Option<Box<Offer>>,
     pub(crate) active: Option<Box<Active>>,
 }
 
 impl Peer {
-    fn from_node(node: &Node, expired: bool, since: Instant) -> Self {
+    fn from_node(node: &Node, routes: &RouteTable, expired: bool, since: Instant) -> Self {
         Self {
             id: node.id,
             key: node.key,
@@ -73,17 +74,18 @@ impl Peer {
             endpoints: node.endpoints.clone().into_boxed_slice(),
             since,
             online: node.online == Some(true),
-            routes: routes(node),
+            hosts: hosts(node),
+            offer: routes.offer(node),
             active: None,
         }
     }
 }
 
-/// The addresses a peer may use: its own, as far as control lets it have them. Subnet routes are not
-/// accepted.
-fn routes(node: &Node) -> Box<[IpNet]> {
-    let allowed = |net: &IpNet| node.allowed_ips.iter().any(|a| a.contains(net));
-    node.addresses.iter().copied().filter(allowed).collect()
+fn hosts(node: &Node) -> Box<[IpAddr]> {
+    let allowed = node.addresses.iter().filter(|net| {
+        net.prefix_len() == net.max_prefix_len() && node.allowed_ips.iter().any(|a| a.contains(*net))
+    });
+    allowed.map(ipnet::IpNet::addr).collect()
 }
 
 /// What an update means for a peer's running state.
@@ -104,8 +106,7 @@ pub(crate) struct PeerTable {
     by_key: HashMap<NodePublic, Slot>,
     by_disco: HashMap<DiscoPublic, Slot>,
     by_host: HashMap<IpAddr, Slot>,
-    /// Longer prefixes first.
-    by_prefix: Vec<(IpNet, Slot)>,
+    routes: RouteTable,
 }
 
 impl PeerTable {
@@ -129,12 +130,46 @@ impl PeerTable {
         self.by_disco.get(key).copied()
     }
 
-    /// Whose address this is.
+    /// Whose address this is, or who carries it.
     pub(crate) fn by_ip(&self, ip: IpAddr) -> Option<Slot> {
         match self.by_host.get(&ip) {
             Some(slot) => Some(*slot),
-            None => self.by_prefix.iter().find(|(net, _)| net.contains(&ip)).map(|(_, slot)| *slot),
+            None => self.routes.find(ip),
         }
+    }
+
+    pub(crate) fn routes_ref(&self) -> &RouteTable {
+        &self.routes
+    }
+
+    pub(crate) fn routes(&mut self) -> &mut RouteTable {
+        &mut self.routes
+    }
+
+    /// Takes up the routes of every peer anew, as `accept` and `exclude` want it.
+    pub(crate) fn configure_routes<'a>(
+        &mut self,
+        accept: bool,
+        exclude: &[ipnet::IpNet],
+        nodes: impl Iterator<Item = &'a Node>,
+    ) {
+        self.routes.configure(accept, exclude);
+        for node in nodes {
+            let Some(slot) = self.by_id.get(&node.id).copied() else { continue };
+            let Some(peer) = self.slots.get_mut(slot.at()).and_then(Option::as_mut) else { continue };
+            peer.offer = self.routes.offer(node);
+            if let Some(offer) = &peer.offer {
+                self.routes.link(slot, peer.id, offer);
+            }
+        }
+    }
+
+    /// Makes a peer the exit node, or none.
+    pub(crate) fn set_exit(&mut self, id: Option<NodeId>) {
+        let slot = id.and_then(|id| self.by_id.get(&id)).copied();
+        let peer = slot.and_then(|slot| Some((slot, self.slots.get(slot.at())?.as_ref()?)));
+        let offer = peer.and_then(|(slot, peer)| Some((slot, peer.offer.as_deref()?)));
+        self.routes.set_exit(id, offer);
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Slot, &Peer)> {
@@ -147,19 +182,31 @@ impl PeerTable {
 
     /// Adds a peer or brings it up to date.
     pub(crate) fn upsert(&mut self, node: &Node, expired: bool, now: Instant) -> Upserted {
-        let mut new = Peer::from_node(node, expired, now);
+        let mut new = Peer::from_node(node, &self.routes, expired, now);
         let Some(slot) = self.by_id.get(&node.id).copied() else {
             let slot = self.free.pop().unwrap_or_else(|| {
                 self.slots.push(None);
                 Slot(u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX))
             });
             self.link(slot, &new);
+            if let Some(offer) = &new.offer {
+                self.routes.link(slot, new.id, offer);
+            }
             self.slots[slot.at()] = Some(new);
             return Upserted { slot, dropped: None, moved: false };
         };
         let mut result = Upserted { slot, dropped: None, moved: false };
         let Some(old) = self.slots[slot.at()].take() else { return result };
         self.unlink(slot, &old);
+        if old.offer != new.offer {
+            // A router may offer thousands: they are left alone when nothing about them changed.
+            if let Some(offer) = &old.offer {
+                self.routes.unlink(slot, old.id, offer);
+            }
+            if let Some(offer) = &new.offer {
+                self.routes.link(slot, new.id, offer);
+            }
+        }
         new.since = old.since;
         result.moved = old.disco != new.disco
             || old.home != new.home
@@ -189,6 +236,9 @@ impl PeerTable {
         let slot = self.by_id.get(&id).copied()?;
         let peer = self.slots[slot.at()].take()?;
         self.unlink(slot, &peer);
+        if let Some(offer) = &peer.offer {
+            self.routes.unlink(slot, id, offer);
+        }
         self.free.push(slot);
         Some(peer)
     }
@@ -199,13 +249,8 @@ impl PeerTable {
         if !peer.disco.is_zero() {
             self.by_disco.insert(peer.disco, slot);
         }
-        for net in &peer.routes {
-            if net.prefix_len() == net.max_prefix_len() {
-                self.by_host.insert(net.addr(), slot);
-            } else {
-                let at = self.by_prefix.partition_point(|(other, _)| other.prefix_len() >= net.prefix_len());
-                self.by_prefix.insert(at, (*net, slot));
-            }
+        for ip in &peer.hosts {
+            self.by_host.insert(*ip, slot);
         }
     }
 
@@ -219,15 +264,16 @@ impl PeerTable {
         take(&mut self.by_id, &peer.id, slot);
         take(&mut self.by_key, &peer.key, slot);
         take(&mut self.by_disco, &peer.disco, slot);
-        for net in &peer.routes {
-            take(&mut self.by_host, &net.addr(), slot);
+        for ip in &peer.hosts {
+            take(&mut self.by_host, ip, slot);
         }
-        self.by_prefix.retain(|(_, other)| *other != slot);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ipnet::IpNet;
+
     use super::*;
 
     fn node(id: u64, key: u8, addresses: &[&str]) -> Node {
@@ -251,7 +297,7 @@ mod tests {
         let mut table = PeerTable::default();
         let now = Instant::now();
         let a = table.upsert(&node(1, 1, &["100.64.0.1/32", "fd7a::1/128"]), false, now).slot;
-        let b = table.upsert(&node(2, 2, &["100.64.0.2/32", "10.0.0.0/8", "10.1.0.0/16"]), false, now).slot;
+        let b = table.upsert(&node(2, 2, &["100.64.0.2/32", "10.1.2.3/32"]), false, now).slot;
         assert_eq!(table.by_ip(ip("fd7a::1")), Some(a));
         assert_eq!(table.by_ip(ip("10.1.2.3")), Some(b));
         assert_eq!(table.by_key(&NodePublic::from_bytes([2; 32])), Some(b));
@@ -288,6 +334,6 @@ mod tests {
         let a = table.upsert(&peer, false, now).slot;
         assert_eq!(table.by_ip(ip("100.64.0.1")), Some(a));
         assert_eq!(table.by_ip(ip("100.64.0.2")), None);
-        assert_eq!(table.by_ip(ip("0.1.1.1")), None, "subnet routes are not taken");
+        assert_eq!(table.by_ip(ip("0.1.1.1")), None);
     }
 }

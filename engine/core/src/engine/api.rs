@@ -71,6 +71,8 @@ pub enum Event {
     SelfChanged,
     /// Endpoints, NetInfo or home region changed: send [`HostUpdate`] to control.
     HostUpdate,
+    /// What [`Engine::routes`](super::Engine::routes) tells is different.
+    RoutesChanged,
     /// Connect to the region and keep it connected.
     DerpConnect {
         /// Which region.
@@ -108,6 +110,17 @@ pub struct HostUpdate {
     pub net_info: NetInfo,
     /// Public half of the disco key in use.
     pub disco: DiscoPublic,
+    /// Stable id of the exit node in use, empty for none.
+    pub exit_node_id: String,
+}
+
+/// Which destinations beyond the tailnet's own ranges belong into this node's TUN.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RoutesView {
+    /// Subnet routes that peers carry, sorted.
+    pub accepted: Vec<IpNet>,
+    /// Stable id of the exit node; `None` while none is chosen or the chosen one is not in the tailnet.
+    pub exit_node: Option<String>,
 }
 
 /// The node as its netmap has it.
@@ -206,6 +219,8 @@ drop_reasons! {
     Malformed = "malformed",
     /// From the pod to an address that no peer has.
     NoPeer = "no_peer",
+    /// From the pod to what the exit node should carry, which is not usable.
+    NoExitNode = "no_exit_node",
     /// From the pod with a source address that is not the node's.
     SourceNotOurs = "source_not_ours",
     /// From the pod to the tailnet's service address.

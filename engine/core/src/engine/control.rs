@@ -31,8 +31,8 @@ impl Engine {
     pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) -> Vec<Slot> {
         let mut moved = Vec::new();
         let wall = self.netmap.control_time(self.wall(now));
-        if let Some(ping) = change.ping_request {
-            self.events.push_back(Event::PingRequest(Box::new(ping)));
+        if let Some(ping) = &change.ping_request {
+            self.events.push_back(Event::PingRequest(Box::new(ping.clone())));
         }
         for node in &change.removed {
             if let Some(slot) = self.peers.slot(node.id) {
@@ -53,6 +53,7 @@ impl Engine {
                 moved.push(update.slot);
             }
         }
+        self.follow_routes(&change);
         if change.self_changed {
             self.apply_self();
         }
@@ -64,7 +65,8 @@ impl Engine {
             self.names.upsert(node);
         }
         if change.self_changed || change.filter_changed {
-            let own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();
+            let mut own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();
+            own.extend_from_slice(&self.own_routes);
             self.filter.set_filter(Filter::compile(self.netmap.packet_filter().as_deref(), &own));
         }
         if change.derp_changed {
@@ -93,6 +95,8 @@ impl Engine {
         let Some(node) = self.netmap.self_node() else { return };
         self.running = true;
         self.own = node.addresses.iter().map(ipnet::IpNet::addr).collect();
+        let beyond = node.allowed_ips.iter().filter(|net| !node.addresses.contains(net));
+        self.own_routes = beyond.copied().collect();
         self.key_expired = false;
         self.events.push_back(Event::SelfChanged);
     }

@@ -354,6 +354,11 @@ impl Engine {
                 }
             }
         }
-        HostUpdate { endpoints: self.endpoints.clone(), net_info, disco: self.disco_public }
+        HostUpdate {
+            endpoints: self.endpoints.clone(),
+            net_info,
+            disco: self.disco_public,
+            exit_node_id: self.exit_node_id().unwrap_or_default(),
+        }
     }
 }

@@ -28,7 +28,7 @@ impl Engine {
             return Err(DropReason::TooBig);
         }
         let parsed = Parsed::parse(packet).map_err(|_| DropReason::Malformed)?;
-        if !self.own.contains(&parsed.src) {
+        if !self.own.contains(&parsed.src) && !self.own_routes.iter().any(|net| net.contains(&parsed.src)) {
             return Err(DropReason::SourceNotOurs);
         }
         if is_service(parsed.dst) {
@@ -38,7 +38,7 @@ impl Engine {
         if parsed.protocol == crate::packet::protocol::TSMP {
             return Err(DropReason::Filter);
         }
-        let slot = self.peers.by_ip(parsed.dst).ok_or(DropReason::NoPeer)?;
+        let slot = self.peers.by_ip(parsed.dst).ok_or_else(|| self.why_no_peer())?;
         if !self.activate(slot, now) {
             return Err(DropReason::NoPeer);
         }

@@ -20,7 +20,13 @@ impl Engine {
             control_connected: self.control_connected,
             node,
             home_derp: self.relays.home(),
-            health: self.netmap.health().map(str::to_owned).chain(relay).collect(),
+            health: self
+                .netmap
+                .health()
+                .map(str::to_owned)
+                .chain(relay)
+                .chain(self.routing_health())
+                .collect(),
         }
     }
 

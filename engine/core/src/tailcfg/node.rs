@@ -327,6 +327,8 @@ pub struct HostParams {
     pub services: Vec<Service>,
     /// Network conditions, once known.
     pub net_info: Option<NetInfo>,
+    /// Stable id of the exit node in use, empty for none.
+    pub exit_node_id: String,
 }
 
 /// A host as it describes itself.
@@ -381,6 +383,7 @@ impl Hostinfo {
             request_tags: params.request_tags.clone(),
             services: params.services.clone(),
             net_info: params.net_info.clone(),
+            exit_node_id: params.exit_node_id.clone(),
             ..Self::default()
         }
     }

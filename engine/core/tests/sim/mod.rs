@@ -603,6 +603,7 @@ impl World {
             }
             Event::HostUpdate
             | Event::SelfChanged
+            | Event::RoutesChanged
             | Event::DerpPreferred { .. }
             | Event::PingRequest(_)
             | Event::KeyExpired => {}
