@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::plan::{Action, Observed, Wanted, plan};
+use super::plan::{Action, Observed, POLICY_PRIORITIES, Wanted, plan};
 use crate::error::{Error, Result};
 use crate::netlink::Netlink;
 use crate::netns::Netns;
@@ -45,6 +45,10 @@ pub(super) async fn settle(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> Re
             Action::DropRoute(route) => netlink.delete_route(*route).await?,
             Action::DropNeighbour(n) => netlink.delete_neighbour(n.link, n.address).await?,
             Action::DropAddress(net) => netlink.delete_address(index, *net).await?,
+            Action::AddTableRoute(route) => netlink.add_table_route(*route).await?,
+            Action::AddRule(rule) => netlink.add_policy_rule(*rule).await?,
+            Action::DropRule(rule) => netlink.delete_policy_rule(*rule).await?,
+            Action::DropTableRoute(route) => netlink.delete_table_route(*route).await?,
         }
     }
     if new.is_empty() { Ok(()) } else { netlink.wait_local(&new).await }
@@ -60,10 +64,19 @@ pub(super) async fn observe(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> R
                 .collect::<Result<_>>()
         })
         .await??;
-    if wanted.devices.is_empty() {
+    if wanted.devices.is_empty() && wanted.policy.is_none() {
         return Ok(Observed { sysctls, ..Observed::default() });
     }
+    let (rules, table) = match &wanted.policy {
+        Some(policy) => {
+            let rules = netlink.policy_rules(policy.base..policy.base + POLICY_PRIORITIES).await?;
+            (rules, netlink.table_routes(policy.base).await?)
+        }
+        None => (Vec::new(), Vec::new()),
+    };
     Ok(Observed {
+        rules,
+        table,
         sysctls,
         links: netlink.links().await?,
         addresses: netlink.addresses().await?,

@@ -29,8 +29,8 @@ use ipnet::IpNet;
 
 use self::apply::{observe, settle};
 use self::plan::Wanted;
-pub use self::routes::{tailnet_ranges, tailnet_routes};
-use self::wanted::configured;
+pub use self::routes::{subtract, tailnet_ranges, tailnet_routes};
+use self::wanted::{Others, configured};
 use crate::error::{Error, Result};
 use crate::netlink::{self, Mac, Netlink, VethEnd};
 use crate::netns::{self, Netns};
@@ -73,6 +73,18 @@ pub struct PodConfig {
     pub addresses: Vec<IpNet>,
     /// Destinations routed into the link, see [`tailnet_routes`].
     pub routes: Vec<IpNet>,
+    /// Further destinations; one that the pod's other interfaces lead to by more than a default route is
+    /// left to them.
+    pub accepted: Vec<IpNet>,
+    /// Everything else goes into the link too, with these exceptions.
+    pub exit: Option<Exit>,
+}
+
+/// What stays outside while everything else goes through an exit node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exit {
+    /// Destinations that go as the pod's main table has them, by its default routes too.
+    pub bypass: Vec<IpNet>,
 }
 
 /// A link that is there.
@@ -110,8 +122,19 @@ pub struct Configured {
     pub addresses: Vec<IpNet>,
     /// Routes with their next hops.
     pub routes: Vec<(IpNet, IpAddr)>,
+    /// The way to the exit node.
+    pub exit: Option<ExitMade>,
     /// Why there may be no IPv6 among them.
     pub ipv6: Ipv6,
+}
+
+/// Default routes into the link, in a table of their own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExitMade {
+    /// The table's number.
+    pub table: u32,
+    /// Routes with their next hops.
+    pub routes: Vec<(IpNet, IpAddr)>,
 }
 
 impl LinkSpec {
@@ -198,7 +221,7 @@ pub async fn ensure_link(spec: &LinkSpec) -> Result<Link> {
     ensure_pair(spec, &in_link, &in_pod, &pod).await?;
     settle(&namespace, &in_link, &spec.link_side(v6, None)).await?;
     let ipv6 = ipv6_of(spec, &pod, v6).await?;
-    settle(&pod, &in_pod, &spec.pod_side(ipv6 == Ipv6::Available, None)).await?;
+    settle(&pod, &in_pod, &spec.pod_side(ipv6 == Ipv6::Available, None, &Others::default())).await?;
     in_link.wait_running(LINK_SIDE_NAME).await?;
     in_pod.wait_running(&spec.ifname).await?;
     let ifindex = in_pod
@@ -218,8 +241,9 @@ pub async fn configure_pod(spec: &LinkSpec, link: &Link, config: &PodConfig) -> 
     let in_link = Netlink::open(&link.namespace).await?;
     settle(&link.namespace, &in_link, &spec.link_side(link.ipv6 != Ipv6::NotInKernel, Some(config))).await?;
     let in_pod = Netlink::open(&link.pod).await?;
-    settle(&link.pod, &in_pod, &spec.pod_side(v6, Some(config))).await?;
-    Ok(configured(config, v6, link.ipv6))
+    let others = others(&in_pod, link.ifindex).await?;
+    settle(&link.pod, &in_pod, &spec.pod_side(v6, Some(config), &others)).await?;
+    Ok(configured(spec, config, v6, link.ipv6, &others))
 }
 
 /// Compares the link with what it should be.
@@ -230,16 +254,17 @@ pub async fn check(spec: &LinkSpec, config: &PodConfig) -> Result<()> {
     spec.check()?;
     let pod = spec.open_pod()?;
     let in_pod = Netlink::open(&pod).await?;
-    if ours_in_pod(spec, &in_pod).await?.is_none() {
+    let Some(ours) = ours_in_pod(spec, &in_pod).await? else {
         return Err(Error::Broken { what: format!("{} is missing", spec.ifname) });
-    }
+    };
+    let others = others(&in_pod, ours.index).await?;
     let namespace = Netns::open(&spec.pin())?;
     let v6 = ipv6_in_kernel(&namespace).await?;
     let ipv6 = ipv6_of(spec, &pod, v6).await?;
     let in_link = Netlink::open(&namespace).await?;
     // In the pod only what carries its packets counts: its owner may tune and add.
     let mut in_pod_wanted =
-        Wanted { sysctls: vec![], ..spec.pod_side(ipv6 == Ipv6::Available, Some(config)) };
+        Wanted { sysctls: vec![], ..spec.pod_side(ipv6 == Ipv6::Available, Some(config), &others) };
     for device in &mut in_pod_wanted.devices {
         device.alias = None;
         device.exclusive = false;
@@ -271,12 +296,25 @@ async fn remove_pod_side(spec: &LinkSpec) -> Result<()> {
         Err(e) => return Err(e),
     };
     let in_pod = Netlink::open(&pod).await?;
-    match ours_in_pod(spec, &in_pod).await {
+    // Whatever became of the interface: rules outlive it.
+    let none = Wanted {
+        sysctls: vec![],
+        devices: vec![],
+        ..spec.pod_side(false, Some(&PodConfig::default()), &Others::default())
+    };
+    let rules = settle(&pod, &in_pod, &none).await;
+    let interface = match ours_in_pod(spec, &in_pod).await {
         Ok(Some(_)) => in_pod.delete_link(&spec.ifname).await,
         // Somebody else's interface stays.
         Ok(None) | Err(Error::InterfaceExists { .. }) => Ok(()),
         Err(e) => Err(e),
-    }
+    };
+    rules.and(interface)
+}
+
+async fn others(in_pod: &Netlink, own: u32) -> Result<Others> {
+    let (links, addresses) = (in_pod.links().await?, in_pod.addresses().await?);
+    Ok(Others::of(own, &links, &addresses, &in_pod.routes().await?))
 }
 
 async fn remove_link_side(spec: &LinkSpec) -> Result<()> {

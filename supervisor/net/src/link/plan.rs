@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::netlink::{Address, Link, Mac, Neighbour, Route, mac_text};
+use crate::netlink::{Address, Link, Mac, Neighbour, Route, Rule, TableRoute, mac_text};
 
 /// A namespace as it should be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -14,7 +14,25 @@ pub(super) struct Wanted {
     /// Settings, in the order they are made.
     pub(super) sysctls: Vec<(String, &'static str)>,
     pub(super) devices: Vec<Device>,
+    /// `None`: rules are left alone.
+    pub(super) policy: Option<Policy>,
 }
+
+/// Exactly these rules and routes in a block of priorities and the table of the same number.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Policy {
+    /// First of its priorities, and the number of its table.
+    pub(super) base: u32,
+    /// The interface that next hops are on.
+    pub(super) device: String,
+    /// Routes of the table; without a next hop: unreachable.
+    pub(super) hops: Vec<Hop>,
+    /// In the order in which they are asked.
+    pub(super) rules: Vec<Rule>,
+}
+
+/// Priorities of one [`Policy`].
+pub(super) const POLICY_PRIORITIES: u32 = 4;
 
 /// An interface as it should be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +67,10 @@ pub(super) struct Observed {
     pub(super) addresses: Vec<Address>,
     pub(super) routes: Vec<Route>,
     pub(super) neighbours: Vec<Neighbour>,
+    /// Only those of the wanted policy's priorities.
+    pub(super) rules: Vec<Rule>,
+    /// Only those of the wanted policy's table.
+    pub(super) table: Vec<TableRoute>,
 }
 
 /// One thing to change. Shown, it is the sentence that says what is wrong now.
@@ -81,6 +103,10 @@ pub(super) enum Action {
     DropRoute(Route),
     DropNeighbour(Neighbour),
     DropAddress(IpNet),
+    AddTableRoute(TableRoute),
+    AddRule(Rule),
+    DropRule(Rule),
+    DropTableRoute(TableRoute),
 }
 
 impl fmt::Display for Step {
@@ -104,8 +130,21 @@ impl fmt::Display for Step {
             Action::DropRoute(route) => write!(f, "{device} has a stray route to {}", route.dst),
             Action::DropNeighbour(n) => write!(f, "{device} has a stray neighbour {}", n.address),
             Action::DropAddress(net) => write!(f, "{device} has a stray address {net}"),
+            Action::AddTableRoute(route) => {
+                write!(f, "table {} has no route to {}", route.table, route.dst)
+            }
+            Action::AddRule(rule) => write!(f, "rule {} is missing: {}", rule.priority, selector(rule)),
+            Action::DropRule(rule) => write!(f, "rule {} is stray: {}", rule.priority, selector(rule)),
+            Action::DropTableRoute(route) => {
+                write!(f, "table {} has a stray route to {}", route.table, route.dst)
+            }
         }
     }
+}
+
+fn selector(rule: &Rule) -> String {
+    let part = |net: Option<IpNet>| net.map_or_else(|| "all".to_owned(), |net| net.to_string());
+    format!("from {} to {} look up {}", part(rule.src), part(rule.dst), rule.table)
 }
 
 /// The steps from `observed` to `wanted`, in an order that works: settings before devices go up, routes
@@ -131,7 +170,38 @@ pub(super) fn plan(wanted: &Wanted, observed: &Observed) -> Vec<Step> {
         };
         steps.extend(actions.into_iter().map(|action| Step { device: device.name.clone(), index, action }));
     }
+    if let Some(policy) = &wanted.policy {
+        steps.extend(plan_policy(policy, observed));
+    }
     steps
+}
+
+/// Routes before the rules that lead to them, exceptions before the rule they except from, and the other
+/// way round when they go: in no moment does a packet leave by a way that neither state allows.
+fn plan_policy(policy: &Policy, observed: &Observed) -> Vec<Step> {
+    let index = observed.links.iter().find(|l| l.name == policy.device).map(|l| l.index);
+    let table: Vec<TableRoute> = policy
+        .hops
+        .iter()
+        .filter_map(|hop| {
+            let hop_at = match hop.gateway {
+                Some(gateway) => Some((index?, gateway)),
+                None => None,
+            };
+            Some(TableRoute { table: policy.base, dst: hop.dst, hop: hop_at })
+        })
+        .collect();
+    let mut actions = Vec::new();
+    actions.extend(table.iter().filter(|r| !observed.table.contains(r)).copied().map(Action::AddTableRoute));
+    let mut new: Vec<Rule> = policy.rules.iter().filter(|r| !observed.rules.contains(r)).copied().collect();
+    new.sort_by_key(|rule| rule.priority);
+    actions.extend(new.into_iter().map(Action::AddRule));
+    let mut stray: Vec<Rule> = observed.rules.iter().filter(|r| !policy.rules.contains(r)).copied().collect();
+    stray.sort_by_key(|rule| std::cmp::Reverse(rule.priority));
+    actions.extend(stray.into_iter().map(Action::DropRule));
+    actions.extend(observed.table.iter().filter(|r| !table.contains(r)).copied().map(Action::DropTableRoute));
+    let step = |action| Step { device: policy.device.clone(), index: index.unwrap_or(0), action };
+    actions.into_iter().map(step).collect()
 }
 
 fn plan_device(device: &Device, link: &Link, observed: &Observed) -> Vec<Action> {
@@ -242,13 +312,21 @@ mod tests {
                 Action::DropRoute(route) => observed.routes.retain(|r| *r != route),
                 Action::DropNeighbour(n) => observed.neighbours.retain(|o| *o != n),
                 Action::DropAddress(net) => observed.addresses.retain(|a| a.net != net),
+                Action::AddTableRoute(route) => observed.table.push(route),
+                Action::AddRule(rule) => observed.rules.push(rule),
+                Action::DropRule(rule) => observed.rules.retain(|r| *r != rule),
+                Action::DropTableRoute(route) => observed.table.retain(|r| *r != route),
             }
         }
     }
 
     #[test]
     fn a_fresh_pair_gets_everything_in_an_order_that_works_and_then_nothing() {
-        let wanted = Wanted { sysctls: vec![("net/ipv4/ip_forward".into(), "1")], devices: vec![device()] };
+        let wanted = Wanted {
+            sysctls: vec![("net/ipv4/ip_forward".into(), "1")],
+            devices: vec![device()],
+            policy: None,
+        };
         let fresh = Link { up: false, multicast: true, mtu: 1500, alias: None, ..link() };
         let mut observed = Observed { links: vec![fresh], ..Observed::default() };
         observed.sysctls.insert("net/ipv4/ip_forward".into(), "0".into());
@@ -275,7 +353,7 @@ mod tests {
     #[test]
     fn a_change_adds_before_it_drops_and_leaves_other_devices_alone() {
         let mut observed = Observed { links: vec![link()], ..Observed::default() };
-        let mut wanted = Wanted { sysctls: vec![], devices: vec![device()] };
+        let mut wanted = Wanted { sysctls: vec![], devices: vec![device()], policy: None };
         let steps = plan(&wanted, &observed);
         apply(&mut observed, &steps);
         let elsewhere = Route { dst: net("0.0.0.0/0"), gateway: None, link: 2, onlink: false };
@@ -305,7 +383,7 @@ mod tests {
 
     #[test]
     fn without_exclusive_nothing_goes_and_an_absent_device_is_named() {
-        let mut wanted = Wanted { sysctls: vec![], devices: vec![device()] };
+        let mut wanted = Wanted { sysctls: vec![], devices: vec![device()], policy: None };
         let mut observed = Observed { links: vec![link()], ..Observed::default() };
         let steps = plan(&wanted, &observed);
         apply(&mut observed, &steps);
@@ -321,7 +399,7 @@ mod tests {
     fn what_a_change_of_all_overwrites_is_set_again() {
         let key = |device: &str| format!("net/ipv6/conf/{device}/forwarding");
         let sysctls = vec![(key("all"), "1"), (key("default"), "0"), (key("tun0"), "0")];
-        let wanted = Wanted { sysctls, devices: vec![] };
+        let wanted = Wanted { sysctls, devices: vec![], policy: None };
         let mut observed = Observed::default();
         for (device, value) in [("all", "0"), ("default", "0"), ("tun0", "0")] {
             observed.sysctls.insert(key(device), value.into());
@@ -332,8 +410,69 @@ mod tests {
     }
 
     #[test]
+    fn rules_come_after_their_exceptions_and_go_before_them() {
+        let rule = |priority, dst: Option<&str>, table| Rule {
+            priority,
+            family: crate::netlink::Family::V4,
+            src: None,
+            dst: dst.map(net),
+            table,
+            suppress_prefix_len: None,
+        };
+        let gateway = Some("169.254.1.1".parse().unwrap());
+        let hops = vec![Hop { dst: net("0.0.0.0/0"), gateway }, Hop { dst: net("0.0.0.0/0"), gateway: None }];
+        let exit = rule(20_003, None, 20_000);
+        let policy = |hops, rules| Some(Policy { base: 20_000, device: "ts0".into(), hops, rules });
+        let mut wanted = Wanted {
+            policy: policy(hops.clone(), vec![exit, rule(20_002, Some("10.96.0.0/12"), 254)]),
+            ..Wanted::default()
+        };
+        let mut observed = Observed { links: vec![link()], ..Observed::default() };
+        let text = |steps: &[Step]| steps.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let steps = plan(&wanted, &observed);
+        let on = [
+            "table 20000 has no route to 0.0.0.0/0",
+            "table 20000 has no route to 0.0.0.0/0",
+            "rule 20002 is missing: from all to 10.96.0.0/12 look up 254",
+            "rule 20003 is missing: from all to all look up 20000",
+        ];
+        assert_eq!(text(&steps), on);
+        apply(&mut observed, &steps);
+        assert_eq!(plan(&wanted, &observed), []);
+
+        // Other exceptions: new ones first.
+        wanted.policy = policy(hops.clone(), vec![exit, rule(20_002, Some("10.0.0.0/8"), 254)]);
+        let steps = plan(&wanted, &observed);
+        let change = [
+            "rule 20002 is missing: from all to 10.0.0.0/8 look up 254",
+            "rule 20002 is stray: from all to 10.96.0.0/12 look up 254",
+        ];
+        assert_eq!(text(&steps), change);
+        apply(&mut observed, &steps);
+
+        // Who does not look at rules leaves them.
+        assert_eq!(plan(&Wanted::default(), &observed), []);
+        wanted.policy = policy(vec![], vec![]);
+        let steps = plan(&wanted, &observed);
+        let off = [
+            "rule 20003 is stray: from all to all look up 20000",
+            "rule 20002 is stray: from all to 10.0.0.0/8 look up 254",
+            "table 20000 has a stray route to 0.0.0.0/0",
+            "table 20000 has a stray route to 0.0.0.0/0",
+        ];
+        assert_eq!(text(&steps), off);
+        apply(&mut observed, &steps);
+        assert_eq!((observed.rules.len(), observed.table.len()), (0, 0));
+
+        // Without the device only what needs none: nothing leaves by another way.
+        wanted.policy = policy(hops, vec![exit]);
+        observed.links.clear();
+        assert_eq!(plan(&wanted, &observed).len(), 2);
+    }
+
+    #[test]
     fn a_setting_this_kernel_lacks_is_no_step() {
-        let wanted = Wanted { sysctls: vec![("net/ipv6/x".into(), "1")], devices: vec![] };
+        let wanted = Wanted { sysctls: vec![("net/ipv6/x".into(), "1")], devices: vec![], policy: None };
         assert_eq!(plan(&wanted, &Observed::default()), []);
     }
 }

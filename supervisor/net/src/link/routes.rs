@@ -21,6 +21,18 @@ pub fn tailnet_routes(exclude: &[IpNet]) -> Vec<IpNet> {
     routes
 }
 
+/// `nets` without what lies in one of `exclude`, as few prefixes as possible, sorted.
+#[must_use]
+pub fn subtract(nets: &[IpNet], exclude: &[IpNet]) -> Vec<IpNet> {
+    let mut routes = Vec::new();
+    for net in nets {
+        without(*net, exclude, &mut routes);
+    }
+    routes.sort_unstable();
+    routes.dedup();
+    routes
+}
+
 /// Halves `net` until each part lies wholly outside or wholly inside an excluded range.
 fn without(net: IpNet, exclude: &[IpNet], out: &mut Vec<IpNet>) {
     if exclude.iter().any(|e| e.contains(&net)) {

@@ -24,6 +24,7 @@ fn config() -> PodConfig {
     PodConfig {
         addresses: vec!["100.64.0.1/32".parse().unwrap(), "fd7a:115c:a1e0::1/128".parse().unwrap()],
         routes: tailnet_routes(&[]),
+        ..PodConfig::default()
     }
 }
 
@@ -224,6 +225,7 @@ fn a_change_of_addresses_and_routes_is_followed() {
             let moved = PodConfig {
                 addresses: vec!["100.64.7.7/32".parse().unwrap()],
                 routes: tailnet_routes(&["100.96.0.0/11".parse().unwrap()]),
+                ..PodConfig::default()
             };
             configure_pod(&spec, &link, &moved).await.unwrap();
             check(&spec, &moved).await.unwrap();
@@ -320,6 +322,137 @@ fn a_route_that_leads_elsewhere_is_an_error_not_a_success() {
             in_pod.delete_route(elsewhere).await.unwrap();
             configure_pod(&spec, &link, &config()).await.unwrap();
             check(&spec, &config()).await.unwrap();
+        });
+    });
+}
+
+/// An interface of a primary CNI: an address, and everything beyond by its gateway.
+async fn add_primary(spec: &LinkSpec) -> u32 {
+    let in_pod = Netlink::open(&Netns::open(&spec.pod_netns).unwrap()).await.unwrap();
+    in_pod.add_bridge("eth0").await.unwrap();
+    let eth0 = in_pod.link("eth0").await.unwrap().unwrap().index;
+    for address in ["10.244.1.2/24", "fd44::2/64"] {
+        in_pod.add_address(eth0, address.parse().unwrap()).await.unwrap();
+    }
+    in_pod.set_up(eth0).await.unwrap();
+    for (dst, gateway) in [("0.0.0.0/0", "10.244.1.1"), ("::/0", "fd44::1")] {
+        let (dst, gateway) = (dst.parse().unwrap(), Some(gateway.parse().unwrap()));
+        in_pod.add_route(netlink::Route { dst, gateway, link: eth0, onlink: false }).await.unwrap();
+    }
+    eth0
+}
+
+/// Routes, rules and the link's own table.
+async fn routing(spec: &LinkSpec) -> (Vec<netlink::Route>, Vec<String>, Vec<netlink::TableRoute>) {
+    let in_pod = Netlink::open(&Netns::open(&spec.pod_netns).unwrap()).await.unwrap();
+    let mut routes = in_pod.routes().await.unwrap();
+    routes.sort_unstable();
+    (routes, in_pod.rules().await.unwrap(), in_pod.table_routes(spec.policy_base()).await.unwrap())
+}
+
+#[test]
+fn an_exit_node_gets_everything_but_the_clusters_own_and_leaves_nothing_behind() {
+    const NAME: &str =
+        "link::tests::an_exit_node_gets_everything_but_the_clusters_own_and_leaves_nothing_behind";
+    in_namespaces(NAME, |dir| {
+        block_on(async {
+            let spec = pod(dir, "a").await;
+            let eth0 = add_primary(&spec).await;
+            let bare = routing(&spec).await;
+            let mut link = ensure_link(&spec).await.unwrap();
+            let tun = link.open_tun().await.unwrap();
+            configure_pod(&spec, &link, &config()).await.unwrap();
+            let before = routing(&spec).await;
+            assert_eq!(before.1, bare.1, "no rules without an exit node");
+
+            let bypass = vec!["10.96.0.0/12".parse().unwrap(), "fd96::/64".parse().unwrap()];
+            let exit = PodConfig { exit: Some(Exit { bypass }), ..config() };
+            let made = configure_pod(&spec, &link, &exit).await.unwrap();
+            let made = made.exit.unwrap();
+            assert_eq!((made.table, made.routes.len()), (spec.policy_base(), 2));
+            check(&spec, &exit).await.unwrap();
+            assert!(check(&spec, &config()).await.is_err());
+
+            // Where a packet goes, and from which address, as the kernel says.
+            let way = |to: &str, from: &str| {
+                let (to, from) = (to.parse::<SocketAddr>().unwrap(), from.parse::<SocketAddr>().unwrap());
+                link.pod.run_blocking(move || {
+                    let socket = UdpSocket::bind(from).unwrap();
+                    socket.connect(to).map(|()| socket.local_addr().unwrap().ip().to_string())
+                })
+            };
+            let any4 = "0.0.0.0:0";
+            for (to, from, source) in [
+                ("198.51.100.7:9", any4, "100.64.0.1"),
+                ("100.64.0.9:9", any4, "100.64.0.1"),
+                ("10.1.2.3:9", any4, "100.64.0.1"),
+                ("10.96.0.10:53", any4, "10.244.1.2"),
+                ("10.244.1.9:80", any4, "10.244.1.2"),
+                ("[2001:db8::7]:9", "[::]:0", "fd7a:115c:a1e0::1"),
+                ("[fd96::a]:53", "[::]:0", "fd44::2"),
+                ("198.51.100.7:9", "10.244.1.2:0", "10.244.1.2"),
+            ] {
+                assert_eq!(way(to, from).unwrap().unwrap(), source, "{to} from {from}");
+            }
+            let socket = sockets::udp_in(&link.pod, "0.0.0.0:0".parse().unwrap()).await.unwrap();
+            socket.send_to(b"away", "198.51.100.7:9").unwrap();
+            let packet = read_tun(&tun, Duration::from_secs(5)).unwrap();
+            assert_eq!((&packet[16..20], &packet[28..]), (&[198, 51, 100, 7][..], &b"away"[..]));
+            // An answer to somebody outside the cluster who came in by eth0 does not go into the tunnel.
+            let answer = sockets::udp_in(&link.pod, "10.244.1.2:7777".parse().unwrap()).await.unwrap();
+            answer.send_to(b"answer", "192.0.2.9:9").unwrap();
+            assert_eq!(read_tun(&tun, Duration::from_millis(100)), None);
+
+            // Without its interface nothing leaks out by the default route.
+            let in_pod = Netlink::open(&link.pod).await.unwrap();
+            in_pod.set_down(link.ifindex).await.unwrap();
+            assert!(way("198.51.100.7:9", any4).unwrap().is_err());
+            assert_eq!(way("10.96.0.10:53", any4).unwrap().unwrap(), "10.244.1.2");
+            in_pod.set_up(link.ifindex).await.unwrap();
+
+            configure_pod(&spec, &link, &config()).await.unwrap();
+            assert_eq!(routing(&spec).await, before, "switched off");
+            configure_pod(&spec, &link, &exit).await.unwrap();
+            remove(&spec).await.unwrap();
+            assert_eq!(routing(&spec).await, bare, "removed");
+
+            // The pod's own doing: the interface is gone, the rules are not.
+            let link = ensure_link(&spec).await.unwrap();
+            configure_pod(&spec, &link, &exit).await.unwrap();
+            in_pod.delete_link("ts0").await.unwrap();
+            remove(&spec).await.unwrap();
+            assert_eq!(routing(&spec).await, bare);
+            assert!(in_pod.link("eth0").await.unwrap().is_some_and(|l| l.index == eth0));
+        });
+    });
+}
+
+#[test]
+fn accepted_routes_leave_the_pods_own_networks_alone() {
+    in_namespaces("link::tests::accepted_routes_leave_the_pods_own_networks_alone", |dir| {
+        block_on(async {
+            let spec = pod(dir, "a").await;
+            add_primary(&spec).await;
+            let link = ensure_link(&spec).await.unwrap();
+            configure_pod(&spec, &link, &config()).await.unwrap();
+            let before = routing(&spec).await;
+            let net = |text: &str| text.parse::<IpNet>().unwrap();
+            let accepted =
+                ["10.0.0.0/8", "10.244.1.0/24", "10.244.1.128/25", "192.168.7.0/24", "100.64.7.0/24"];
+            let with = PodConfig { accepted: accepted.map(net).to_vec(), ..config() };
+            let made = configure_pod(&spec, &link, &with).await.unwrap();
+            let new: Vec<IpNet> = made.routes.iter().map(|(dst, _)| *dst).skip(2).collect();
+            assert_eq!(new, [net("10.0.0.0/8"), net("192.168.7.0/24")]);
+            check(&spec, &with).await.unwrap();
+            assert_eq!(routing(&spec).await.0.len(), before.0.len() + 2);
+            let in_pod = Netlink::open(&link.pod).await.unwrap();
+            let (dst, gateway) = (net("192.168.7.0/24"), Some(GATEWAY_V4.into()));
+            let lost = netlink::Route { dst, gateway, link: link.ifindex, onlink: true };
+            in_pod.delete_route(lost).await.unwrap();
+            let error = check(&spec, &with).await.unwrap_err().to_string();
+            assert!(error.contains("ts0 has no route to 192.168.7.0/24"), "{error}");
+            configure_pod(&spec, &link, &config()).await.unwrap();
+            assert_eq!(routing(&spec).await, before);
         });
     });
 }

@@ -4,12 +4,12 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::plan::{Device, Hop, Wanted};
+use super::plan::{Device, Hop, Policy, Wanted};
 use super::{
-    Configured, GATEWAY_V4, GATEWAY_V6, Ipv6, LINK_SIDE_NAME, LinkSpec, PodConfig, SERVICE_V4, SERVICE_V6,
-    TUN_NAME,
+    Configured, ExitMade, GATEWAY_V4, GATEWAY_V6, Ipv6, LINK_SIDE_NAME, LinkSpec, PodConfig, SERVICE_V4,
+    SERVICE_V6, TUN_NAME,
 };
-use crate::netlink::{self, Mac};
+use crate::netlink::{self, Family, MAIN_TABLE, Mac, Rule};
 
 impl LinkSpec {
     pub(super) fn alias(&self) -> String {
@@ -112,11 +112,12 @@ impl LinkSpec {
                     exclusive: config.is_some(),
                 },
             ],
+            policy: None,
         }
     }
 
-    /// The pod's side. Without `config` what addresses and routes there are stay.
-    pub(super) fn pod_side(&self, v6: bool, config: Option<&PodConfig>) -> Wanted {
+    /// The pod's side, beside the pod's `others`. Without `config` what addresses and routes there are stay.
+    pub(super) fn pod_side(&self, v6: bool, config: Option<&PodConfig>, others: &Others) -> Wanted {
         let mut sysctls = quiet_ipv6(&self.ifname);
         // Loose: strict filtering may be the pod's default, and a pod's own routing rules may send answers
         // another way than the question came.
@@ -125,7 +126,7 @@ impl LinkSpec {
         if v6 {
             neighbours.push((IpAddr::V6(GATEWAY_V6), self.link_side_mac()));
         }
-        let made = config.map(|c| configured(c, v6, Ipv6::Available));
+        let made = config.map(|c| configured(self, c, v6, Ipv6::Available, others));
         Wanted {
             sysctls,
             devices: vec![Device {
@@ -143,7 +144,79 @@ impl LinkSpec {
                     .collect(),
                 exclusive: config.is_some(),
             }],
+            policy: config.map(|config| self.policy(v6, config, others)),
         }
+    }
+
+    /// First of this link's rule priorities, and the number of its table: its own, so that two links in
+    /// one pod do not take each other's rules away.
+    pub(super) fn policy_base(&self) -> u32 {
+        let [_, a, b, ..] = self.mac(0);
+        20_000 + 4 * (u32::from(u16::from_le_bytes([a, b])) % 2048)
+    }
+
+    /// The rules that send everything but the cluster's own into the link, while there is an exit node:
+    ///
+    /// 1. what comes from an address of another interface (answers, bound sockets) goes that one's way,
+    /// 2. so does what the main table has a route for, its default routes aside,
+    /// 3. so does what goes to the cluster,
+    /// 4. the rest goes into the link, or nowhere when the link does not carry its family.
+    fn policy(&self, v6: bool, config: &PodConfig, others: &Others) -> Policy {
+        let base = self.policy_base();
+        let mut policy = Policy { base, device: self.ifname.clone(), hops: vec![], rules: vec![] };
+        let Some(exit) = &config.exit else { return policy };
+        let mut families = vec![(Family::V4, Some(IpAddr::V4(GATEWAY_V4)), IpNet::from(Ipv4Net::default()))];
+        if v6 || others.addresses.iter().any(IpAddr::is_ipv6) {
+            let gateway = v6.then_some(IpAddr::V6(GATEWAY_V6));
+            families.push((Family::V6, gateway, Ipv6Net::default().into()));
+        }
+        for (family, gateway, all) in families {
+            if gateway.is_some() {
+                policy.hops.push(Hop { dst: all, gateway });
+            }
+            policy.hops.push(Hop { dst: all, gateway: None });
+            let rule = Rule {
+                priority: base,
+                family,
+                src: None,
+                dst: None,
+                table: MAIN_TABLE,
+                suppress_prefix_len: None,
+            };
+            let own =
+                others.addresses.iter().map(|ip| IpNet::from(*ip)).filter(|net| Family::of(net) == family);
+            policy.rules.extend(own.map(|net| Rule { src: Some(net), ..rule }));
+            policy.rules.push(Rule { priority: base + 1, suppress_prefix_len: Some(0), ..rule });
+            let cluster = exit.bypass.iter().filter(|net| Family::of(net) == family);
+            policy.rules.extend(cluster.map(|net| Rule { priority: base + 2, dst: Some(*net), ..rule }));
+            policy.rules.push(Rule { priority: base + 3, table: base, ..rule });
+        }
+        policy
+    }
+}
+
+/// What the pod has beside its link.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Others {
+    /// Addresses of other interfaces, loopback and link-local ones aside.
+    pub(super) addresses: Vec<IpAddr>,
+    /// What those interfaces lead to by more than a default route.
+    pub(super) networks: Vec<IpNet>,
+}
+
+impl Others {
+    /// All that is not on the interface `own`.
+    pub(super) fn of(
+        own: u32,
+        links: &[netlink::Link],
+        addresses: &[netlink::Address],
+        routes: &[netlink::Route],
+    ) -> Self {
+        let loopback = |index: u32| links.iter().any(|l| l.index == index && l.name == "lo");
+        let beside = || addresses.iter().filter(|a| a.link != own && a.global && !loopback(a.link));
+        let mut networks: Vec<IpNet> = beside().map(|a| a.net.trunc()).collect();
+        networks.extend(routes.iter().filter(|r| r.link != own && r.dst.prefix_len() > 0).map(|r| r.dst));
+        Self { addresses: beside().map(|a| a.net.addr()).collect(), networks }
     }
 }
 
@@ -156,15 +229,31 @@ fn quiet_ipv6(device: &str) -> Vec<(String, &'static str)> {
 }
 
 /// What of `config` a pod gets.
-pub(super) fn configured(config: &PodConfig, v6: bool, ipv6: Ipv6) -> Configured {
+pub(super) fn configured(
+    spec: &LinkSpec,
+    config: &PodConfig,
+    v6: bool,
+    ipv6: Ipv6,
+    others: &Others,
+) -> Configured {
     let usable = |net: &&IpNet| v6 || is_v4(net);
     let gateway = |net: &IpNet| match net {
         IpNet::V4(_) => IpAddr::V4(GATEWAY_V4),
         IpNet::V6(_) => IpAddr::V6(GATEWAY_V6),
     };
+    // Another node's route never takes away what the pod's own networks lead to.
+    let covered = |net: &&IpNet| config.routes.iter().chain(&others.networks).any(|had| had.contains(*net));
+    let accepted = config.accepted.iter().filter(|net| !covered(net));
+    let routes = config.routes.iter().chain(accepted).filter(usable);
+    let exit = config.exit.as_ref().map(|_| {
+        let all = [IpNet::from(Ipv4Net::default()), Ipv6Net::default().into()];
+        let routes = all.iter().filter(usable).map(|net| (*net, gateway(net))).collect();
+        ExitMade { table: spec.policy_base(), routes }
+    });
     Configured {
         addresses: config.addresses.iter().filter(usable).copied().collect(),
-        routes: config.routes.iter().filter(usable).map(|net| (*net, gateway(net))).collect(),
+        routes: routes.map(|net| (*net, gateway(net))).collect(),
+        exit,
         ipv6,
     }
 }

@@ -3,6 +3,7 @@
 //! Adding what is there and deleting what is not both succeed, so that callers can state what they want.
 
 mod messages;
+mod policy;
 
 use std::io;
 use std::net::IpAddr;
@@ -23,6 +24,8 @@ use rtnetlink::sys::{Socket, TokioSocket};
 use rtnetlink::{Handle, IpVersion, LinkMessageBuilder, LinkUnspec};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
+
+pub use self::policy::{Family, MAIN_TABLE, Rule, TableRoute};
 
 use self::messages::{
     address_of, end_attributes, family, io_error, link_of, local_address_of, neighbour_of, route_message,
