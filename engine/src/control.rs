@@ -57,6 +57,7 @@ impl Identity {
             version: concat!(env!("CARGO_PKG_VERSION"), "-podtether").to_owned(),
             request_tags: self.request_tags.clone(),
             net_info: Some(host.net_info.clone()),
+            exit_node_id: host.exit_node_id.clone(),
             ..HostParams::default()
         })
     }

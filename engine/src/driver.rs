@@ -83,6 +83,9 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
                 }
             }
             Command::SetUnderlay(_) => {}
+            Command::SetRouting(_, answer) => {
+                let _ = answer.send(board.read());
+            }
             Command::Metrics(answer) => {
                 let _ = answer.send(Default::default());
             }
@@ -269,6 +272,7 @@ impl Driver {
                 self.control.set_host(self.engine.host_update());
                 self.report();
             }
+            engine::Event::RoutesChanged => self.report_routes(),
             engine::Event::DerpConnect { region } => match self.engine.derp_node(region) {
                 Some(nodes) => self.derp.connect(region, nodes.clone(), &self.dialer),
                 None => tracing::warn!(%region, "the core wants a DERP region that the map does not have"),
@@ -389,6 +393,11 @@ impl Driver {
                 let _ = answer.send(Err("this engine was started already".to_owned()));
             }
             Command::SetUnderlay(underlay) => self.set_underlay(&underlay, now),
+            Command::SetRouting(wanted, answer) => {
+                self.engine.set_routing(start::routing(&wanted));
+                self.report_routes();
+                let _ = answer.send(self.board.read());
+            }
             Command::Metrics(answer) => {
                 let _ = answer.send(self.metrics(now));
             }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use podtether_proto::engine::{
-    Engine, EngineMetrics, EngineStatus, Hello, PeerStatus, StartRequest, Underlay, WATCH_MAX,
+    Engine, EngineMetrics, EngineStatus, Hello, PeerStatus, Routing, StartRequest, Underlay, WATCH_MAX,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -28,6 +28,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) enum Command {
     Start(Box<StartRequest>, oneshot::Sender<Result<(), String>>),
     SetUnderlay(Underlay),
+    SetRouting(Routing, oneshot::Sender<EngineStatus>),
     Metrics(oneshot::Sender<EngineMetrics>),
     Peers(oneshot::Sender<Vec<PeerStatus>>),
     Logout(oneshot::Sender<Result<(), String>>),
@@ -129,6 +130,11 @@ impl Engine for Service {
     async fn set_underlay(self, _: Context, underlay: Underlay) {
         // An ending engine has no use for it.
         let _ = self.commands.send(Command::SetUnderlay(underlay)).await;
+    }
+
+    async fn set_routing(self, _: Context, routing: Routing) -> EngineStatus {
+        let asked = self.ask(|answer| Command::SetRouting(routing, answer)).await;
+        asked.unwrap_or_else(|| self.board.read())
     }
 
     async fn metrics(self, _: Context) -> EngineMetrics {

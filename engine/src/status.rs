@@ -28,6 +28,8 @@ impl Board {
             node: None,
             home_derp: 0,
             health: Vec::new(),
+            accepted_routes: Vec::new(),
+            exit_node_id: None,
         });
         Self(Arc::new(Inner { status, control_heard: Mutex::new(None), pod_uid: OnceLock::new() }))
     }

@@ -20,6 +20,8 @@ pub trait Engine {
     async fn watch(after: u64) -> EngineStatus;
     /// The node's own addresses or resolvers changed.
     async fn set_underlay(underlay: Underlay);
+    /// The pod uses other routes of peers from now on; the status with that in force.
+    async fn set_routing(routing: Routing) -> EngineStatus;
     /// Counters and gauges for `/metrics`.
     async fn metrics() -> EngineMetrics;
     /// One line per peer.
@@ -85,6 +87,19 @@ pub struct StartRequest {
     pub mtu: u16,
     /// The node's addresses and resolvers now.
     pub underlay: Underlay,
+    /// What the pod uses of the routes that peers offer.
+    pub routing: Routing,
+}
+
+/// What a pod uses of the routes that peers offer.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Routing {
+    /// Use the subnet routes of peers.
+    pub accept_routes: bool,
+    /// The peer that carries everything no route covers, by stable id, address or name.
+    pub exit_node: Option<String>,
+    /// Ranges that neither a route nor the exit node covers: the cluster's own.
+    pub exclude: Vec<IpNet>,
 }
 
 /// What the engine is told about the node it runs on.
@@ -113,8 +128,12 @@ pub struct EngineStatus {
     pub node: Option<SelfNode>,
     /// Home DERP region, 0 for none yet.
     pub home_derp: u32,
-    /// Health messages from control.
+    /// Health messages from control, and what is wrong with relays and routes.
     pub health: Vec<String>,
+    /// Subnet routes that the pod should send into its link, sorted; empty unless it accepts routes.
+    pub accepted_routes: Vec<IpNet>,
+    /// Stable id of the exit node; `None` while none is chosen or the chosen one is not among the peers.
+    pub exit_node_id: Option<String>,
 }
 
 /// Where a node is in its life.

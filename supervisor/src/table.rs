@@ -307,7 +307,7 @@ impl Table {
             Step::Configure => {
                 let addresses = pod.engine.as_ref().and_then(Running::addresses).map(<[_]>::to_vec);
                 let (Some(fds), Some(addresses)) = (pod.fds.clone(), addresses) else { return false };
-                let config = PodConfig { addresses, routes: context.routes() };
+                let config = PodConfig { addresses, routes: context.routes(), ..PodConfig::default() };
                 let spec = context.link_spec(&pod.record);
                 self.run_step(id, step, steps::configure(spec, fds, config));
             }

@@ -36,6 +36,16 @@ impl Driver {
         });
     }
 
+    /// The same for the routes, which may be thousands: only when they changed.
+    pub(super) fn report_routes(&self) {
+        let routes = self.engine.routes();
+        self.board.update(|status| {
+            status.accepted_routes = routes.accepted;
+            status.exit_node_id = routes.exit_node;
+        });
+        self.report();
+    }
+
     pub(super) fn metrics(&self, now: Instant) -> EngineMetrics {
         let counters = self.engine.counters();
         let gauges = self.engine.gauges(now);

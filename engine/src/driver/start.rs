@@ -5,6 +5,7 @@ use std::time::{Instant, SystemTime};
 use podtether_core::batch::{Batch, Outbox};
 use podtether_core::engine::{Config, Engine};
 use podtether_core::key::{DiscoPrivate, MachinePrivate, NodePrivate, NodePublic};
+use podtether_core::routes::Routing;
 use podtether_core::snapshot::Snapshot;
 use podtether_core::tailcfg::UnixTime;
 use podtether_proto::engine::StartRequest;
@@ -128,7 +129,8 @@ impl Checked {
             wall: wall_clock(),
             snapshot,
         };
-        let engine = Engine::new(config, Instant::now());
+        let mut engine = Engine::new(config, Instant::now());
+        engine.set_routing(routing(&request.routing));
         let control = Control::start(self.dialer.clone(), self.identity, engine.host_update());
         let derp = Regions::new(self.node_key);
         let mut driver = Driver {
@@ -159,8 +161,16 @@ impl Checked {
             ending: None,
         };
         driver.set_underlay(&request.underlay, Instant::now());
-        driver.report();
+        driver.report_routes();
         Ok(driver)
+    }
+}
+
+pub(super) fn routing(wanted: &podtether_proto::engine::Routing) -> Routing {
+    Routing {
+        accept_routes: wanted.accept_routes,
+        exit_node: wanted.exit_node.clone(),
+        exclude: wanted.exclude.clone(),
     }
 }
 

@@ -159,6 +159,7 @@ impl Pod {
             auth_key: join.auth_key.clone().map(SecretString::new),
             mtu: 1280,
             underlay: Underlay { addresses: join.addresses.clone(), ..Underlay::default() },
+            routing: podtether_proto::engine::Routing::default(),
         }
     }
 
@@ -229,7 +230,11 @@ impl Pod {
     pub async fn configure(&self) -> Vec<IpAddr> {
         let status = self.wait(|s| s.state == NodeState::Running && s.node.is_some()).await;
         let addresses = status.node.unwrap().addresses;
-        let config = PodConfig { addresses: addresses.clone(), routes: link::tailnet_ranges().to_vec() };
+        let config = PodConfig {
+            addresses: addresses.clone(),
+            routes: link::tailnet_ranges().to_vec(),
+            ..PodConfig::default()
+        };
         link::configure_pod(&self.spec, &self.link, &config).await.unwrap();
         addresses.iter().map(IpNet::addr).collect()
     }

@@ -36,7 +36,11 @@ impl Table {
         let name = pod_name(&pod.record.pod);
         let mut spec = self.context.link_spec(&pod.record);
         spec.pod_netns = request.netns.clone().into();
-        let config = PodConfig { addresses: pod.record.addresses.clone(), routes: self.context.routes() };
+        let config = PodConfig {
+            addresses: pod.record.addresses.clone(),
+            routes: self.context.routes(),
+            ..PodConfig::default()
+        };
         let client = pod.engine.as_ref().and_then(|e| e.client.clone());
         let (reason, stopped) = (pod.reason.clone(), pod.stopped.is_some());
         tokio::spawn(async move {

@@ -274,6 +274,7 @@ fn start_request(
         auth_key: pod.key.as_ref().map(|(key, _)| key.secret.clone()),
         mtu: MTU,
         underlay: underlay.clone(),
+        routing: podtether_proto::engine::Routing::default(),
     }
 }
 
