@@ -12,7 +12,7 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use podtether_proto::node::{AddRequest, AttachmentId, CheckRequest, CniError, GcRequest, code};
+use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, code};
 use serde_json::{Map, Value, json};
 
 use crate::config::{Config, SpecVersion, invalid, parse_object, read_bytes, version_of};
@@ -27,14 +27,19 @@ const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// What the process prints and how it exits.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Outcome {
-    pub(crate) stdout: String,
-    pub(crate) stderr: String,
-    pub(crate) success: bool,
+pub struct Outcome {
+    /// One JSON object, or nothing where a verb has no result.
+    pub stdout: String,
+    /// For the runtime's log.
+    pub stderr: String,
+    /// Whether the exit code is 0.
+    pub success: bool,
 }
 
 impl Outcome {
-    pub(crate) fn failed_to_start(error: &std::io::Error) -> Self {
+    /// What to print when the process cannot even wait for an answer.
+    #[must_use]
+    pub fn failed_to_start(error: &std::io::Error) -> Self {
         let details = "the node is short of descriptors or memory; the runtime tries again".into();
         let error = CniError { code: code::IO, msg: format!("cannot start: {error}"), details };
         Self::failure(SpecVersion::NEWEST, &error)
@@ -60,7 +65,7 @@ struct Said {
 }
 
 /// Runs the plugin with this environment and this stdin.
-pub(crate) async fn run(lookup: Lookup<'_>, stdin: &mut dyn Read) -> Outcome {
+pub async fn run(lookup: Lookup<'_>, stdin: &mut dyn Read) -> Outcome {
     let mut version = SpecVersion::NEWEST;
     match answer(lookup, stdin, &mut version).await {
         Ok(said) => Outcome {
@@ -95,6 +100,27 @@ async fn answer(
         Verb::Status => status(&config, started + STATUS_TIMEOUT.min(config.timeout)).await,
         Verb::Version => Ok(Said::default()),
     }
+}
+
+/// Everything a call reads before it asks the supervisor.
+pub(crate) fn rehearse(lookup: Lookup<'_>, stdin: &mut dyn Read) -> Result<(), CniError> {
+    let params = Params::read(lookup)?;
+    if params.verb == Verb::Version {
+        return versions(stdin).map(drop);
+    }
+    let object = parse_object(&read_bytes(stdin)?)?;
+    let version = version_of(&object)?;
+    let config = Config::read(params.verb, version, object)?;
+    if params.verb == Verb::Gc {
+        config.valid_attachments()?;
+    }
+    let Some(prev) = &config.prev_result else { return Ok(()) };
+    let prev = PrevResult::read(prev, version)?;
+    let _ = prev.ours(&config.ifname);
+    // What is printed after ADD must be readable as the next plugin's prevResult.
+    let printed =
+        prev.with(&Attached { ifname: config.ifname.clone(), ..Attached::default() }, &params.netns);
+    PrevResult::read(&printed, version).map(drop)
 }
 
 /// VERSION takes whatever version it is asked in: it is how a runtime finds out.

@@ -19,7 +19,7 @@ use podtether_proto::secret::SecretKey;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-pub use file::{fnv64, random_id};
+pub use file::{decode, fnv64, random_id};
 
 /// A record could not be written, or the state directory not be opened.
 #[derive(Debug, thiserror::Error)]

@@ -60,6 +60,12 @@ pub(crate) struct Body {
 }
 
 impl Snapshot {
+    /// What an engine that never had a netmap leaves behind.
+    #[must_use]
+    pub fn empty(disco: DiscoPrivate) -> Self {
+        Self { disco, body: Body::default() }
+    }
+
     /// The stored form. It holds the disco private key: keep it where only the engine reads.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {

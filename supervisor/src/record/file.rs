@@ -134,6 +134,14 @@ fn read<R: Record>(path: &Path) -> Result<R, (&'static str, String)> {
     let mut text = Zeroizing::new(String::new());
     let file = File::open(path).map_err(io)?;
     file.take(MAX_BYTES).read_to_string(&mut text).map_err(io)?;
+    decode(&text)
+}
+
+/// The record in a file's text.
+///
+/// # Errors
+/// A word for the name of the file that is put aside, and a sentence.
+pub fn decode<R: Record>(text: &str) -> Result<R, (&'static str, String)> {
     let torn = |what: &str| ("torn", format!("it is cut off or damaged ({what})"));
     let (head, rest) = text.split_once(BODY).ok_or_else(|| torn("no body"))?;
     let header: Header = serde_json::from_str(&format!("{head}}}")).map_err(|_| torn("bad header"))?;

@@ -1,0 +1,45 @@
+//! What other programs on the node say: a container runtime, a tool, an engine that was broken into.
+
+use std::pin::Pin;
+
+use bytes::BytesMut;
+use podtether_proto::engine::{EngineRequest, EngineResponse};
+use podtether_proto::node::{NodeRequest, NodeResponse};
+use serde::{Deserialize, Serialize};
+use tarpc::{ClientMessage, Response};
+use tokio_serde::Deserializer as _;
+use tokio_serde::formats::Bincode;
+
+/// The first byte chooses the verb, the rest is stdin.
+pub fn cni(data: &[u8]) {
+    const VERBS: [&str; 6] = ["ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION"];
+    let Some((verb, mut stdin)) = data.split_first() else { return };
+    let verb = VERBS[usize::from(*verb) % VERBS.len()];
+    let lookup = |name: &str| {
+        let value = match name {
+            "CNI_COMMAND" => verb,
+            "CNI_CONTAINERID" => "c1",
+            "CNI_NETNS" => "/var/run/netns/c1",
+            "CNI_IFNAME" => "eth0",
+            "CNI_ARGS" => "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b;K8S_POD_UID=u",
+            _ => return None,
+        };
+        Some(value.to_owned())
+    };
+    if let Err(error) = podtether_cni::rehearse(&lookup, &mut stdin) {
+        assert!(!error.msg.is_empty() && !error.details.is_empty(), "an error says what to do");
+    }
+}
+
+/// A frame of either service, in either direction.
+pub fn rpc(data: &[u8]) {
+    read::<ClientMessage<EngineRequest>>(data);
+    read::<Response<EngineResponse>>(data);
+    read::<ClientMessage<NodeRequest>>(data);
+    read::<Response<NodeResponse>>(data);
+}
+
+fn read<T: for<'de> Deserialize<'de> + Serialize + Unpin>(data: &[u8]) {
+    let mut format = Bincode::<T, T>::default();
+    let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
+}
