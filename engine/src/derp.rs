@@ -5,6 +5,7 @@
 //! full socket would; packets from regions wait in TCP when the driver is behind.
 
 mod connection;
+mod latency;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tokio::task::JoinSet;
 use crate::dial::Dialer;
 use crate::driver::Drop;
 use connection::Connection;
+pub(crate) use latency::measure;
 
 /// Packets for one region.
 const SEND_QUEUE: usize = 64;
@@ -43,6 +45,8 @@ pub(crate) enum Event {
         source: NodePublic,
         payload: Vec<u8>,
     },
+    /// A pong or a keepalive.
+    Heard,
     PeerGone {
         peer: NodePublic,
     },
@@ -71,6 +75,10 @@ struct Region {
     packets: mpsc::Sender<Packet>,
     preferred: watch::Sender<bool>,
     servers: watch::Sender<DerpRegion>,
+    /// Counts the pings asked for.
+    pings: watch::Sender<u64>,
+    /// Counts the connections given up.
+    given_up: watch::Sender<u64>,
     _task: JoinSet<()>,
 }
 
@@ -103,6 +111,8 @@ impl Regions {
         let (packets, packets_out) = mpsc::channel(SEND_QUEUE);
         let (preferred, preferred_out) = watch::channel(region == self.home);
         let (servers, servers_out) = watch::channel(servers);
+        let (pings, pings_out) = watch::channel(0);
+        let (given_up, given_up_out) = watch::channel(0);
         let mut task = JoinSet::new();
         let connection = Connection {
             region,
@@ -110,11 +120,13 @@ impl Regions {
             dialer: dialer.clone(),
             servers: servers_out,
             preferred: preferred_out,
+            pings: pings_out,
+            given_up: given_up_out,
             packets: packets_out,
             messages: self.messages_in.clone(),
         };
         task.spawn(connection.keep());
-        self.regions.insert(region, Region { packets, preferred, servers, _task: task });
+        self.regions.insert(region, Region { packets, preferred, servers, pings, given_up, _task: task });
     }
 
     /// Where the region is from the next attempt on.
@@ -125,6 +137,20 @@ impl Regions {
                 *old = servers;
                 changed
             });
+        }
+    }
+
+    /// Sends a ping on the region's connection.
+    pub(crate) fn ping(&self, region: RegionId) {
+        if let Some(region) = self.regions.get(&region) {
+            region.pings.send_modify(|count| *count += 1);
+        }
+    }
+
+    /// Ends the region's connection, which is silent, and makes another.
+    pub(crate) fn reconnect(&self, region: RegionId) {
+        if let Some(region) = self.regions.get(&region) {
+            region.given_up.send_modify(|count| *count += 1);
         }
     }
 

@@ -15,7 +15,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use podtether_core::batch::{Batch, Outbox};
+use podtether_core::batch::{Batch, Outbox, RegionId};
 use podtether_core::dns::DnsAction;
 use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine};
 use podtether_proto::engine::Underlay;
@@ -121,6 +121,7 @@ struct Driver {
     control: Control,
     derp: Regions,
     lookups: JoinSet<(String, Vec<IpAddr>)>,
+    latencies: JoinSet<(RegionId, Option<Duration>)>,
     snapshot: Option<SnapshotFile>,
     snapshot_due: Option<Instant>,
     snapshot_written: Option<Instant>,
@@ -141,6 +142,7 @@ enum Wake {
     Control(control::Event),
     Derp(derp::Message),
     Resolved(String, Vec<IpAddr>),
+    Latency(RegionId, Option<Duration>),
     Command(Command),
     LoggedOut(Result<(), String>),
     Time,
@@ -198,6 +200,7 @@ impl Driver {
                 Ok((host, addresses)) => Wake::Resolved(host, addresses),
                 Err(_) => Wake::Time,
             },
+            Some(Ok((region, latency))) = self.latencies.join_next() => Wake::Latency(region, latency),
             command = commands.recv() => match command {
                 Some(command) => Wake::Command(command),
                 None => Wake::Ended(Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more")),
@@ -224,6 +227,7 @@ impl Driver {
             Wake::Resolved(host, addresses) => {
                 self.engine.handle_resolved(&host, &addresses, now, &mut self.outbox);
             }
+            Wake::Latency(region, latency) => self.engine.handle_https_latency(region, latency, now),
             Wake::Command(command) => self.handle_command(command, now),
             Wake::LoggedOut(outcome) => self.logged_out(outcome),
             Wake::Time => {}
@@ -278,6 +282,13 @@ impl Driver {
                 None => tracing::warn!(%region, "the core wants a DERP region that the map does not have"),
             },
             engine::Event::DerpClose { region } => self.derp.close(region),
+            engine::Event::DerpPing { region } => self.derp.ping(region),
+            engine::Event::DerpReconnect { region } => self.derp.reconnect(region),
+            engine::Event::HttpsLatency { region } => {
+                let servers = self.engine.derp_node(region).cloned().unwrap_or_default();
+                let dialer = self.dialer.clone();
+                self.latencies.spawn(async move { (region, derp::measure(&dialer, &servers).await) });
+            }
             engine::Event::DerpPreferred { region } => {
                 self.derp.prefer(region);
                 self.report();
@@ -353,6 +364,7 @@ impl Driver {
         let event = match event {
             derp::Event::Connected => DerpEvent::Connected,
             derp::Event::Disconnected => DerpEvent::Disconnected,
+            derp::Event::Heard => DerpEvent::Heard,
             derp::Event::Packet { source, payload } => {
                 packet = payload;
                 DerpEvent::Packet { source, payload: &mut packet }
@@ -366,7 +378,7 @@ impl Driver {
         if let (DerpEvent::Disconnected, Some(servers)) = (&event, self.engine.derp_node(region)) {
             self.derp.set_servers(region, servers.clone());
         }
-        let reports = !matches!(event, DerpEvent::Packet { .. });
+        let reports = !matches!(event, DerpEvent::Packet { .. } | DerpEvent::Heard);
         self.engine.handle_derp(region, event, now, &mut self.outbox);
         if reports {
             self.report();

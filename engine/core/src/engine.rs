@@ -40,6 +40,7 @@ use crate::filter::FilterState;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use crate::netcheck::{Netcheck, StunRequest};
 use crate::netmap::NetMap;
+pub use crate::path::Patience;
 use crate::path::{Action, PathAgent};
 use crate::peer::{Active, PeerTable, Slot};
 use crate::random::Random;
@@ -108,6 +109,7 @@ pub struct Engine {
     relays: Relays,
     netcheck: Netcheck,
     underlay: Underlay,
+    patience: Patience,
     endpoints: Vec<(SocketAddr, EndpointType)>,
     reported: Option<discovery::Reported>,
     report_at: Option<Instant>,
@@ -153,9 +155,10 @@ impl Engine {
             waiting: 0,
             greet: Vec::new(),
             last_nudge: None,
-            relays: Relays::default(),
+            relays: Relays::new(u64::from(config.random_seed[0]) << 8 | u64::from(config.random_seed[1])),
             netcheck: Netcheck::default(),
             underlay: Underlay::default(),
+            patience: Patience::default(),
             endpoints: Vec::new(),
             reported: None,
             report_at: None,
@@ -178,6 +181,11 @@ impl Engine {
     /// Answers a DNS query of the pod; what the answer is goes to `reply`.
     pub fn handle_dns(&mut self, query: &[u8], _now: Instant, reply: &mut Vec<u8>) -> DnsAction {
         self.names.answer(query, reply)
+    }
+
+    /// Sets how soon peers that become active from here on are doubted.
+    pub fn set_patience(&mut self, patience: Patience) {
+        self.patience = patience;
     }
 
     /// The next thing for the shell to do. Ask after every call until there is none.
@@ -209,11 +217,13 @@ impl Engine {
         };
         let Some(peer) = self.peers.get_mut(slot) else { return false };
         let jitter = self.random.next_u64();
-        let mut path = PathAgent::new(peer.wireguard_only);
+        let mut path = PathAgent::new(peer.wireguard_only, self.patience);
         path.set_endpoints(&peer.endpoints);
         let disco = peer.disco;
         let mut tunnel = Tunnel::new(&self.identity, *peer.key.as_bytes(), index, jitter, now);
-        if self.by_index.len() < MAX_EAGER {
+        if self.patience == Patience::Stock {
+            tunnel.be_patient();
+        } else if self.by_index.len() < MAX_EAGER {
             tunnel.be_eager(peer.since + ACQUAINTANCE);
         }
         peer.active = Some(Box::new(Active {

@@ -26,6 +26,8 @@ const REPEATS: [Duration; 3] =
 const FIRST_HOME_AFTER_ANSWER: Duration = Duration::from_millis(50);
 const FIRST_HOME_BLIND: Duration = Duration::from_millis(600);
 const NEAREST: usize = 3;
+/// Regions measured by HTTPS in a round.
+const MAX_MEASURED: usize = 16;
 const NODES_PER_REGION: usize = 2;
 const MAX_REGIONS: usize = 256;
 const MAX_PROBES: usize = 1024;
@@ -74,6 +76,8 @@ struct Region {
     score: f64,
     latency: Option<Duration>,
     latency_v6: Option<Duration>,
+    /// Of an HTTPS request; measured when UDP does not get through.
+    latency_https: Option<Duration>,
 }
 
 #[derive(Debug, Clone)]
@@ -128,6 +132,10 @@ pub(crate) struct Netcheck {
     mapped_v4: Option<SocketAddr>,
     mapped_v6: Option<SocketAddr>,
     varies: Option<bool>,
+    /// Regions to be measured by HTTPS.
+    to_measure: Vec<RegionId>,
+    /// How many of those asked for have not been reported.
+    measuring: usize,
 }
 
 impl Netcheck {
@@ -145,6 +153,7 @@ impl Netcheck {
                     score: map.region_score(id),
                     latency: old.and_then(|r| r.latency),
                     latency_v6: old.and_then(|r| r.latency_v6),
+                    latency_https: old.and_then(|r| r.latency_https),
                 },
             );
         }
@@ -236,7 +245,40 @@ impl Netcheck {
 
     /// Last measured latencies: region, IPv4, IPv6.
     pub(crate) fn latencies(&self) -> impl Iterator<Item = (RegionId, Option<Duration>, Option<Duration>)> {
-        self.regions.iter().map(|(id, r)| (*id, r.latency, r.latency_v6))
+        self.regions.iter().map(|(id, r)| (*id, r.latency.or(r.latency_https), r.latency_v6))
+    }
+
+    /// Regions whose latency is to be measured by HTTPS.
+    pub(crate) fn take_to_measure(&mut self) -> impl Iterator<Item = RegionId> {
+        self.measuring += self.to_measure.len();
+        self.to_measure.drain(..)
+    }
+
+    /// A region answered an HTTPS request, or did not. True when that was the last one asked.
+    pub(crate) fn handle_https(&mut self, region: RegionId, latency: Option<Duration>) -> bool {
+        if let Some(region) = self.regions.get_mut(&region) {
+            region.latency_https = latency;
+        }
+        self.measuring = self.measuring.saturating_sub(1);
+        self.measuring == 0
+    }
+
+    /// Regions that could be home instead of `home`, nearest first, the unmeasured in an order that differs
+    /// between nodes.
+    pub(crate) fn nearest(&self, home: RegionId, salt: u64) -> Vec<RegionId> {
+        let mut others: Vec<RegionId> =
+            self.regions.iter().filter(|(id, r)| r.home_allowed && **id != home).map(|(id, _)| *id).collect();
+        others.sort_by_cached_key(|id| {
+            let spread = (u64::from(id.0) ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            (self.weighed(*id).unwrap_or(Duration::MAX), spread)
+        });
+        others.truncate(NEAREST);
+        others
+    }
+
+    fn weighed(&self, id: RegionId) -> Option<Duration> {
+        let score = self.regions.get(&id)?.score;
+        Some(self.best_latency(id)?.mul_f64(score.clamp(0.01, 100.0)))
     }
 
     /// When [`Netcheck::handle_timeout`] has something to do.
@@ -287,6 +329,7 @@ impl Netcheck {
         }
         if full {
             self.next_full = Some(now + FULL_EVERY);
+            self.measuring = 0;
             // Names are asked for anew, also those whose answer never came; what is known serves meanwhile.
             let known: BTreeSet<String> =
                 self.hosts().filter(|host| self.resolved.contains_key(*host)).cloned().collect();
@@ -404,6 +447,14 @@ impl Netcheck {
                 region.latency = None;
                 region.latency_v6 = None;
             }
+            if !round.answers.is_empty()
+                && let Some(region) = self.regions.get_mut(id)
+            {
+                region.latency_https = None;
+            }
+        }
+        if round.full && round.answers.is_empty() && self.to_measure.is_empty() && self.measuring == 0 {
+            self.to_measure.extend(round.regions.iter().take(MAX_MEASURED));
         }
         if round.answers.is_empty() && !round.regions.is_empty() && self.udp_works() {
             self.mapped_v4 = None;
@@ -415,7 +466,7 @@ impl Netcheck {
 
     fn best_latency(&self, id: RegionId) -> Option<Duration> {
         let region = self.regions.get(&id)?;
-        [region.latency, region.latency_v6].into_iter().flatten().min()
+        [region.latency, region.latency_v6].into_iter().flatten().min().or(region.latency_https)
     }
 
     /// The home region, given the present one. `salt` picks one for good where nothing can be measured.
@@ -428,11 +479,7 @@ impl Netcheck {
     ) -> RegionId {
         let allowed: Vec<RegionId> =
             self.regions.iter().filter(|(_, r)| r.home_allowed).map(|(id, _)| *id).collect();
-        let weighed = |id: RegionId| {
-            let score = self.regions.get(&id)?.score;
-            Some(self.best_latency(id)?.mul_f64(score.clamp(0.01, 100.0)))
-        };
-        let nearest = allowed.iter().filter_map(|id| Some((weighed(*id)?, *id))).min();
+        let nearest = allowed.iter().filter_map(|id| Some((self.weighed(*id)?, *id))).min();
         let current_allowed = allowed.contains(&current);
         match nearest {
             None if current_allowed => current,
@@ -442,7 +489,7 @@ impl Netcheck {
                 allowed.get(at).copied().unwrap_or_default()
             }
             Some((_, id)) if !current_allowed => id,
-            Some((latency, id)) => match weighed(current) {
+            Some((latency, id)) => match self.weighed(current) {
                 Some(old) if old < latency + HOME_GAIN || latency * 3 > old * 2 => current,
                 None if heard.is_some_and(|at| now.duration_since(at) < HOME_HEARD) => current,
                 Some(_) | None => id,

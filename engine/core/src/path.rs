@@ -3,8 +3,13 @@
 //! A peer has candidates (endpoints from the netmap, from CallMeMaybe, or seen as the source of a disco
 //! ping). While packets flow they are pinged; the best one that answers is used as long as its last pong
 //! is younger than [`TRUST`]. The relay is used when there is no best address, and together with it while
-//! it is not trusted. Trust is lost early when two pings in a row stay unanswered ([`PathAgent::route`]
-//! then says both), so that a path that breaks silently costs about two seconds of traffic.
+//! it is not trusted.
+//!
+//! Trust is lost early: when packets go out and nothing is heard on the best address for 60 ms,
+//! it is pinged, and when that stays unanswered the path is in doubt: packets go both
+//! ways ([`PathAgent::route`]) until a pong ends the doubt. So a path that breaks silently costs about
+//! 150 ms of traffic. A peer that pings us may have become suspicious itself, because only the way from us
+//! to it is broken, which we cannot notice: its ping makes us ask too.
 //!
 //! The agent does nothing by itself: it is told of sends, pings and pongs, leaves what it wants in
 //! [`Context::actions`] and says when to wake it. 45 s after the last send it wants nothing any more.
@@ -23,10 +28,20 @@ const PING_SPACING: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
 const UPGRADE_EVERY: Duration = Duration::from_secs(60);
 const GOOD_ENOUGH: Duration = Duration::from_millis(5);
-/// Sends without anything heard on the best address after which it is asked before its heartbeat.
-const SILENCE: Duration = Duration::from_secs(1);
-const PATIENCE_MIN: Duration = Duration::from_millis(500);
+/// Candidates are looked for at most so often while there is no trusted path.
+const SEARCH_EVERY: Duration = Duration::from_secs(1);
+/// Packets go out and nothing was heard on the best address for so long: it is asked before its heartbeat.
+const SILENCE: Duration = Duration::from_millis(60);
+/// Pings because of silence are so far apart at least: what a flow in one direction costs.
+const PROBE_EVERY: Duration = Duration::from_millis(300);
+/// How long a probe may stay unanswered: five quarters of a round trip and [`PATIENCE_SLACK`].
+const PATIENCE_MIN: Duration = Duration::from_millis(60);
+const PATIENCE_SLACK: Duration = Duration::from_millis(20);
 const PATIENCE_MAX: Duration = Duration::from_secs(2);
+/// The same for a heartbeat while packets come in: a lost pong then says little.
+const HEARTBEAT_PATIENCE: Duration = Duration::from_millis(500);
+/// The longest pause between pings while the best address is in doubt.
+const DOUBT_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// An address that has not answered for so long after its trust ended is no longer sent to.
 const FORGET_AFTER: Duration = Duration::from_secs(15);
 const CALL_SPACING: Duration = Duration::from_secs(5);
@@ -37,6 +52,17 @@ const MAX_PINGS: usize = 64;
 
 /// A disco transaction id.
 pub(crate) type TxId = [u8; 12];
+
+/// When a path that falls silent is doubted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Patience {
+    /// As soon as a ping that should have been answered was not.
+    #[default]
+    Short,
+    /// When the last pong is 6.5 s old, and handshakes go again after 5 s: the timers of stock nodes, so
+    /// that a simulation can have some.
+    Stock,
+}
 
 /// What the agent wants done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,6 +132,8 @@ struct Ping {
 struct Probe {
     at: Instant,
     misses: u8,
+    /// Nobody has reason to doubt the path: the answer may be late or lost once while packets come in.
+    heartbeat: bool,
 }
 
 /// Path choice for one peer.
@@ -113,6 +141,7 @@ struct Probe {
 pub(crate) struct PathAgent {
     /// Plain WireGuard: no disco, no relay.
     wireguard_only: bool,
+    patience: Patience,
     candidates: Vec<Candidate>,
     best: Option<Best>,
     pings: Vec<Ping>,
@@ -122,6 +151,8 @@ pub(crate) struct PathAgent {
     last_send: Option<Instant>,
     /// First send since something was heard on the best address.
     silent_since: Option<Instant>,
+    /// Last ping for another reason than the heartbeat.
+    last_probe: Option<Instant>,
     last_full_ping: Option<Instant>,
     last_call: Option<Instant>,
     /// Relay region the peer was last heard on.
@@ -129,9 +160,10 @@ pub(crate) struct PathAgent {
 }
 
 impl PathAgent {
-    pub(crate) fn new(wireguard_only: bool) -> Self {
+    pub(crate) fn new(wireguard_only: bool, patience: Patience) -> Self {
         Self {
             wireguard_only,
+            patience,
             candidates: Vec::new(),
             best: None,
             pings: Vec::new(),
@@ -140,6 +172,7 @@ impl PathAgent {
             heartbeat_at: None,
             last_send: None,
             silent_since: None,
+            last_probe: None,
             last_full_ping: None,
             last_call: None,
             heard: None,
@@ -249,18 +282,51 @@ impl PathAgent {
             self.heartbeat_at = Some(ctx.now + HEARTBEAT);
         }
         if self.trusted(ctx.now).is_none() {
-            if self.last_full_ping.is_none_or(|at| ctx.now.duration_since(at) >= SILENCE) {
+            if self.last_full_ping.is_none_or(|at| ctx.now.duration_since(at) >= SEARCH_EVERY) {
                 self.ping_all(true, ctx);
             }
             return;
         }
         match self.silent_since {
             None => self.silent_since = Some(ctx.now),
-            Some(since) if ctx.now.duration_since(since) >= SILENCE && self.probe.is_none() => {
-                self.silent_since = Some(ctx.now);
-                self.ping_best(ctx);
+            Some(since) if ctx.now.duration_since(since) >= SILENCE => {
+                self.suspect(ctx);
             }
             Some(_) => {}
+        }
+    }
+
+    /// Somebody has reason to doubt the best address: it is asked, unless it just was. True when it is
+    /// asked for this.
+    fn suspect(&mut self, ctx: &mut Context<'_>) -> bool {
+        if self.patience == Patience::Stock || self.doubt {
+            return false;
+        }
+        // Two peers that ask each other because they were asked would never stop on a slow path.
+        let pause = self.best.map_or(PROBE_EVERY, |b| PROBE_EVERY.max(b.latency * 2));
+        if self.last_probe.is_some_and(|at| ctx.now.duration_since(at) < pause) {
+            return false;
+        }
+        match &mut self.probe {
+            Some(probe) if !probe.heartbeat => return false,
+            Some(probe) if ctx.now.duration_since(probe.at) < pause => {
+                // The heartbeat under way is question enough.
+                probe.heartbeat = false;
+                return true;
+            }
+            Some(_) | None => {}
+        }
+        self.last_probe = Some(ctx.now);
+        self.probe = Some(Probe { at: ctx.now, misses: 0, heartbeat: false });
+        self.ping_best(ctx);
+        true
+    }
+
+    /// The peer sent a packet by relay although we think that the direct path works: it does not, so that
+    /// packets go both ways before we know better.
+    pub(crate) fn note_relayed(&mut self, ctx: &mut Context<'_>) {
+        if self.active(ctx.now) && self.trusted(ctx.now).is_some() && self.suspect(ctx) {
+            self.doubt = true;
         }
     }
 
@@ -282,9 +348,16 @@ impl PathAgent {
         let Some(candidate) = self.candidate(from) else { return };
         candidate.last_got_ping = Some(now);
         // The peer has just opened its side towards us: an answer now is likeliest to come through.
-        let recent = candidate.last_ping.is_some_and(|at| now.duration_since(at) < SILENCE);
-        if !recent && self.active(now) && self.trusted(now).is_none() {
-            self.ping(from, ctx);
+        let recent = candidate.last_ping.is_some_and(|at| now.duration_since(at) < SEARCH_EVERY);
+        if !self.active(now) {
+            return;
+        }
+        if self.trusted(now).is_none() {
+            if !recent {
+                self.ping(from, ctx);
+            }
+        } else if self.best().is_some_and(|best| best == from) {
+            self.suspect(ctx);
         }
     }
 
@@ -306,10 +379,10 @@ impl PathAgent {
             }
         }
         self.candidates.retain(|c| !c.stale(ctx.now));
-        if self.trusted(ctx.now).is_some() {
+        if self.patience == Patience::Short && self.trusted(ctx.now).is_some() {
             // Who calls has lost the path we trust, or never had it: both ways until it answers.
             self.doubt = true;
-            self.probe = None;
+            self.probe = Some(Probe { at: ctx.now, misses: 0, heartbeat: false });
             self.ping_best(ctx);
         } else {
             self.ping_all(false, ctx);
@@ -334,7 +407,9 @@ impl PathAgent {
             }
         };
         if replace {
-            self.best = Some(pong);
+            let before = self.best.filter(|best| best.addr == pong.addr).map(|best| best.latency);
+            let latency = before.map_or(latency, |before| (before * 3 + latency) / 4);
+            self.best = Some(Best { latency, ..pong });
             self.probe = None;
             self.doubt = false;
             self.silent_since = None;
@@ -344,7 +419,7 @@ impl PathAgent {
 
     /// When [`PathAgent::handle_timeout`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
-        let probe = self.probe.map(|p| p.at + self.patience());
+        let probe = self.probe.map(|p| p.at + self.patience(p));
         [self.heartbeat_at, probe].into_iter().flatten().min()
     }
 
@@ -357,14 +432,8 @@ impl PathAgent {
             self.candidates.retain(|c| !c.stale(now));
             return;
         }
-        let patience = self.patience();
-        if let Some(probe) = self.probe.filter(|p| p.at + patience <= now) {
-            self.probe = Some(Probe { at: now, misses: probe.misses.saturating_add(1) });
-            if probe.misses >= 1 {
-                self.doubt = true;
-                self.ping_all(true, ctx);
-            }
-            self.ping_best(ctx);
+        if let Some(probe) = self.probe.filter(|p| p.at + self.patience(*p) <= now) {
+            self.missed(probe, ctx);
         }
         if self.best.is_some_and(|b| now >= b.trusted_until + FORGET_AFTER) {
             self.best = None;
@@ -375,6 +444,7 @@ impl PathAgent {
             self.heartbeat_at = Some(now + HEARTBEAT);
             self.candidates.retain(|c| !c.stale(now));
             if self.probe.is_none() {
+                self.probe = Some(Probe { at: now, misses: 0, heartbeat: true });
                 self.ping_best(ctx);
             }
             if self.wants_full_ping(now) {
@@ -391,17 +461,36 @@ impl PathAgent {
         }
     }
 
-    fn patience(&self) -> Duration {
-        if self.doubt {
-            return SILENCE;
+    /// How long a question may stay open.
+    fn patience(&self, probe: Probe) -> Duration {
+        let round_trip = self.best.map_or(PATIENCE_MIN, |b| b.latency);
+        let patience = (round_trip * 5 / 4 + PATIENCE_SLACK).clamp(PATIENCE_MIN, PATIENCE_MAX);
+        if self.patience == Patience::Stock {
+            return HEARTBEAT;
         }
-        self.best.map_or(PATIENCE_MIN, |b| (b.latency * 4).clamp(PATIENCE_MIN, PATIENCE_MAX))
+        if self.doubt {
+            return (patience * (1 << probe.misses.min(5))).min(DOUBT_PAUSE_MAX.max(patience));
+        }
+        // Packets come in, or none went out that could be answered.
+        let quiet = self.silent_since.is_none_or(|since| since + SILENCE > probe.at + patience);
+        if probe.heartbeat && quiet { (patience * 2).max(HEARTBEAT_PATIENCE) } else { patience }
+    }
+
+    /// A question to the best address was not answered in time.
+    fn missed(&mut self, probe: Probe, ctx: &mut Context<'_>) {
+        let misses = probe.misses.saturating_add(1);
+        self.probe = Some(Probe { at: ctx.now, misses, heartbeat: false });
+        if self.patience == Patience::Short && (!probe.heartbeat || misses > 1) {
+            self.doubt = true;
+            self.ping_all(true, ctx);
+        }
+        self.ping_best(ctx);
     }
 
     fn ping_best(&mut self, ctx: &mut Context<'_>) {
-        if let Some(best) = self.best {
-            self.probe.get_or_insert(Probe { at: ctx.now, misses: 0 });
-            self.ping(best.addr, ctx);
+        match self.best {
+            Some(best) => self.ping(best.addr, ctx),
+            None => self.probe = None,
         }
     }
 

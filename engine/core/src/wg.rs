@@ -227,6 +227,7 @@ pub(crate) struct Tunnel {
     last_used: Instant,
     established: Option<Instant>,
     jitter: u64,
+    patient: bool,
 }
 
 impl Tunnel {
@@ -254,6 +255,7 @@ impl Tunnel {
             last_used: now,
             established: None,
             jitter: jitter | 1,
+            patient: false,
         }
     }
 
@@ -348,6 +350,11 @@ impl Tunnel {
         self.eager_until = self.eager_until.max(until);
     }
 
+    /// Retries every [`REKEY_TIMEOUT`] and no sooner, as WireGuard has it.
+    pub(crate) fn be_patient(&mut self) {
+        self.patient = true;
+    }
+
     /// Makes an initiation unless it is too early for one: begins an attempt, or repeats one that is due.
     pub(crate) fn initiate(&mut self, now: Instant) -> Option<[u8; INITIATION_LEN]> {
         if self.attempt.as_ref().is_some_and(|a| now < a.retry_at) {
@@ -360,7 +367,7 @@ impl Tunnel {
     /// its next retry, which then is not far.
     pub(crate) fn hasten(&mut self, now: Instant) -> Option<[u8; INITIATION_LEN]> {
         let attempt = self.attempt.as_mut()?;
-        if attempt.hastened >= MAX_HASTENED {
+        if attempt.hastened >= MAX_HASTENED || self.patient {
             return None;
         }
         attempt.hastened += 1;
@@ -381,7 +388,9 @@ impl Tunnel {
             };
         }
         let tries = self.attempt.as_ref().map_or(0, |a| a.tries);
-        let pause = if now < self.eager_until {
+        let pause = if self.patient {
+            REKEY_TIMEOUT
+        } else if now < self.eager_until {
             EAGER_RETRY
         } else {
             FIRST_RETRIES.get(tries).copied().unwrap_or(REKEY_TIMEOUT)

@@ -3,10 +3,11 @@
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use podtether_core::backoff::Backoff;
-use podtether_core::derp::{Frame, FrameReader, client_greeting, open_server_info};
+use podtether_core::derp::{DerpError, Frame, FrameReader, client_greeting, open_server_info};
 use podtether_core::key::NodePrivate;
 use podtether_core::tailcfg::{DerpNode, DerpRegion, RegionId};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -27,6 +28,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(120);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A server that is back is found within 5 s.
 const RECONNECT_MAX: Duration = Duration::from_secs(4);
+/// The most of a restarting server's hint when to come back that is followed.
+const RESTART_HINT_MAX: Duration = Duration::from_secs(10);
 /// Bytes written at a time when packets queue up.
 const WRITE_BYTES: usize = 16 << 10;
 const PIN_PREFIX: &str = "sha256-raw:";
@@ -37,6 +40,8 @@ pub(super) struct Connection {
     pub(super) dialer: Dialer,
     pub(super) servers: watch::Receiver<DerpRegion>,
     pub(super) preferred: watch::Receiver<bool>,
+    pub(super) pings: watch::Receiver<u64>,
+    pub(super) given_up: watch::Receiver<u64>,
     pub(super) packets: mpsc::Receiver<Packet>,
     pub(super) messages: mpsc::Sender<Message>,
 }
@@ -45,6 +50,12 @@ pub(super) struct Connection {
 struct Greeted {
     stream: Box<dyn Io>,
     frames: FrameReader,
+}
+
+/// Why a connection ended, and how long a server that restarts wants to be left alone.
+struct Ended {
+    error: io::Error,
+    hint: Option<Duration>,
 }
 
 /// Room of the driver's queue is gone: the engine ends.
@@ -56,7 +67,7 @@ impl Connection {
         let mut complaints = Complaints::default();
         loop {
             let servers = self.servers.borrow_and_update().clone();
-            let error = match self.connect(&servers).await {
+            let Ended { error, hint } = match self.connect(&servers).await {
                 Ok(greeted) => {
                     tracing::info!(region = self.region.0, code = servers.region_code, "DERP connected");
                     backoff.reset();
@@ -66,10 +77,10 @@ impl Connection {
                     }
                     match self.pump(greeted).await {
                         Ok(()) => return,
-                        Err(error) => error,
+                        Err(ended) => ended,
                     }
                 }
-                Err(error) => error,
+                Err(error) => Ended { error, hint: None },
             };
             // What queued up for this connection would be late on the next one.
             while self.packets.try_recv().is_ok() {}
@@ -79,6 +90,8 @@ impl Connection {
             let random = getrandom::u64().unwrap_or(u64::MAX / 2);
             let jitter = f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX);
             let wait = backoff.next(random).min(RECONNECT_MAX.mul_f64(0.5 + 0.5 * jitter));
+            // The hint differs between clients, so that they do not come back all at once.
+            let wait = hint.map_or(wait, |hint| hint.min(RESTART_HINT_MAX));
             complaints.say(&error.to_string(), wait, |error, wait_ms| {
                 let (region, code) = (self.region.0, &servers.region_code);
                 tracing::warn!(region, code, error, wait_ms, "no DERP connection; trying again");
@@ -106,7 +119,7 @@ impl Connection {
     async fn greet(&self, node: &DerpNode) -> io::Result<Greeted> {
         let port = node.relay_port().ok_or_else(|| io::Error::other("the DERP map gives no usable port"))?;
         let trust = trust(node)?;
-        let addresses = self.addresses(node).await?;
+        let addresses = addresses(&self.dialer, node).await?;
         let tcp = tokio::time::timeout(CONNECT_TIMEOUT, dial::race(&addresses, port))
             .await
             .map_err(|_| timed_out(&format!("no TCP connection to port {port} of {addresses:?}")))??;
@@ -118,17 +131,6 @@ impl Connection {
         tokio::time::timeout(GREETING_TIMEOUT, greeting)
             .await
             .unwrap_or_else(|_| Err(timed_out("connected, but no DERP greeting came")))
-    }
-
-    async fn addresses(&self, node: &DerpNode) -> io::Result<Vec<IpAddr>> {
-        let literals: Vec<IpAddr> =
-            [&node.ipv4, &node.ipv6].into_iter().filter_map(|text| text.parse().ok()).collect();
-        if !literals.is_empty() {
-            return Ok(literals);
-        }
-        let mut found = self.dialer.resolver.lookup(&node.host_name).await.map_err(io::Error::other)?;
-        found.retain(|address| if address.is_ipv4() { node.ipv4 != "none" } else { node.ipv6 != "none" });
-        Ok(found)
     }
 
     async fn greeting(&self, stream: &mut Box<dyn Io>, host: &str, port: u16) -> io::Result<FrameReader> {
@@ -168,14 +170,26 @@ impl Connection {
     }
 
     /// Moves packets until the connection fails; `Ok` means that the engine ends.
-    async fn pump(&mut self, greeted: Greeted) -> Result<(), io::Error> {
+    async fn pump(&mut self, greeted: Greeted) -> Result<(), Ended> {
         let Greeted { stream, mut frames } = greeted;
+        let hint_ms = Arc::new(AtomicU32::new(0));
+        let told = hint_ms.clone();
+        // What was asked of the connection before does not concern this one.
+        self.pings.mark_unchanged();
+        self.given_up.mark_unchanged();
         let (mut read, write) = tokio::io::split(stream);
         let (pongs, pongs_out) = mpsc::channel(4);
         let (region, messages) = (self.region, self.messages.clone());
         let reader = async move {
             loop {
-                while let Some(frame) = frames.next_frame().map_err(io::Error::other)? {
+                loop {
+                    let frame = match frames.next_frame() {
+                        Ok(Some(frame)) => frame,
+                        Ok(None) => break,
+                        // One odd frame among sound ones; the reader stands behind it.
+                        Err(DerpError::Malformed(_)) => continue,
+                        Err(error) => return Err(io::Error::other(error)),
+                    };
                     let event = match frame {
                         Frame::RecvPacket(source, payload) if payload.len() <= MAX_PACKET => {
                             Event::Packet { source, payload: payload.to_vec() }
@@ -189,18 +203,18 @@ impl Connection {
                         Frame::Health(text) => Event::Health(String::from_utf8_lossy(text).into_owned()),
                         Frame::Restarting(reconnect_ms, _) => {
                             tracing::info!(%region, reconnect_ms, "the DERP server is restarting");
+                            told.store(reconnect_ms.max(1), Ordering::Relaxed);
                             continue;
                         }
-                        Frame::RecvPacket(..) | Frame::KeepAlive | Frame::Pong(_) | Frame::Other(_) => {
-                            continue;
-                        }
-                        Frame::ServerKey(_)
+                        Frame::KeepAlive | Frame::Pong(_) => Event::Heard,
+                        // Too long for a tunnel, for servers among themselves, or out of turn.
+                        Frame::RecvPacket(..)
+                        | Frame::Other(_)
+                        | Frame::ServerKey(_)
                         | Frame::ClientInfo(..)
                         | Frame::ServerInfo(_)
                         | Frame::SendPacket(..)
-                        | Frame::NotePreferred(_) => {
-                            return Err(io::Error::other("the server sent a frame out of turn"));
-                        }
+                        | Frame::NotePreferred(_) => continue,
                     };
                     if messages.send(Message { region, event }).await.is_err() {
                         return Ok(());
@@ -211,10 +225,22 @@ impl Connection {
                     .map_err(|_| timed_out("the server was silent for 120 s"))??;
             }
         };
-        tokio::select! {
+        let given_up = async {
+            match self.given_up.changed().await {
+                Ok(()) => Err(timed_out("the server does not answer pings")),
+                Err(_) => Ok(()),
+            }
+        };
+        let writer = write_all(write, &mut self.packets, &mut self.preferred, &mut self.pings, pongs_out);
+        let result = tokio::select! {
             result = reader => result,
-            result = write_all(write, &mut self.packets, &mut self.preferred, pongs_out) => result,
-        }
+            result = writer => result,
+            result = given_up => result,
+        };
+        result.map_err(|error| {
+            let hint = u64::from(hint_ms.load(Ordering::Relaxed));
+            Ended { error, hint: (hint > 0).then(|| Duration::from_millis(hint)) }
+        })
     }
 }
 
@@ -222,6 +248,7 @@ async fn write_all(
     mut stream: impl AsyncWrite + Unpin,
     packets: &mut mpsc::Receiver<Packet>,
     preferred: &mut watch::Receiver<bool>,
+    pings: &mut watch::Receiver<u64>,
     mut pongs: mpsc::Receiver<[u8; 8]>,
 ) -> io::Result<()> {
     let mut out = Vec::new();
@@ -256,6 +283,12 @@ async fn write_all(
                 }
                 Frame::NotePreferred(*preferred.borrow_and_update()).encode(&mut out);
             }
+            changed = pings.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                Frame::Ping(pings.borrow_and_update().to_be_bytes()).encode(&mut out);
+            }
             // When the reader has ended, so has this function.
             Some(data) = pongs.recv() => Frame::Pong(data).encode(&mut out),
         }
@@ -278,8 +311,20 @@ fn timed_out(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, text.to_owned())
 }
 
+/// Where the server is.
+pub(super) async fn addresses(dialer: &Dialer, node: &DerpNode) -> io::Result<Vec<IpAddr>> {
+    let literals: Vec<IpAddr> =
+        [&node.ipv4, &node.ipv6].into_iter().filter_map(|text| text.parse().ok()).collect();
+    if !literals.is_empty() {
+        return Ok(literals);
+    }
+    let mut found = dialer.resolver.lookup(&node.host_name).await.map_err(io::Error::other)?;
+    found.retain(|address| if address.is_ipv4() { node.ipv4 != "none" } else { node.ipv6 != "none" });
+    Ok(found)
+}
+
 /// How the DERP map says to trust this server.
-fn trust(node: &DerpNode) -> io::Result<Trust> {
+pub(super) fn trust(node: &DerpNode) -> io::Result<Trust> {
     if node.insecure_for_tests {
         return Ok(Trust::Nothing);
     }

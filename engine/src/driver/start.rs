@@ -150,6 +150,7 @@ impl Checked {
             control,
             derp,
             lookups: JoinSet::new(),
+            latencies: JoinSet::new(),
             snapshot: snapshot_file,
             snapshot_due: None,
             snapshot_written: None,

@@ -46,6 +46,8 @@ pub enum DerpEvent<'a> {
         /// Which peer.
         peer: NodePublic,
     },
+    /// Something else than a packet came in: a pong, a keepalive.
+    Heard,
     /// The server's complaint about this connection, empty when it is well again.
     Health {
         /// The complaint.
@@ -80,6 +82,23 @@ pub enum Event {
     },
     /// The region's connection is no longer needed.
     DerpClose {
+        /// Which region.
+        region: RegionId,
+    },
+    /// Send a DERP ping on the region's connection; report the pong as [`DerpEvent::Heard`].
+    DerpPing {
+        /// Which region.
+        region: RegionId,
+    },
+    /// The region's connection is dead although nothing closed it: end it and connect again. No
+    /// [`DerpEvent::Disconnected`] is needed.
+    DerpReconnect {
+        /// Which region.
+        region: RegionId,
+    },
+    /// UDP does not get through: measure how long the region's servers take to answer an HTTPS request for
+    /// `/derp/latency-check`, and report it with `handle_https_latency`.
+    HttpsLatency {
         /// Which region.
         region: RegionId,
     },

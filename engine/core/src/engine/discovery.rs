@@ -188,6 +188,7 @@ impl Engine {
             }
             self.refresh_endpoints(now, out);
             if !first {
+                self.relays.handle_moved(now, &mut self.events);
                 self.restart_paths(now, out);
             }
         }
@@ -244,6 +245,8 @@ impl Engine {
             out.udp.push(request.to, &stun::request(&request.txid));
         }
         self.events.extend(self.to_resolve.drain(..).map(|host| Event::Resolve { host }));
+        let measure = self.netcheck.take_to_measure().map(|region| Event::HttpsLatency { region });
+        self.events.extend(measure);
         self.apply_netcheck(changed, now, out);
     }
 
@@ -261,12 +264,34 @@ impl Engine {
 
     pub(super) fn choose_home(&mut self, now: Instant) {
         let current = self.relays.home();
-        let salt = self.node_key.public().as_bytes().first_chunk().map_or(0, |b| u64::from_le_bytes(*b));
-        let home = self.netcheck.choose_home(current, self.relays.last_heard(current), salt, now);
-        if home != current {
-            self.relays.set_home(home, now, &mut self.events);
+        let home = self.netcheck.choose_home(current, self.relays.last_heard(current), self.home_salt(), now);
+        if self.relays.prefer(home, now, &mut self.events) && home != current {
+            self.home_changed(now);
+        }
+    }
+
+    fn home_salt(&self) -> u64 {
+        self.node_key.public().as_bytes().first_chunk().map_or(0, |b| u64::from_le_bytes(*b))
+    }
+
+    pub(super) fn home_changed(&mut self, now: Instant) {
+        self.report_soon(now);
+        self.snapshot_dirty(now);
+    }
+
+    /// Home is down: the nearest others take its place.
+    pub(super) fn look_for_home(&mut self, now: Instant) {
+        let others = self.netcheck.nearest(self.relays.home(), self.home_salt());
+        if self.relays.stand_by(&others, now, &mut self.events) {
+            self.home_changed(now);
+        }
+    }
+
+    /// Answer to [`Event::HttpsLatency`]; `None` when the region's servers did not answer.
+    pub fn handle_https_latency(&mut self, region: RegionId, latency: Option<Duration>, now: Instant) {
+        if self.netcheck.handle_https(region, latency) {
+            self.choose_home(now);
             self.report_soon(now);
-            self.snapshot_dirty(now);
         }
     }
 

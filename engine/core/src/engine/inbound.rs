@@ -47,12 +47,19 @@ impl Engine {
     pub fn handle_derp(&mut self, region: RegionId, event: DerpEvent<'_>, now: Instant, out: &mut Outbox) {
         match event {
             DerpEvent::Connected => {
-                self.relays.handle_connected(region, now, out);
+                if self.relays.handle_connected(region, now, out, &mut self.events) {
+                    self.home_changed(now);
+                }
                 self.relay_came_up(region, now, out);
             }
-            DerpEvent::Disconnected => self.relays.handle_disconnected(region),
-            DerpEvent::Health { problem } => self.relays.handle_health(region, problem),
+            DerpEvent::Disconnected => self.relays.handle_disconnected(region, now),
+            DerpEvent::Heard => self.relays.handle_heard(region, now),
+            DerpEvent::Health { problem } => {
+                self.relays.handle_heard(region, now);
+                self.relays.handle_health(region, problem);
+            }
             DerpEvent::PeerGone { peer } => {
+                self.relays.handle_heard(region, now);
                 let slot = self.peers.by_key(&peer);
                 if let Some(active) = slot.and_then(|slot| self.active(slot))
                     && active.path.heard == Some(region)
@@ -136,7 +143,7 @@ impl Engine {
             Via::Udp(from) => Some(from),
             Via::Derp(..) => None,
         };
-        self.note_via(slot, via, now);
+        self.note_via(slot, via, now, out);
         self.note_handshake(now);
         self.transmit(slot, &buf[..len], false, answers, now, out);
         Ok(())
@@ -156,7 +163,7 @@ impl Engine {
         match active.tunnel.open(datagram, &mut buf, now) {
             Opened::Established(len) => {
                 let confirms = active.tunnel.waiting() == 0;
-                self.note_via(slot, via, now);
+                self.note_via(slot, via, now, out);
                 self.note_handshake(now);
                 if confirms {
                     self.transmit(slot, &buf[..len], false, None, now, out);
@@ -224,7 +231,7 @@ impl Engine {
         if let Inner::Rejected(reason) = inner {
             return Err(reason);
         }
-        self.note_via(slot, via, now);
+        self.note_via(slot, via, now, out);
         if now_ready && !was_ready {
             self.flush(slot, now, out);
         }
@@ -268,13 +275,16 @@ impl Engine {
     }
 
     /// A peer's authentic WireGuard message came this way.
-    fn note_via(&mut self, slot: Slot, via: Via, now: Instant) {
+    fn note_via(&mut self, slot: Slot, via: Via, now: Instant, out: &mut Outbox) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let key = peer.key;
         let Some(active) = peer.active.as_deref_mut() else { return };
         match via {
             Via::Udp(from) => active.path.note_received(from, now),
-            Via::Derp(region, source) if source == key => active.path.heard = Some(region),
+            Via::Derp(region, source) if source == key => {
+                active.path.heard = Some(region);
+                self.with_path(slot, now, out, PathAgent::note_relayed);
+            }
             Via::Derp(..) => {}
         }
     }

@@ -1,4 +1,11 @@
 //! Which DERP regions are connected, and what waits until one is.
+//!
+//! Every connection is pinged when nothing came in for a while: a connection that died without a word would
+//! otherwise be found after two minutes, and until then nobody could reach us through it.
+//!
+//! Home changes to a region only when that is connected, so that a region whose relay is dead is never
+//! home because its STUN server is near. When home itself is down for some seconds, the nearest others are
+//! connected, and the first of them that is becomes home.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -13,12 +20,30 @@ const IDLE: Duration = Duration::from_secs(60);
 const MAX_WAITING: usize = 64;
 /// Regions in use at a time, besides home.
 const MAX_REGIONS: usize = 64;
+/// Regions kept connected only because a peer with a direct path lives there.
+const MAX_WARM: usize = 8;
+/// A connection is pinged when it was silent for so long (and up to [`JITTER_MAX_MS`] more), and is dead when
+/// it stays silent for [`PING_TIMEOUT`].
+const PING_AFTER: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
+const JITTER_MAX_MS: u64 = 1000;
+/// The same while packets are sent there.
+const PING_AFTER_IN_USE: Duration = Duration::from_secs(2);
+/// What is left of [`PING_TIMEOUT`] when the connection has lost its address.
+const MOVED_TIMEOUT: Duration = Duration::from_secs(1);
+/// Home may be away for so long (and the jitter) before another is looked for.
+const HOME_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause between two looks.
+const STANDBY_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]
 struct Relay {
     connected: bool,
     last_sent: Option<Instant>,
     last_heard: Option<Instant>,
+    pinged: Option<Instant>,
+    /// Since when it has not been connected although it should be.
+    down_since: Option<Instant>,
     waiting: VecDeque<(NodePublic, Vec<u8>)>,
     health: String,
 }
@@ -27,11 +52,23 @@ struct Relay {
 #[derive(Debug, Default)]
 pub(crate) struct Relays {
     home: RegionId,
+    /// Nearer than home; becomes home when it is connected.
+    candidate: RegionId,
+    /// What may take the place of a home that is down.
+    standbys: BTreeSet<RegionId>,
+    next_standby: Option<Instant>,
+    /// Spreads what the engines of a node do after the same event.
+    jitter: Duration,
     known: BTreeSet<RegionId>,
     regions: BTreeMap<RegionId, Relay>,
 }
 
 impl Relays {
+    /// `random` spreads pings and searches for another home.
+    pub(crate) fn new(random: u64) -> Self {
+        Self { jitter: Duration::from_millis(random % JITTER_MAX_MS), ..Self::default() }
+    }
+
     pub(crate) fn home(&self) -> RegionId {
         self.home
     }
@@ -69,20 +106,84 @@ impl Relays {
             old.last_sent = Some(now);
         }
         self.home = region;
+        self.candidate = RegionId::default();
+        self.standbys.clear();
+        self.next_standby = None;
         if region.is_some() {
-            self.connect(region, events);
+            self.connect(region, now, events);
             events.push_back(Event::DerpPreferred { region });
         }
     }
 
-    fn connect(&mut self, region: RegionId, events: &mut VecDeque<Event>) -> Option<&mut Relay> {
+    /// Wants `region` as home: at once without one, else as soon as it is connected. True when it is home.
+    pub(crate) fn prefer(&mut self, region: RegionId, now: Instant, events: &mut VecDeque<Event>) -> bool {
+        self.candidate = RegionId::default();
+        if !self.home.is_some() || self.is_connected(region) {
+            self.set_home(region, now, events);
+        } else if region != self.home
+            && let Some(relay) = self.connect(region, now, events)
+        {
+            relay.last_sent = Some(now);
+            self.candidate = region;
+        }
+        self.home == region
+    }
+
+    /// Connects `regions`, of which the first to be connected becomes home, because home is down. True
+    /// when one is home now.
+    pub(crate) fn stand_by(
+        &mut self,
+        regions: &[RegionId],
+        now: Instant,
+        events: &mut VecDeque<Event>,
+    ) -> bool {
+        for region in regions {
+            if let Some(relay) = self.connect(*region, now, events) {
+                relay.last_sent = Some(now);
+                if relay.connected {
+                    self.set_home(*region, now, events);
+                    return true;
+                }
+            }
+        }
+        self.standbys = regions.iter().copied().collect();
+        self.next_standby = Some(now + STANDBY_EVERY);
+        false
+    }
+
+    /// Whether another home should be looked for.
+    pub(crate) fn wants_standby(&self, now: Instant) -> bool {
+        self.standby_at().is_some_and(|at| at <= now)
+    }
+
+    fn standby_at(&self) -> Option<Instant> {
+        let down = self.regions.get(&self.home)?.down_since? + HOME_PATIENCE + self.jitter;
+        Some(self.next_standby.map_or(down, |next| next.max(down)))
+    }
+
+    /// Keeps a region connected that may be needed from one moment to the next.
+    pub(crate) fn keep_warm(&mut self, region: RegionId, now: Instant, events: &mut VecDeque<Event>) {
+        if region == self.home || !self.regions.contains_key(&region) && self.regions.len() > MAX_WARM {
+            return;
+        }
+        if let Some(relay) = self.connect(region, now, events) {
+            relay.last_sent = Some(now);
+        }
+    }
+
+    fn connect(
+        &mut self,
+        region: RegionId,
+        now: Instant,
+        events: &mut VecDeque<Event>,
+    ) -> Option<&mut Relay> {
         if !self.regions.contains_key(&region) {
             if self.regions.len() > MAX_REGIONS || !self.known.contains(&region) {
                 return None;
             }
             events.push_back(Event::DerpConnect { region });
         }
-        Some(self.regions.entry(region).or_default())
+        Some(self.regions.entry(region).or_insert(Relay { down_since: Some(now), ..Relay::default() }))
     }
 
     /// Sends through a region, now or when it is connected. False when the packet, or an older one that
@@ -95,9 +196,14 @@ impl Relays {
         out: &mut Outbox,
         events: &mut VecDeque<Event>,
     ) -> bool {
-        let Some(relay) = self.connect(to.region, events) else { return false };
+        let Some(relay) = self.connect(to.region, now, events) else { return false };
         relay.last_sent = Some(now);
         if relay.connected {
+            let silent = relay.last_heard.is_none_or(|at| now.duration_since(at) > PING_AFTER_IN_USE);
+            if silent && relay.pinged.is_none() {
+                relay.pinged = Some(now);
+                events.push_back(Event::DerpPing { region: to.region });
+            }
             return out.derp.push(to, packet);
         }
         if crate::wg::is_initiation(packet) {
@@ -109,24 +215,53 @@ impl Relays {
         !full
     }
 
-    pub(crate) fn handle_connected(&mut self, region: RegionId, now: Instant, out: &mut Outbox) {
-        let Some(relay) = self.regions.get_mut(&region) else { return };
+    /// True when that made the region home.
+    pub(crate) fn handle_connected(
+        &mut self,
+        region: RegionId,
+        now: Instant,
+        out: &mut Outbox,
+        events: &mut VecDeque<Event>,
+    ) -> bool {
+        let Some(relay) = self.regions.get_mut(&region) else { return false };
         relay.connected = true;
         relay.last_heard = Some(now);
+        relay.pinged = None;
+        relay.down_since = None;
         for (peer, packet) in std::mem::take(&mut relay.waiting) {
             out.derp.push(DerpDestination { region, peer }, &packet);
         }
+        if region == self.home {
+            self.standbys.clear();
+            self.next_standby = None;
+        }
+        let takes_over = region == self.candidate || self.standbys.contains(&region);
+        if takes_over {
+            self.set_home(region, now, events);
+        }
+        takes_over
     }
 
-    pub(crate) fn handle_disconnected(&mut self, region: RegionId) {
+    pub(crate) fn handle_disconnected(&mut self, region: RegionId, now: Instant) {
         if let Some(relay) = self.regions.get_mut(&region) {
             relay.connected = false;
+            relay.pinged = None;
+            relay.down_since.get_or_insert(now);
         }
     }
 
     pub(crate) fn handle_heard(&mut self, region: RegionId, now: Instant) {
         if let Some(relay) = self.regions.get_mut(&region) {
             relay.last_heard = Some(now);
+            relay.pinged = None;
+        }
+    }
+
+    /// We have other addresses now: the connections may have lost theirs.
+    pub(crate) fn handle_moved(&mut self, now: Instant, events: &mut VecDeque<Event>) {
+        for (region, relay) in self.regions.iter_mut().filter(|(_, relay)| relay.connected) {
+            relay.pinged = Some(now.checked_sub(PING_TIMEOUT - MOVED_TIMEOUT).unwrap_or(now));
+            events.push_back(Event::DerpPing { region: *region });
         }
     }
 
@@ -149,13 +284,27 @@ impl Relays {
         if !self.known.contains(&self.home) {
             self.home = RegionId::default();
         }
+        if !self.known.contains(&self.candidate) {
+            self.candidate = RegionId::default();
+        }
+        self.standbys.retain(|region| self.known.contains(region));
     }
 
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let idle = |(region, relay): (&RegionId, &Relay)| {
             (*region != self.home).then(|| relay.last_sent.map(|at| at + IDLE)).flatten()
         };
-        self.regions.iter().filter_map(idle).min()
+        let silent = |relay: &Relay| self.check_at(relay);
+        let pings = self.regions.values().filter_map(silent);
+        self.regions.iter().filter_map(idle).chain(pings).chain(self.standby_at()).min()
+    }
+
+    /// When a connection is to be pinged, or given up.
+    fn check_at(&self, relay: &Relay) -> Option<Instant> {
+        match relay.pinged {
+            Some(at) => Some(at + PING_TIMEOUT),
+            None => Some(relay.last_heard? + PING_AFTER + self.jitter).filter(|_| relay.connected),
+        }
     }
 
     pub(crate) fn handle_timeout(&mut self, now: Instant, events: &mut VecDeque<Event>) {
@@ -167,62 +316,24 @@ impl Relays {
             }
             keep
         });
+        let due: Vec<RegionId> = self
+            .regions
+            .iter()
+            .filter(|(_, relay)| self.check_at(relay).is_some_and(|at| at <= now))
+            .map(|(region, _)| *region)
+            .collect();
+        for region in due {
+            let Some(relay) = self.regions.get_mut(&region) else { continue };
+            if relay.pinged.is_none() {
+                relay.pinged = Some(now);
+                events.push_back(Event::DerpPing { region });
+            } else {
+                events.push_back(Event::DerpReconnect { region });
+                self.handle_disconnected(region, now);
+            }
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const A: RegionId = RegionId(1);
-    const B: RegionId = RegionId(2);
-
-    fn to(region: RegionId) -> DerpDestination {
-        DerpDestination { region, peer: NodePublic::from_bytes([1; 32]) }
-    }
-
-    #[test]
-    fn packets_wait_for_the_connection_and_idle_regions_are_left() {
-        let (mut relays, mut events, mut out) = (Relays::default(), VecDeque::new(), Outbox::default());
-        let now = Instant::now();
-        relays.set_known([A, B].into(), &mut events);
-        relays.set_home(A, now, &mut events);
-        assert_eq!(events, [Event::DerpConnect { region: A }, Event::DerpPreferred { region: A }]);
-        events.clear();
-        for n in 0..MAX_WAITING + 1 {
-            assert_eq!(relays.send(to(B), &n.to_le_bytes(), now, &mut out, &mut events), n < MAX_WAITING);
-        }
-        assert_eq!(events, [Event::DerpConnect { region: B }], "once");
-        assert!(out.is_empty());
-        relays.handle_connected(B, now, &mut out);
-        let first: Vec<_> = out.derp.iter().map(|(_, p)| p.to_vec()).take(1).collect();
-        assert_eq!(
-            (out.derp.len(), first),
-            (MAX_WAITING, vec![1usize.to_le_bytes().to_vec()]),
-            "the oldest went"
-        );
-        assert!(relays.send(to(B), b"now", now, &mut out, &mut events));
-        assert_eq!(out.derp.last(), Some(&b"now"[..]));
-        assert!(!relays.send(to(RegionId(9)), b"", now, &mut out, &mut events), "no such region");
-
-        events.clear();
-        let idle = relays.deadline().expect("B is idle some time");
-        assert_eq!(idle, now + IDLE);
-        relays.handle_timeout(idle, &mut events);
-        assert_eq!(events, [Event::DerpClose { region: B }]);
-        assert_eq!(relays.deadline(), None, "home is never idle");
-    }
-
-    #[test]
-    fn a_new_home_leaves_the_old_one_in_a_while_and_a_vanished_one_at_once() {
-        let (mut relays, mut events) = (Relays::default(), VecDeque::new());
-        let now = Instant::now();
-        relays.set_known([A, B].into(), &mut events);
-        relays.set_home(A, now, &mut events);
-        relays.set_home(B, now, &mut events);
-        assert_eq!(relays.deadline(), Some(now + IDLE));
-        relays.set_known([A].into(), &mut events);
-        assert_eq!(events.back(), Some(&Event::DerpClose { region: B }));
-        assert!(!relays.home().is_some());
-    }
-}
+mod tests;

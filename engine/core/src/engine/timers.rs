@@ -43,6 +43,9 @@ impl Engine {
         }
         if self.relays.deadline().is_some_and(|at| at <= now) {
             self.relays.handle_timeout(now, &mut self.events);
+            if self.relays.wants_standby(now) {
+                self.look_for_home(now);
+            }
         }
         if self.netcheck.deadline(self.relays.home().is_some()).is_some_and(|at| at <= now) {
             self.netcheck_timeout(now, out);
@@ -67,6 +70,12 @@ impl Engine {
 
     fn peer_timeout(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
         self.with_path(slot, now, out, |path, ctx| path.handle_timeout(ctx));
+        if let Some(peer) = self.peers.get(slot)
+            && peer.active.as_ref().is_some_and(|a| a.path.active(now))
+        {
+            // Where packets go the moment the direct path is in doubt.
+            self.relays.keep_warm(peer.home, now, &mut self.events);
+        }
         loop {
             let Some(active) = self.active(slot) else { return };
             match active.tunnel.handle_timeout(now) {

@@ -13,7 +13,7 @@ fn addr(last: u8) -> SocketAddr {
 
 impl Bench {
     fn new(endpoints: &[SocketAddr]) -> Self {
-        let mut agent = PathAgent::new(false);
+        let mut agent = PathAgent::new(false, Patience::Short);
         agent.set_endpoints(endpoints);
         Self { agent, random: Random::new([3; 32]), actions: Vec::new(), now: Instant::now() }
     }
@@ -109,12 +109,10 @@ fn a_path_is_trusted_as_long_as_its_heartbeat_is_answered() {
     assert_eq!(bench.agent.route(bench.now + TRUST), Route { udp: Some(addr(1)), derp: true });
 }
 
-#[test]
-fn two_unanswered_pings_end_trust_and_silence_brings_them_forward() {
-    let mut bench = Bench::trusting(&[addr(1)]);
+/// Sends every 20 ms and says what is heard until packets go both ways; how long that took, how many pings.
+fn until_doubt(bench: &mut Bench, heard: bool) -> (Duration, usize) {
     let start = bench.now;
     let mut pings = 0;
-    // Packets go out, nothing comes back.
     while !bench.agent.route(bench.now).derp {
         let until = bench.now + Duration::from_millis(20);
         while bench.agent.deadline().is_some_and(|at| at <= until) {
@@ -122,17 +120,103 @@ fn two_unanswered_pings_end_trust_and_silence_brings_them_forward() {
         }
         bench.now = until;
         pings += pinged(&bench.send()).len();
+        if heard {
+            bench.agent.note_received(addr(1), bench.now);
+        }
     }
-    let took = bench.now - start;
-    assert!(took <= Duration::from_millis(2100), "{took:?}");
+    (bench.now - start, pings)
+}
+
+#[test]
+fn silence_ends_trust_within_150_ms_and_a_pong_ends_the_doubt() {
+    let mut bench = Bench::trusting(&[addr(1)]);
+    let (took, pings) = until_doubt(&mut bench, false);
+    assert!(took <= Duration::from_millis(160), "{took:?}");
     assert_eq!(bench.agent.route(bench.now), Route { udp: Some(addr(1)), derp: true });
-    assert!((2..6).contains(&pings), "{pings}");
-    // Much later the dead address is given up altogether.
+    assert!((2..4).contains(&pings), "{pings}");
+    // Questions go on, ever less often.
+    let mut count = 0;
+    let until = bench.now + Duration::from_secs(3);
+    while bench.agent.deadline().is_some_and(|at| at <= until) {
+        count += pinged(&bench.advance()).len();
+    }
+    assert!((5..10).contains(&count), "{count}");
+    // Packets that come in prove nothing about our own.
+    bench.agent.note_received(addr(1), bench.now);
+    assert!(bench.agent.route(bench.now).derp);
+    let actions = bench.advance();
+    bench.pong(&actions, addr(1), Duration::from_millis(2));
+    assert_eq!(bench.agent.route(bench.now), Route { udp: Some(addr(1)), derp: false });
+
+    // Much later a dead address is given up altogether.
+    until_doubt(&mut bench, false);
     bench.now += TRUST + FORGET_AFTER;
     bench.send();
     bench.advance();
     assert_eq!(bench.agent.route(bench.now), Route { udp: None, derp: true });
     assert!(bench.agent.active(bench.now));
+}
+
+#[test]
+fn a_ping_of_the_peer_makes_us_ask_when_only_our_own_packets_are_lost() {
+    let mut bench = Bench::trusting(&[addr(1)]);
+    bench.now += Duration::from_millis(500);
+    bench.call(|agent, ctx| agent.handle_ping(addr(1), ctx));
+    assert_eq!(pinged(&std::mem::take(&mut bench.actions)), [addr(1)]);
+    bench.now += Duration::from_millis(10);
+    bench.call(|agent, ctx| agent.handle_ping(addr(1), ctx));
+    assert_eq!(bench.actions, [], "asked already");
+    let (took, _) = until_doubt(&mut bench, true);
+    assert!(took <= Duration::from_millis(80), "{took:?}");
+    // The same when its packets come by relay.
+    let mut bench = Bench::trusting(&[addr(1)]);
+    bench.call(PathAgent::note_relayed);
+    assert_eq!(pinged(&std::mem::take(&mut bench.actions)), [addr(1)]);
+    assert!(bench.agent.route(bench.now).derp, "both ways before anything is known");
+}
+
+#[test]
+fn a_flow_in_one_direction_costs_three_pings_a_second_and_one_with_answers_none() {
+    for (answered, most) in [(false, 40), (true, 4)] {
+        let mut bench = Bench::trusting(&[addr(1)]);
+        let mut pings = 0;
+        for _ in 0..10_000 {
+            bench.now += Duration::from_millis(1);
+            let mut actions = bench.send();
+            if bench.agent.deadline().is_some_and(|at| at <= bench.now) {
+                bench.call(PathAgent::handle_timeout);
+                actions.append(&mut bench.actions);
+            }
+            pings += pinged(&actions).len();
+            if !actions.is_empty() {
+                bench.pong(&actions, addr(1), Duration::ZERO);
+            }
+            if answered {
+                bench.agent.note_received(addr(1), bench.now);
+            }
+            assert!(!bench.agent.route(bench.now).derp);
+        }
+        assert!(pings <= most, "{pings} pings in 10 s");
+    }
+}
+
+#[test]
+fn a_lost_heartbeat_is_repeated_before_it_counts_while_packets_come_in() {
+    let mut bench = Bench::trusting(&[addr(1)]);
+    let start = bench.now;
+    let (took, _) = until_doubt(&mut bench, true);
+    let heartbeat = HEARTBEAT + HEARTBEAT_PATIENCE;
+    assert!(took >= heartbeat && took <= heartbeat + Duration::from_millis(200), "{took:?}");
+    assert!(bench.now > start);
+
+    // A stock peer waits until its last pong is too old.
+    let mut bench = Bench::new(&[addr(1)]);
+    bench.agent = PathAgent::new(false, Patience::Stock);
+    bench.agent.set_endpoints(&[addr(1)]);
+    let actions = bench.send();
+    bench.pong(&actions, addr(1), Duration::from_millis(2));
+    let (took, _) = until_doubt(&mut bench, false);
+    assert!(took >= TRUST && took <= TRUST + Duration::from_millis(20), "{took:?}");
 }
 
 #[test]
@@ -202,7 +286,7 @@ fn the_better_address_wins_and_small_differences_do_not_count() {
 #[test]
 fn a_plain_wireguard_peer_has_neither_disco_nor_relay() {
     let mut bench = Bench::new(&[addr(1)]);
-    bench.agent = PathAgent::new(true);
+    bench.agent = PathAgent::new(true, Patience::Short);
     bench.agent.set_endpoints(&[addr(1)]);
     assert_eq!(bench.send(), []);
     assert_eq!(bench.agent.route(bench.now), Route { udp: Some(addr(1)), derp: false });

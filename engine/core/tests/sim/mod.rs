@@ -1,7 +1,12 @@
 //! Real engines on a simulated network with a simulated clock: hosts with and without NAT, lossy and
 //! reordering links, relays with STUN, and a control server that hands every change on.
 
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports, reason = "each test program uses its part")]
+
+pub(crate) mod faults;
+mod nat;
+mod packets;
+mod relays;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -9,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, DerpDestination, Outbox, RegionId};
-use podtether_core::engine::{Config, ControlEvent, DerpEvent, Engine, Event, PathView};
+use podtether_core::engine::{Config, ControlEvent, DerpEvent, Engine, Event, PathView, Patience};
 use podtether_core::key::{DiscoPrivate, NodePrivate, NodePublic};
 use podtether_core::snapshot::Snapshot;
 use podtether_core::stun;
@@ -55,35 +60,22 @@ impl Rng {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Nat {
-    /// A public address of its own.
-    None,
-    /// One mapping for all destinations, answers only from where was sent to.
-    PortRestricted,
-    /// A mapping for each destination, answers only from there.
-    Symmetric,
-}
-
-pub(crate) struct Host {
-    pub(crate) nat: Nat,
-    pub(crate) inside: SocketAddr,
-    /// Public, without NAT.
-    pub(crate) v6: Option<SocketAddr>,
-    outside_ip: IpAddr,
-    next_port: u16,
-    /// Symmetric: by destination; else under a key that is the same for all.
-    mappings: BTreeMap<Option<SocketAddr>, u16>,
-    allowed: BTreeSet<(u16, SocketAddr)>,
-}
+pub(crate) use nat::Nat;
+use nat::{End, Topology};
+pub(crate) use packets::{udp_packet, v6_packet};
 
 pub(crate) struct SimNode {
     pub(crate) engine: Option<Engine>,
     pub(crate) key: NodePrivate,
-    pub(crate) host: Host,
+    /// Public, without NAT.
+    pub(crate) v6: Option<SocketAddr>,
+    /// Timers as a stock node has them.
+    pub(crate) stock: bool,
     pub(crate) tailnet: Ipv4Addr,
     pub(crate) record: Node,
     connected: BTreeSet<RegionId>,
+    /// Connected regions whose connections carry nothing any more, and since when.
+    silent: BTreeMap<RegionId, Instant>,
     wanted: BTreeSet<RegionId>,
     pub(crate) snapshot: Option<Vec<u8>>,
     life: u32,
@@ -95,13 +87,67 @@ pub(crate) struct SimNode {
 }
 
 enum What {
-    Udp { to: usize, from: SocketAddr, datagram: Vec<u8> },
-    Derp { to: usize, life: u32, region: RegionId, source: NodePublic, packet: Vec<u8> },
-    DerpUp { node: usize, life: u32, region: RegionId },
-    PeerGone { to: usize, life: u32, region: RegionId, peer: NodePublic },
-    Control { to: usize, life: u32, message: Box<MapResponse>, first: bool },
-    HostUpdate { from: usize, record: Box<Node> },
-    Resolved { to: usize, life: u32, host: String },
+    Udp {
+        to: usize,
+        from: SocketAddr,
+        datagram: Vec<u8>,
+    },
+    /// From a STUN server to a mapped address.
+    Stun {
+        to: SocketAddr,
+        from: SocketAddr,
+        datagram: Vec<u8>,
+    },
+    Derp {
+        to: usize,
+        life: u32,
+        region: RegionId,
+        source: NodePublic,
+        packet: Vec<u8>,
+    },
+    DerpUp {
+        node: usize,
+        life: u32,
+        region: RegionId,
+    },
+    DerpHeard {
+        to: usize,
+        life: u32,
+        region: RegionId,
+    },
+    StockTimeout {
+        node: usize,
+        life: u32,
+        region: RegionId,
+        silent: Instant,
+    },
+    Latency {
+        to: usize,
+        life: u32,
+        region: RegionId,
+        latency: Option<Duration>,
+    },
+    PeerGone {
+        to: usize,
+        life: u32,
+        region: RegionId,
+        peer: NodePublic,
+    },
+    Control {
+        to: usize,
+        life: u32,
+        message: Box<MapResponse>,
+        first: bool,
+    },
+    HostUpdate {
+        from: usize,
+        record: Box<Node>,
+    },
+    Resolved {
+        to: usize,
+        life: u32,
+        host: String,
+    },
 }
 
 struct Pending {
@@ -144,7 +190,11 @@ pub(crate) struct World {
     /// Hosts that UDP neither leaves nor reaches.
     pub(crate) udp_blocked: BTreeSet<usize>,
     pub(crate) v6_blocked: bool,
-    pub(crate) derp_down: bool,
+    /// Regions whose relays are gone, and those whose STUN servers are.
+    pub(crate) derp_down: BTreeSet<RegionId>,
+    pub(crate) stun_down: BTreeSet<RegionId>,
+    /// Added to the distance of a region.
+    pub(crate) detours: BTreeMap<RegionId, Duration>,
     pub(crate) control_down: bool,
     pub(crate) derp_regions: Vec<u32>,
     pub(crate) control_latency: Duration,
@@ -156,9 +206,8 @@ pub(crate) struct World {
     pub(crate) rules: Vec<FilterRule>,
     /// In each direction between these.
     pub(crate) blocked_pairs: BTreeSet<(usize, usize)>,
+    pub(crate) net: Topology,
 }
-
-const PORT: u16 = 41641;
 
 pub(crate) fn allow_all() -> Vec<FilterRule> {
     let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
@@ -182,7 +231,9 @@ impl World {
             derp_connect: ms(60),
             udp_blocked: BTreeSet::new(),
             v6_blocked: false,
-            derp_down: false,
+            derp_down: BTreeSet::new(),
+            stun_down: BTreeSet::new(),
+            detours: BTreeMap::new(),
             control_down: false,
             derp_regions: vec![1],
             control_latency: ms(30),
@@ -191,6 +242,7 @@ impl World {
             derp_data: 0,
             rules: allow_all(),
             blocked_pairs: BTreeSet::new(),
+            net: Topology::default(),
         }
     }
 
@@ -219,10 +271,18 @@ impl World {
     }
 
     pub(crate) fn add(&mut self, nat: Nat) -> usize {
-        let n = self.nodes.len();
+        let n = self.net.add_host(nat);
+        self.add_node(n)
+    }
+
+    /// A node behind a box that others may be behind too.
+    pub(crate) fn add_behind(&mut self, nat_box: usize) -> usize {
+        let n = self.net.add_host_behind(Some(nat_box));
+        self.add_node(n)
+    }
+
+    fn add_node(&mut self, n: usize) -> usize {
         let octet = u8::try_from(n + 1).expect("few nodes");
-        let outside_ip = IpAddr::from([203, 0, 113, octet]);
-        let inside_ip = if nat == Nat::None { outside_ip } else { IpAddr::from([192, 168, octet, 2]) };
         let key = NodePrivate::from_bytes(self.rng.bytes());
         let tailnet = Ipv4Addr::new(100, 64, 0, octet);
         let addresses: Vec<_> = [format!("{tailnet}/32"), format!("fd7a:115c:a1e0::{octet:x}/128")]
@@ -242,18 +302,12 @@ impl World {
         self.nodes.push(SimNode {
             engine: None,
             key,
-            host: Host {
-                nat,
-                inside: SocketAddr::new(inside_ip, PORT),
-                v6: None,
-                outside_ip,
-                next_port: 20_000,
-                mappings: BTreeMap::new(),
-                allowed: BTreeSet::new(),
-            },
+            v6: None,
+            stock: false,
             tailnet,
             record,
             connected: BTreeSet::new(),
+            silent: BTreeMap::new(),
             wanted: BTreeSet::new(),
             snapshot: None,
             life: 0,
@@ -283,13 +337,22 @@ impl World {
         };
         let mut engine = Engine::new(config, self.now);
         let mut out = Outbox::default();
-        let inside = node.host.inside;
-        let v6 = node.host.v6;
-        let addresses: Vec<IpAddr> = [Some(inside), v6].into_iter().flatten().map(|a| a.ip()).collect();
-        engine.handle_underlay(&addresses, Some(inside.port()), v6.map(|a| a.port()), self.now, &mut out);
+        if node.stock {
+            engine.set_patience(Patience::Stock);
+        }
         node.engine = Some(engine);
+        self.tell_underlay(n);
         self.emit(n, &mut out);
         self.open_session(n);
+    }
+
+    fn tell_underlay(&mut self, n: usize) {
+        let (inside, v6) = (self.net.place(n).address, self.nodes[n].v6);
+        let addresses: Vec<IpAddr> = [Some(inside), v6].into_iter().flatten().map(|a| a.ip()).collect();
+        let (mut out, now) = (Outbox::default(), self.now);
+        let ports = (Some(inside.port()), v6.map(|a| a.port()));
+        self.engine(n).handle_underlay(&addresses, ports.0, ports.1, now, &mut out);
+        self.emit(n, &mut out);
     }
 
     fn open_session(&mut self, n: usize) {
@@ -317,25 +380,39 @@ impl World {
         node.life += 1;
         node.connected.clear();
         node.wanted.clear();
+        node.silent.clear();
     }
 
-    /// The host moves to another network, with another address; the process stays.
+    /// The host moves to another network, with another address; the process stays. Its connections to
+    /// relays do not notice.
     pub(crate) fn roam(&mut self, n: usize) {
-        let now = self.now;
-        let host = &mut self.nodes[n].host;
-        host.mappings.clear();
-        host.allowed.clear();
-        let IpAddr::V4(old) = host.outside_ip else { unreachable!("NATs are IPv4 here") };
-        let [a, b, c, d] = old.octets();
-        host.outside_ip = IpAddr::from([a, b, c, d + 100]);
-        let inside_ip = if host.nat == Nat::None { host.outside_ip } else { IpAddr::from([10, 0, c, d]) };
-        host.inside.set_ip(inside_ip);
-        let (inside, v6) = (host.inside, host.v6);
-        let addresses: Vec<IpAddr> = [Some(inside), v6].into_iter().flatten().map(|a| a.ip()).collect();
-        let mut out = Outbox::default();
-        let port = Some(inside.port());
-        self.engine(n).handle_underlay(&addresses, port, v6.map(|a| a.port()), now, &mut out);
-        self.emit(n, &mut out);
+        let nat = self.net.nat(n);
+        self.roam_to(n, nat);
+    }
+
+    pub(crate) fn roam_to(&mut self, n: usize, nat: Nat) {
+        self.net.roam(n, nat);
+        self.silence_derp(n);
+        if self.nodes[n].engine.is_some() {
+            self.tell_underlay(n);
+        }
+    }
+
+    /// Control is away, or back.
+    pub(crate) fn set_control(&mut self, up: bool) {
+        self.control_down = !up;
+        for n in 0..self.nodes.len() {
+            if self.nodes[n].engine.is_none() {
+                continue;
+            }
+            if up {
+                self.open_session(n);
+            } else {
+                let (mut out, now) = (Outbox::default(), self.now);
+                self.engine(n).handle_control(ControlEvent::SessionLost, now, &mut out);
+                self.emit(n, &mut out);
+            }
+        }
     }
 
     /// A message of control to one node.
@@ -348,10 +425,7 @@ impl World {
 
     /// The host's NAT forgets and gives new ports from now on.
     pub(crate) fn reset_nat(&mut self, n: usize) {
-        let host = &mut self.nodes[n].host;
-        host.mappings.clear();
-        host.allowed.clear();
-        host.next_port += 1000;
+        self.net.reset(n);
     }
 
     fn push(&mut self, after: Duration, what: What) {
@@ -466,23 +540,13 @@ impl World {
         if self.udp_blocked.contains(&n) {
             return;
         }
-        let host = &mut self.nodes[n].host;
-        let from = match host.nat {
-            _ if to.is_ipv6() => match host.v6 {
-                Some(from) if !self.v6_blocked => from,
-                Some(_) | None => return,
-            },
-            Nat::None => host.inside,
-            Nat::PortRestricted | Nat::Symmetric => {
-                let key = (host.nat == Nat::Symmetric).then_some(to);
-                let next = host.next_port;
-                let port = *host.mappings.entry(key).or_insert(next);
-                if port == next {
-                    host.next_port += 1;
-                }
-                host.allowed.insert((port, to));
-                SocketAddr::new(host.outside_ip, port)
-            }
+        let (end, from) = if to.is_ipv6() {
+            let Some(from) = self.nodes[n].v6.filter(|_| !self.v6_blocked) else { return };
+            let Some(target) = self.nodes.iter().position(|node| node.v6 == Some(to)) else { return };
+            (End::Host(target), from)
+        } else {
+            let Some(sent) = self.net.send(n, to, self.now) else { return };
+            sent
         };
         if self.rng.chance(self.loss) {
             return;
@@ -490,87 +554,21 @@ impl World {
         let jitter = Duration::from_micros(
             self.rng.below(u64::try_from(self.jitter.as_micros()).expect("short").max(1)),
         );
-        let delay = self.latency + jitter;
-        if let IpAddr::V4(ip) = to.ip()
-            && ip.octets()[..3] == [198, 51, 100]
-        {
-            let distance = ms(u64::from(ip.octets()[3]) * 7);
-            if let Ok(tx) = stun::parse_request(&datagram) {
-                let answer = stun::response(&tx, from);
-                self.push(distance * 2 + ms(2), What::Udp { to: n, from: to, datagram: answer });
-                // STUN answers pass the same NAT that the request opened.
+        match end {
+            End::Host(target) if !self.blocked_pairs.contains(&(n, target)) => {
+                self.push(self.latency + jitter, What::Udp { to: target, from, datagram });
             }
-            return;
-        }
-        // Private addresses are reachable from nowhere else here.
-        for target in 0..self.nodes.len() {
-            let host = &self.nodes[target].host;
-            let reaches = match host.nat {
-                _ if to.is_ipv6() => host.v6 == Some(to),
-                Nat::None => host.inside == to,
-                Nat::PortRestricted | Nat::Symmetric => {
-                    to.ip() == host.outside_ip && host.allowed.contains(&(to.port(), from))
+            End::Host(_) => {}
+            End::Internet => {
+                if let (IpAddr::V4(ip), Ok(tx)) = (to.ip(), stun::parse_request(&datagram))
+                    && let [198, 51, 100, region] = ip.octets()
+                    && !self.stun_down.contains(&RegionId(region.into()))
+                {
+                    let answer = stun::response(&tx, from);
+                    let delay = self.distance(RegionId(region.into())) * 2 + ms(2);
+                    self.push(delay, What::Stun { to: from, from: to, datagram: answer });
                 }
-            };
-            if reaches && !self.blocked_pairs.contains(&(n, target)) {
-                let pending = What::Udp { to: target, from, datagram };
-                self.push(delay, pending);
-                return;
             }
-        }
-    }
-
-    fn derp(&mut self, n: usize, to: DerpDestination, packet: Vec<u8>) {
-        if packet.first() == Some(&4) && packet.len() > 32 {
-            self.derp_data += 1;
-        }
-        if self.derp_down || !self.nodes[n].connected.contains(&to.region) {
-            return;
-        }
-        let source = self.nodes[n].key.public();
-        let target = self.nodes.iter().position(|node| node.key.public() == to.peer);
-        match target.filter(|t| self.nodes[*t].connected.contains(&to.region)) {
-            Some(target) => {
-                let life = self.nodes[target].life;
-                self.push(
-                    self.derp_latency,
-                    What::Derp { to: target, life, region: to.region, source, packet },
-                );
-            }
-            None => {
-                let life = self.nodes[n].life;
-                let gone = What::PeerGone { to: n, life, region: to.region, peer: to.peer };
-                self.push(self.derp_latency, gone);
-            }
-        }
-    }
-
-    pub(crate) fn take_derp_down(&mut self) {
-        self.derp_down = true;
-        for n in 0..self.nodes.len() {
-            let regions = std::mem::take(&mut self.nodes[n].connected);
-            for region in regions {
-                self.tell_derp(n, region, DerpEvent::Disconnected);
-            }
-        }
-    }
-
-    pub(crate) fn bring_derp_up(&mut self) {
-        self.derp_down = false;
-        for n in 0..self.nodes.len() {
-            for region in self.nodes[n].wanted.clone() {
-                let life = self.nodes[n].life;
-                self.push(self.derp_connect, What::DerpUp { node: n, life, region });
-            }
-        }
-    }
-
-    fn tell_derp(&mut self, n: usize, region: RegionId, event: DerpEvent<'_>) {
-        let mut out = Outbox::default();
-        let now = self.now;
-        if let Some(engine) = self.nodes[n].engine.as_mut() {
-            engine.handle_derp(region, event, now, &mut out);
-            self.emit(n, &mut out);
         }
     }
 
@@ -584,6 +582,19 @@ impl World {
             Event::DerpClose { region } => {
                 self.nodes[n].wanted.remove(region);
                 self.nodes[n].connected.remove(region);
+                self.nodes[n].silent.remove(region);
+            }
+            Event::DerpPing { region } => self.derp_ping(n, *region),
+            Event::DerpReconnect { region } => {
+                self.nodes[n].connected.remove(region);
+                self.nodes[n].silent.remove(region);
+                self.push(self.derp_connect, What::DerpUp { node: n, life, region: *region });
+            }
+            Event::HttpsLatency { region } => {
+                let took = self.distance(*region) * 2 + ms(3);
+                let latency = (!self.derp_down.contains(region)).then_some(took);
+                let after = latency.unwrap_or(secs(3));
+                self.push(after, What::Latency { to: n, life, region: *region, latency });
             }
             Event::HostUpdate if self.nodes[n].joined && !self.control_down => {
                 let update = self.engine(n).host_update();
@@ -627,20 +638,35 @@ impl World {
                     self.emit(to, &mut out);
                 }
             }
+            What::Stun { to, from, datagram } => {
+                if let Some(End::Host(host)) = self.net.receive(from, to, now) {
+                    self.deliver(What::Udp { to: host, from, datagram });
+                }
+            }
             What::Derp { to, life, region, source, mut packet } => {
-                if self.nodes[to].life == life && self.nodes[to].connected.contains(&region) {
+                if self.nodes[to].life == life && self.carries(to, region) {
                     self.tell_derp(to, region, DerpEvent::Packet { source, payload: &mut packet });
                 }
             }
-            What::DerpUp { node, life, region } => {
-                if self.derp_down
-                    || self.nodes[node].life != life
-                    || !self.nodes[node].wanted.contains(&region)
-                {
-                    return;
+            What::DerpUp { node, life, region } => self.derp_up(node, life, region),
+            What::DerpHeard { to, life, region } => {
+                if self.nodes[to].life == life && self.carries(to, region) {
+                    self.tell_derp(to, region, DerpEvent::Heard);
                 }
-                self.nodes[node].connected.insert(region);
-                self.tell_derp(node, region, DerpEvent::Connected);
+            }
+            What::StockTimeout { node, life, region, silent } => {
+                if self.nodes[node].life == life && self.nodes[node].silent.get(&region) == Some(&silent) {
+                    self.nodes[node].silent.remove(&region);
+                    self.nodes[node].connected.remove(&region);
+                    self.tell_derp(node, region, DerpEvent::Disconnected);
+                    self.push(self.derp_connect, What::DerpUp { node, life, region });
+                }
+            }
+            What::Latency { to, life, region, latency } => {
+                if self.nodes[to].life == life {
+                    self.engine(to).handle_https_latency(region, latency, now);
+                    self.emit(to, &mut out);
+                }
             }
             What::PeerGone { to, life, region, peer } => {
                 if self.nodes[to].life == life {
@@ -736,27 +762,4 @@ impl World {
         }
         first..*next
     }
-}
-
-pub(crate) fn udp_packet(src: Ipv4Addr, dst: Ipv4Addr, sport: u16, dport: u16, seq: u64) -> Vec<u8> {
-    let mut p = vec![0x45, 0, 0, 36, 0, 0, 0, 0, 64, 17, 0, 0];
-    p.extend_from_slice(&src.octets());
-    p.extend_from_slice(&dst.octets());
-    p.extend_from_slice(&sport.to_be_bytes());
-    p.extend_from_slice(&dport.to_be_bytes());
-    p.extend_from_slice(&[0, 16, 0, 0]);
-    p.extend_from_slice(&seq.to_be_bytes());
-    p
-}
-
-/// An ICMPv6 echo reply with a number in its last byte.
-pub(crate) fn v6_packet(src: usize, dst: usize, seq: u8) -> Vec<u8> {
-    let address = |n: usize| {
-        std::net::Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, u16::try_from(n + 1).expect("few"))
-    };
-    let mut p = vec![0x60, 0, 0, 0, 0, 8, 58, 64];
-    p.extend_from_slice(&address(src).octets());
-    p.extend_from_slice(&address(dst).octets());
-    p.extend_from_slice(&[129, 0, 0, 0, 0, 0, 0, seq]);
-    p
 }
