@@ -83,6 +83,14 @@ pub struct StartRequest {
     pub old_node_key: Option<[u8; 32]>,
     /// Single-use key; absent when the node is registered already.
     pub auth_key: Option<SecretString>,
+    /// A person lets the node in: without an auth key the engine asks for a URL and waits for its visit.
+    /// Otherwise it exits with [`crate::exit::EngineExit::KeyRejected`] so that a key is minted.
+    pub interactive: bool,
+    /// The URL that an earlier engine with the same node key was given; it is waited for again, as long
+    /// as control knows it.
+    pub login_url: Option<String>,
+    /// Proxy for TLS connections to control and DERP.
+    pub proxy: Option<ProxySettings>,
     /// MTU of the TUN.
     pub mtu: u16,
     /// The node's addresses and resolvers now.
@@ -100,6 +108,15 @@ pub struct Routing {
     pub exit_node: Option<String>,
     /// Ranges that neither a route nor the exit node covers: the cluster's own.
     pub exclude: Vec<IpNet>,
+}
+
+/// An HTTP proxy that is asked to `CONNECT`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProxySettings {
+    /// `http://[user:password@]host:port`
+    pub url: SecretString,
+    /// As the variable `NO_PROXY`: hosts, domains, addresses and ranges that are reached without it.
+    pub bypass: String,
 }
 
 /// What the engine is told about the node it runs on.
@@ -128,12 +145,23 @@ pub struct EngineStatus {
     pub node: Option<SelfNode>,
     /// Home DERP region, 0 for none yet.
     pub home_derp: u32,
-    /// Health messages from control, and what is wrong with relays and routes.
-    pub health: Vec<String>,
+    /// What control and the engine find wrong.
+    pub health: Vec<HealthMessage>,
     /// Subnet routes that the pod should send into its link, sorted; empty unless it accepts routes.
     pub accepted_routes: Vec<IpNet>,
     /// Stable id of the exit node; `None` while none is chosen or the chosen one is not among the peers.
     pub exit_node_id: Option<String>,
+}
+
+/// One thing that is wrong, for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HealthMessage {
+    /// One line.
+    pub title: String,
+    /// More, may be empty.
+    pub text: String,
+    /// `low`, `medium` or `high`.
+    pub severity: String,
 }
 
 /// Where a node is in its life.

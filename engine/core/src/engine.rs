@@ -6,6 +6,7 @@
 //! | `inbound` | what datagrams and relay packets are, and which of their content reaches the pod |
 //! | `discovery` | disco and STUN: finding and keeping paths |
 //! | `routing` | whose routes and which exit node the pod uses |
+//! | `ping` | pings of peers, and what control is answered that asks for them |
 //! | `relay` | which DERP regions are connected, and what waits for one |
 //! | `control` | what a netmap change means for peers, filter, names and relays |
 //! | `timers` | what is due when |
@@ -17,6 +18,7 @@ mod control;
 mod discovery;
 mod inbound;
 mod outbound;
+mod ping;
 mod relay;
 mod routing;
 mod timers;
@@ -32,6 +34,8 @@ pub use api::{
     Config, ControlEvent, Counters, DerpEvent, DropReason, Event, Gauges, HostUpdate, PathView, PeerView,
     RoutesView, SelfView, Status,
 };
+
+pub use ping::{ControlAnswer, PingError, PingId, PingKind, PingReply, PingResult};
 
 use crate::batch::{Batch, Outbox, RegionId};
 use crate::disco;
@@ -104,6 +108,9 @@ pub struct Engine {
     waiting: usize,
     /// Peers of an earlier life that are to be greeted first thing.
     greet: Vec<Slot>,
+    pings: ping::Pings,
+    /// Control has spoken in this life, so the clock can be judged.
+    control_heard: bool,
     last_nudge: Option<Instant>,
 
     relays: Relays,
@@ -154,6 +161,8 @@ impl Engine {
             timers: BTreeSet::new(),
             waiting: 0,
             greet: Vec::new(),
+            pings: ping::Pings::default(),
+            control_heard: false,
             last_nudge: None,
             relays: Relays::new(u64::from(config.random_seed[0]) << 8 | u64::from(config.random_seed[1])),
             netcheck: Netcheck::default(),

@@ -6,19 +6,22 @@
 //!
 //! | part | modules |
 //! |---|---|
-//! | the node as a whole | `engine`, `batch`, `snapshot` |
-//! | control protocol | `noise`, `map_frame`, `tailcfg`, `netmap`, `register`, `backoff` |
+//! | the node as a whole | `engine`, `batch`, `snapshot`, `health` |
+//! | control protocol | `noise`, `map_frame`, `tailcfg`, `netmap`, `register`, `c2n`, `dial_plan`, `retry_after`, `backoff` |
 //! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp`, `routes` |
 //! | what flows | `wg`, `packet`, `filter`, `dns` |
 //! | names of things | `key` |
 
 pub mod backoff;
 pub mod batch;
+pub mod c2n;
 pub mod derp;
+pub mod dial_plan;
 pub mod disco;
 pub mod dns;
 pub mod engine;
 pub mod filter;
+pub mod health;
 pub mod key;
 pub mod map_frame;
 mod netcheck;
@@ -29,6 +32,7 @@ mod path;
 mod peer;
 mod random;
 pub mod register;
+pub mod retry_after;
 pub mod routes;
 pub mod snapshot;
 pub mod stun;

@@ -5,8 +5,8 @@
 //! control outage does not touch traffic.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
+use crate::health::{HealthMessage, Severity};
 use crate::tailcfg::{
     ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, NodeId, PeerChange,
     PingRequest, UnixTime,
@@ -16,8 +16,6 @@ use crate::tailcfg::{
 pub const MAX_PEERS: usize = 100_000;
 /// Most health texts and display messages kept.
 const MAX_MESSAGES: usize = 32;
-/// Longest pause a server may ask for.
-const MAX_SLEEP: Duration = Duration::from_secs(300);
 /// Below this, a difference to the server's clock is noise.
 const CLOCK_TOLERANCE_MS: i64 = 60_000;
 
@@ -51,9 +49,7 @@ pub struct NetMapChange {
     /// A check the server wants answered.
     pub ping_request: Option<PingRequest>,
     /// Where to find the server next time.
-    pub dial_plan: Option<ControlDialPlan>,
-    /// The server asks to let this pass before anything else; at most five minutes.
-    pub sleep: Duration,
+    pub dial_plan_changed: bool,
     /// Elements that made no sense: patches of unknown peers, peers over the bound.
     pub ignored: u32,
 }
@@ -72,6 +68,9 @@ pub struct NetMap {
     health: Vec<String>,
     messages: BTreeMap<String, DisplayMessage>,
     clock_offset_ms: i64,
+    dial_plan: ControlDialPlan,
+    /// A tailnet lock is in force.
+    locked: bool,
 }
 
 impl NetMap {
@@ -148,12 +147,28 @@ impl NetMap {
     }
 
     /// Health texts and display messages, for people.
-    pub fn health(&self) -> impl Iterator<Item = &str> {
-        self.health.iter().map(String::as_str).chain(
-            self.messages
-                .values()
-                .map(|m| if m.text.is_empty() { m.title.as_str() } else { m.text.as_str() }),
-        )
+    pub fn health(&self) -> impl Iterator<Item = HealthMessage> {
+        let texts = self.health.iter().map(|text| HealthMessage::new(Severity::Medium, text));
+        texts.chain(self.messages.values().map(HealthMessage::from))
+    }
+
+    /// Where else the server can be reached.
+    #[must_use]
+    pub fn dial_plan(&self) -> &ControlDialPlan {
+        &self.dial_plan
+    }
+
+    /// Milliseconds that this machine's clock is behind the server's, negative when it is ahead; 0 when
+    /// they agree to a minute.
+    #[must_use]
+    pub fn clock_offset_ms(&self) -> i64 {
+        self.clock_offset_ms
+    }
+
+    /// Whether a tailnet lock is in force, so that peers take signed nodes only.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        self.locked
     }
 
     /// The server's time, given ours.
@@ -167,11 +182,12 @@ impl NetMap {
     /// # Errors
     /// [`ApplyError`] when the session cannot go on; nothing was changed then.
     pub fn apply(&mut self, mut message: MapResponse, wall: UnixTime) -> Result<NetMapChange, ApplyError> {
-        let mut change = NetMapChange {
-            ping_request: message.ping_request.take(),
-            dial_plan: message.control_dial_plan.take(),
-            ..NetMapChange::default()
-        };
+        let mut change =
+            NetMapChange { ping_request: message.ping_request.take(), ..NetMapChange::default() };
+        if let Some(plan) = message.control_dial_plan.take() {
+            change.dial_plan_changed = plan != self.dial_plan;
+            self.dial_plan = plan;
+        }
         if let Some(time) = message.control_time {
             let offset = time.millis_from(wall);
             self.clock_offset_ms = if offset.abs() > CLOCK_TOLERANCE_MS { offset } else { 0 };
@@ -189,9 +205,10 @@ impl NetMap {
         self.apply_peers(&mut message, &mut change);
         self.apply_filter(&mut message, &mut change);
         self.apply_health(&mut message, &mut change);
-        if let Some(debug) = message.debug {
-            let asked = Duration::try_from_secs_f64(debug.sleep_seconds).unwrap_or_default();
-            change.sleep = asked.min(MAX_SLEEP);
+        if let Some(lock) = &message.tka_info {
+            let locked = !lock.disabled && !lock.head.is_empty();
+            change.health_changed |= locked != self.locked;
+            self.locked = locked;
         }
         Ok(change)
     }
@@ -207,6 +224,7 @@ impl NetMap {
         self.chunks = None;
         self.health.clear();
         self.messages.clear();
+        self.locked = false;
     }
 
     fn apply_self(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {

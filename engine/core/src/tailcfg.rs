@@ -15,7 +15,7 @@ mod time;
 pub use derp_map::{DerpHomeParams, DerpMap, DerpNode, DerpRegion};
 pub use map::{
     ControlDialPlan, ControlIpCandidate, Debug, DisplayMessage, EndpointType, MapRequest, MapResponse,
-    PingRequest, PingResponse,
+    PingRequest, PingResponse, TkaInfo,
 };
 pub use node::{CapMap, HostParams, Hostinfo, NetInfo, Node, PeerChange, Service, User, UserProfile};
 pub use policy::{CapGrant, DnsConfig, DnsRecord, FilterRule, NetPortRange, PortRange, Resolver};

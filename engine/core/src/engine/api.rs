@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use super::ping::{ControlAnswer, PingResult};
 use crate::batch::RegionId;
+use crate::health::HealthMessage;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use crate::snapshot::Snapshot;
-use crate::tailcfg::{EndpointType, MapResponse, NetInfo, NodeId, PingRequest, UnixTime};
+use crate::tailcfg::{EndpointType, MapResponse, NetInfo, NodeId, UnixTime};
 
 /// What an engine is born with.
 #[derive(Debug)]
@@ -114,8 +116,10 @@ pub enum Event {
     },
     /// A snapshot taken now would differ from the last one in a way that matters to a restart.
     SnapshotDirty,
-    /// Control asks for a sign of life.
-    PingRequest(Box<PingRequest>),
+    /// Control asked for a sign of life; this is it.
+    ControlAnswer(Box<ControlAnswer>),
+    /// A ping that [`super::Engine::ping`] began has ended.
+    Pong(Box<PingResult>),
     /// The node key has expired.
     KeyExpired,
 }
@@ -153,8 +157,8 @@ pub struct Status {
     pub node: Option<SelfView>,
     /// Home region.
     pub home_derp: RegionId,
-    /// Health messages of control and of the home relay.
-    pub health: Vec<String>,
+    /// What control, the home relay and this node itself find wrong.
+    pub health: Vec<HealthMessage>,
 }
 
 /// This node in its tailnet.

@@ -16,7 +16,11 @@ impl Engine {
             ControlEvent::Map(message) => {
                 let wall = self.wall(now);
                 match self.netmap.apply(*message, wall) {
-                    Ok(change) => {
+                    Ok(mut change) => {
+                        self.control_heard = true;
+                        if let Some(request) = change.ping_request.take() {
+                            self.answer_control(&request, now, out);
+                        }
                         for slot in self.apply(change, now) {
                             self.hasten(slot, now, out);
                         }
@@ -31,9 +35,6 @@ impl Engine {
     pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) -> Vec<Slot> {
         let mut moved = Vec::new();
         let wall = self.netmap.control_time(self.wall(now));
-        if let Some(ping) = &change.ping_request {
-            self.events.push_back(Event::PingRequest(Box::new(ping.clone())));
-        }
         for node in &change.removed {
             if let Some(slot) = self.peers.slot(node.id) {
                 self.deactivate(slot);
@@ -83,6 +84,7 @@ impl Engine {
             || change.dns_changed
             || change.derp_changed
             || change.filter_changed
+            || change.dial_plan_changed
             || !change.changed.is_empty()
             || !change.removed.is_empty();
         if worth_keeping {

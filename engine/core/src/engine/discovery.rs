@@ -52,6 +52,7 @@ impl Engine {
                 self.send_disco(slot, via, &Message::Pong { tx, observed }, now, out);
                 self.hasten(slot, now, out);
             }
+            (Message::Pong { tx, .. }, via) if self.pong(&tx, via, now) => {}
             (Message::Pong { tx, .. }, Via::Udp(_)) => self.handle_pong(slot, &tx, now, out),
             (Message::CallMeMaybe { endpoints }, Via::Derp(..)) => {
                 self.with_path(slot, now, out, |path, ctx| path.handle_call(&endpoints, ctx));
@@ -116,7 +117,14 @@ impl Engine {
         self.snapshot_dirty(now);
     }
 
-    fn send_disco(&mut self, slot: Slot, via: Via, message: &Message, now: Instant, out: &mut Outbox) {
+    pub(super) fn send_disco(
+        &mut self,
+        slot: Slot,
+        via: Via,
+        message: &Message,
+        now: Instant,
+        out: &mut Outbox,
+    ) {
         let Some(peer) = self.peers.get_mut(slot) else { return };
         let (key, disco) = (peer.key, peer.disco);
         let Some(active) = peer.active.as_deref_mut() else { return };

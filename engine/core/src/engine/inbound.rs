@@ -232,6 +232,7 @@ impl Engine {
             return Err(reason);
         }
         self.note_via(slot, via, now, out);
+        self.pong_inside(now);
         if now_ready && !was_ready {
             self.flush(slot, now, out);
         }
@@ -255,6 +256,9 @@ impl Engine {
         let Ok(parsed) = Parsed::parse(packet) else { return Inner::Denied(DropReason::Malformed) };
         if self.peers.by_ip(parsed.src) != Some(slot) {
             return Inner::Denied(DropReason::PeerSource);
+        }
+        if self.own.contains(&parsed.dst) && self.pings.hear(slot, packet, &parsed) {
+            return Inner::Consumed;
         }
         if parsed.protocol == protocol::TSMP {
             return match tsmp::answer(packet, &parsed) {

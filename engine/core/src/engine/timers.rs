@@ -24,6 +24,7 @@ impl Engine {
             self.report_at,
             self.snapshot_at,
             self.key_expiry(),
+            self.pings.deadline(),
         ]
         .into_iter()
         .flatten()
@@ -58,6 +59,7 @@ impl Engine {
             self.last_snapshot = Some(now);
             self.events.push_back(Event::SnapshotDirty);
         }
+        self.pings_timeout(now);
         if self.key_expiry().is_some_and(|at| at <= now) {
             self.key_expired = true;
             self.events.push_back(Event::KeyExpired);
@@ -129,9 +131,10 @@ impl Engine {
         }
     }
 
-    /// When the node's own key expires, if that was not reported yet.
+    /// When the node's own key expires, if that was not reported yet. Not before control has spoken: a
+    /// wrong clock must not end a node that control would take.
     fn key_expiry(&self) -> Option<Instant> {
-        if self.key_expired {
+        if self.key_expired || !self.control_heard {
             return None;
         }
         let node = self.netmap.self_node()?;

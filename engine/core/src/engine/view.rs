@@ -1,6 +1,8 @@
 //! What others are shown.
 
 use super::*;
+use crate::health::{HealthMessage, Severity};
+use crate::tailcfg::ControlDialPlan;
 
 impl Engine {
     /// The node as its netmap has it.
@@ -14,7 +16,7 @@ impl Engine {
             key_expiry: node.key_expiry,
             machine_authorized: node.machine_authorized,
         });
-        let relay = self.relays.health().map(str::to_owned);
+        let relay = self.relays.health().map(|text| HealthMessage::new(Severity::Medium, text));
         Status {
             running: self.running,
             control_connected: self.control_connected,
@@ -23,11 +25,44 @@ impl Engine {
             health: self
                 .netmap
                 .health()
-                .map(str::to_owned)
                 .chain(relay)
-                .chain(self.routing_health())
+                .chain(self.routing_health().into_iter().map(|text| HealthMessage::new(Severity::Medium, text)))
+                .chain(self.clock_health())
+                .chain(self.lock_health())
                 .collect(),
         }
+    }
+
+    fn clock_health(&self) -> Option<HealthMessage> {
+        let offset = self.netmap.clock_offset_ms();
+        let side = if offset > 0 { "behind" } else { "ahead of" };
+        let minutes = (offset.unsigned_abs() + 30_000) / 60_000;
+        (offset != 0).then(|| {
+            HealthMessage::new(
+                Severity::Medium,
+                format!(
+                    "this node's clock is {} h {} min {side} the control server's",
+                    minutes / 60,
+                    minutes % 60
+                ),
+            )
+            .with_text("set it (NTP): certificates and handshakes after a restart depend on it")
+        })
+    }
+
+    fn lock_health(&self) -> Option<HealthMessage> {
+        let node = self.netmap.self_node().filter(|node| self.netmap.is_locked() && !node.signed)?;
+        let message =
+            HealthMessage::new(Severity::High, "tailnet lock is on and this node's key is not signed");
+        let text =
+            format!("peers that enforce the lock do not talk to it: run `tailscale lock sign {}`", node.key);
+        Some(HealthMessage { impacts_connectivity: true, ..message.with_text(text) })
+    }
+
+    /// Where else the control server can be reached, as it last said.
+    #[must_use]
+    pub fn dial_plan(&self) -> &ControlDialPlan {
+        self.netmap.dial_plan()
     }
 
     /// One entry per peer.
@@ -55,7 +90,7 @@ impl Engine {
         self.peers.iter().map(view).collect()
     }
 
-    fn path_view(&self, active: &Active, home: RegionId, now: Instant) -> PathView {
+    pub(super) fn path_view(&self, active: &Active, home: RegionId, now: Instant) -> PathView {
         if let Some((addr, rtt)) = active.path.trusted(now) {
             return PathView::Direct(addr, rtt);
         }

@@ -36,6 +36,8 @@ impl Engine {
                 dns_config: self.netmap.dns().cloned(),
                 packet_filter: self.netmap.packet_filter(),
                 domain: self.netmap.domain().to_owned(),
+                control_time: Some(self.netmap.control_time(wall)),
+                control_dial_plan: Some(self.netmap.dial_plan().clone()),
                 ..MapResponse::default()
             })
         });
@@ -47,7 +49,7 @@ impl Engine {
     pub(super) fn restore(&mut self, body: Body, now: Instant) {
         self.netcheck.restore_resolved(body.resolved);
         if let Some(netmap) = body.netmap
-            && let Ok(change) = self.netmap.apply(*netmap, self.wall_at_start)
+            && let Ok(change) = self.netmap.apply(*netmap, body.wall)
         {
             self.restored_home(body.home, now);
             self.apply(change, now);

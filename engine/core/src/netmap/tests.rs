@@ -73,11 +73,32 @@ fn a_first_message_is_judged_by_the_same_rules() {
 }
 
 #[test]
-fn a_pause_is_bounded() {
+fn the_way_to_the_server_stays_until_replaced() {
     let mut map = session(json!([]));
-    for (seconds, expected) in [(json!(2.5), 2_500), (json!(1e9), 300_000), (json!(-1), 0), (json!("x"), 0)] {
-        let change = map.apply(message(json!({"Debug": {"SleepSeconds": seconds}})), WALL).unwrap();
-        assert_eq!(change.sleep, Duration::from_millis(expected), "{seconds}");
+    let plan = json!({"ControlDialPlan": {"Candidates": [{"IP": "192.0.2.1", "DialTimeoutSec": 3}]}});
+    assert!(map.apply(message(plan.clone()), WALL).unwrap().dial_plan_changed);
+    assert!(!map.apply(message(plan), WALL).unwrap().dial_plan_changed);
+    assert!(!map.apply(message(json!({})), WALL).unwrap().dial_plan_changed);
+    assert_eq!(map.dial_plan().candidates.len(), 1);
+    // Also in a keepalive.
+    let none = json!({"KeepAlive": true, "ControlDialPlan": {"Candidates": null}});
+    assert!(map.apply(message(none), WALL).unwrap().dial_plan_changed);
+    assert!(map.dial_plan().candidates.is_empty());
+}
+
+#[test]
+fn a_lock_is_known_from_its_head_until_it_is_disabled() {
+    let mut map = session(json!([]));
+    for (value, locked) in [
+        (json!({}), false),
+        (json!({"TKAInfo": {"Head": "abc"}}), true),
+        (json!({"TKAInfo": null}), true),
+        (json!({"TKAInfo": {"Disabled": true}}), false),
+        (json!({"TKAInfo": {"Head": "abc"}}), true),
+        (json!({"TKAInfo": {"Head": "abc", "Disabled": true}}), false),
+    ] {
+        map.apply(message(value.clone()), WALL).unwrap();
+        assert_eq!(map.is_locked(), locked, "{value}");
     }
 }
 
@@ -212,13 +233,13 @@ fn health_and_messages() {
     let mut map = session(json!([]));
     let mut step = |value: Value| {
         map.apply(message(value), WALL).unwrap();
-        map.health().map(String::from).collect::<Vec<_>>()
+        map.health().map(|m| format!("{}|{}", m.title, m.text)).collect::<Vec<_>>()
     };
-    assert_eq!(step(json!({"Health": ["sick"]})), ["sick"]);
-    assert_eq!(step(json!({"Health": null})), ["sick"]);
-    assert_eq!(step(json!({"DisplayMessages": {"a": {"Title": "T", "Text": "text"}}})), ["sick", "text"]);
-    assert_eq!(step(json!({"Health": []})), ["text"]);
-    assert_eq!(step(json!({"DisplayMessages": {"*": null, "b": {"Title": "T"}}})), ["T"]);
+    assert_eq!(step(json!({"Health": ["sick"]})), ["sick|"]);
+    assert_eq!(step(json!({"Health": null})), ["sick|"]);
+    assert_eq!(step(json!({"DisplayMessages": {"a": {"Title": "T", "Text": "text"}}})), ["sick|", "T|text"]);
+    assert_eq!(step(json!({"Health": []})), ["T|text"]);
+    assert_eq!(step(json!({"DisplayMessages": {"*": null, "b": {"Title": "T"}}})), ["T|"]);
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
+use base64::Engine as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::lenient::Elements;
@@ -217,6 +219,21 @@ pub struct MapResponse {
     /// Where else the server can be reached.
     #[serde(deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
     pub control_dial_plan: Option<ControlDialPlan>,
+    /// Tailnet lock; none means unchanged.
+    #[serde(rename = "TKAInfo", deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
+    pub tka_info: Option<TkaInfo>,
+}
+
+/// The state of a tailnet's lock, as control has it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct TkaInfo {
+    /// Hash of the lock's last change; empty without a lock.
+    #[serde(deserialize_with = "soft", skip_serializing_if = "String::is_empty")]
+    pub head: String,
+    /// Control says that the lock is to be given up.
+    #[serde(deserialize_with = "soft", skip_serializing_if = "is_false")]
+    pub disabled: bool,
 }
 
 type FilterChunks = BTreeMap<String, Option<Vec<FilterRule>>>;
@@ -268,6 +285,14 @@ pub struct PingRequest {
     pub payload: String,
 }
 
+impl PingRequest {
+    /// The decoded payload; empty when it is no base64 text.
+    #[must_use]
+    pub fn payload(&self) -> Vec<u8> {
+        base64::engine::general_purpose::STANDARD.decode(&self.payload).unwrap_or_default()
+    }
+}
+
 /// The result of one ping that the server asked for.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
@@ -309,6 +334,18 @@ pub struct Debug {
     /// Exit with this code.
     #[serde(deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
     pub exit: Option<i32>,
+}
+
+/// Longest pause a server may ask for.
+const MAX_PAUSE: Duration = Duration::from_secs(300);
+
+impl Debug {
+    /// How long the server wants to wait before anything else happens in the session; bounded. The request
+    /// to exit is not for a pod's engine and never honoured.
+    #[must_use]
+    pub fn pause(&self) -> Duration {
+        Duration::try_from_secs_f64(self.sleep_seconds).unwrap_or_default().min(MAX_PAUSE)
+    }
 }
 
 /// Ways to reach the server, for when DNS fails.

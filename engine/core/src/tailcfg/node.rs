@@ -96,6 +96,9 @@ pub struct Node {
     /// Node capabilities; the superseded list form is merged in.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub cap_map: CapMap,
+    /// Tailnet lock: somebody has signed the node key. Whether the signature is good is not checked.
+    #[serde(rename = "KeySignature", skip_serializing_if = "is_false")]
+    pub signed: bool,
     /// Not covered by a tailnet lock signature: its addresses only, and jailed.
     #[serde(rename = "UnsignedPeerAPIOnly", skip_serializing_if = "is_false")]
     pub unsigned_peer_api_only: bool,
@@ -193,6 +196,8 @@ struct WireNode {
     capabilities: Vec<String>,
     #[serde(default, deserialize_with = "cap_map")]
     cap_map: CapMap,
+    #[serde(rename = "KeySignature", default, deserialize_with = "soft")]
+    signature: Value,
     #[serde(rename = "UnsignedPeerAPIOnly", default, deserialize_with = "or_default")]
     unsigned_peer_api_only: bool,
     #[serde(default, deserialize_with = "or_default")]
@@ -254,6 +259,12 @@ impl TryFrom<WireNode> for Node {
             online: wire.online,
             machine_authorized: wire.machine_authorized,
             cap_map,
+            signed: match &wire.signature {
+                Value::String(text) => !text.is_empty(),
+                // As it stands in a snapshot.
+                Value::Bool(signed) => *signed,
+                _ => false,
+            },
             unsigned_peer_api_only: wire.unsigned_peer_api_only,
             expired: wire.expired,
             masq_v4: wire.masq_v4,

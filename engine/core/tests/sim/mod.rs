@@ -14,7 +14,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, DerpDestination, Outbox, RegionId};
-use podtether_core::engine::{Config, ControlEvent, DerpEvent, Engine, Event, PathView, Patience};
+use podtether_core::engine::{
+    Config, ControlEvent, DerpEvent, Engine, Event, PathView, Patience, PingId, PingKind,
+};
 use podtether_core::key::{DiscoPrivate, NodePrivate, NodePublic};
 use podtether_core::snapshot::Snapshot;
 use podtether_core::stun;
@@ -469,6 +471,15 @@ impl World {
         }
     }
 
+    /// A ping by the engine itself; its end is among the node's events.
+    pub(crate) fn ping(&mut self, from: usize, to: IpAddr, kind: PingKind) -> PingId {
+        let mut out = Outbox::default();
+        let now = self.now;
+        let id = self.engine(from).ping(to, kind, now, &mut out);
+        self.emit(from, &mut out);
+        id
+    }
+
     /// Runs until `until`, or for ever early when nothing is left.
     pub(crate) fn run(&mut self, until: Instant) {
         loop {
@@ -616,7 +627,8 @@ impl World {
             | Event::SelfChanged
             | Event::RoutesChanged
             | Event::DerpPreferred { .. }
-            | Event::PingRequest(_)
+            | Event::ControlAnswer(_)
+            | Event::Pong(_)
             | Event::KeyExpired => {}
         }
         self.nodes[n].events.push(event);
