@@ -274,17 +274,12 @@ fn create_key(shared: &Shared, body: &[u8]) -> Answer {
     let options = AuthKeyOptions {
         reusable: create.reusable,
         ephemeral: create.ephemeral,
+        preauthorized: create.preauthorized,
         tags,
         lifetime,
         description: order.description,
     };
-    let key = shared.with_state(|state| {
-        let key = state.create_key(options, Timestamp::now());
-        if let Some(stored) = state.keys.get_mut(&key.id) {
-            stored.preauthorized = create.preauthorized;
-        }
-        AuthKey { preauthorized: create.preauthorized, ..key }
-    });
+    let key = shared.with_state(|state| state.create_key(options, Timestamp::now()));
     Ok(key_json(&key, true))
 }
 
@@ -345,7 +340,7 @@ fn device_json(node: &Node, base_domain: &str, all: bool) -> Value {
         "lastSeen": node.last_seen.to_string(),
         "keyExpiryDisabled": node.expiry.is_none(),
         "expires": node.expiry.map_or_else(|| "0001-01-01T00:00:00Z".into(), |at| at.to_string()),
-        "authorized": true,
+        "authorized": node.authorized,
         "isEphemeral": node.ephemeral,
         "isExternal": false,
         "machineKey": node.machine_key,

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use podtether_core::key::{DiscoPublic, NodePublic};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -66,6 +66,8 @@ pub struct NodeInfo {
     pub streaming: bool,
     /// Its key is past its expiry.
     pub expired: bool,
+    /// Approved, or in no need of it.
+    pub authorized: bool,
     /// Forgotten when away.
     pub ephemeral: bool,
     /// Map sessions are numbered in order of their start.
@@ -87,6 +89,7 @@ impl From<&Node> for NodeInfo {
             online: node.online,
             streaming: node.streaming,
             expired: node.expired,
+            authorized: node.authorized,
             ephemeral: node.ephemeral,
             session: node.session,
         }
@@ -244,6 +247,49 @@ impl Devnet {
         shared.with_state(|state| register::approve(&shared.config, state, id, Timestamp::now()))
     }
 
+    /// Forgets every interactive login that waits: its URL leads nowhere any more.
+    pub fn forget_logins(&self) {
+        self.shared().with_state(|state| {
+            state.pending.clear();
+            state.revision += 1;
+        });
+    }
+
+    /// Whether nodes that join from now on have to be approved, unless their auth key says otherwise.
+    pub fn set_device_approval(&self, needed: bool) {
+        self.shared().with_state(|state| state.device_approval = needed);
+    }
+
+    /// Approves a node, or takes the approval back; false when there is no such node.
+    pub fn set_authorized(&self, id: NodeId, authorized: bool) -> bool {
+        self.shared().with_state(|state| state.set_authorized(id, authorized))
+    }
+
+    /// Refuses every registration with this text, or none.
+    pub fn refuse_registrations(&self, error: Option<&str>) {
+        self.shared().set_registration_error(error.map(str::to_owned));
+    }
+
+    /// Lets the server claim another time than it is, in the messages from now on.
+    pub fn set_clock_offset(&self, offset: SignedDuration) {
+        self.shared().set_clock_offset(offset);
+    }
+
+    /// Sends a map message with these fields to a node that has a stream, or to its next one; false when
+    /// there is no such node or `fields` is no object.
+    pub fn tell(&self, id: NodeId, fields: serde_json::Value) -> bool {
+        const MAX_EXTRAS: usize = 64;
+        let serde_json::Value::Object(fields) = fields else { return false };
+        self.shared().with_state(|state| {
+            let Some(node) = state.nodes.get_mut(&id).filter(|node| node.extras.len() < MAX_EXTRAS) else {
+                return false;
+            };
+            node.extras.push_back(fields);
+            state.revision += 1;
+            true
+        })
+    }
+
     /// Lets a node's key expire now.
     pub fn expire_node(&self, id: NodeId) {
         let now = Timestamp::now();
@@ -267,6 +313,32 @@ impl Devnet {
         payload: &[u8],
         patience: Duration,
     ) -> Result<Vec<u8>, &'static str> {
+        self.ask(id, types, None, payload, patience).await
+    }
+
+    /// Asks a node to ping a peer and waits for what it says: `types` is one of `disco`, `TSMP`, `ICMP`,
+    /// `peerapi`.
+    ///
+    /// # Errors
+    /// When the node does not answer in time.
+    pub async fn ping_peer(
+        &self,
+        id: NodeId,
+        types: &str,
+        peer: IpAddr,
+        patience: Duration,
+    ) -> Result<Vec<u8>, &'static str> {
+        self.ask(id, types, Some(peer), b"", patience).await
+    }
+
+    async fn ask(
+        &self,
+        id: NodeId,
+        types: &str,
+        peer: Option<IpAddr>,
+        payload: &[u8],
+        patience: Duration,
+    ) -> Result<Vec<u8>, &'static str> {
         let shared = self.shared();
         let (sender, answer) = oneshot::channel();
         let ping = random::token(16);
@@ -276,7 +348,7 @@ impl Devnet {
             format!("https://unused/machine/c2n-response?id={ping}")
         };
         shared.expect_ping(ping.clone(), sender);
-        if !shared.with_state(|state| map::queue_ping(state, id, url, types, payload)) {
+        if !shared.with_state(|state| map::queue_ping(state, id, url, types, peer, payload)) {
             shared.forget_ping(&ping);
             return Err("no such node, or too many pings");
         }

@@ -15,8 +15,8 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
 use crate::api;
-use crate::control::noise_server;
 use crate::control::wire::ServerKeys;
+use crate::control::{noise_server, register};
 use crate::fault::{Fault, Refusal, Target};
 use crate::shared::Shared;
 
@@ -56,9 +56,7 @@ async fn route(shared: Arc<Shared>, token: CancellationToken, request: Request<I
         (&Method::GET, "/generate_204") => Ok(empty(StatusCode::NO_CONTENT)),
         (&Method::POST, "/verify") => verify(&shared, request).await,
         (&Method::POST, "/debug/fault") => debug_fault(&shared, request).await,
-        (&Method::GET, path) if path.starts_with("/register/") => {
-            Ok(text(StatusCode::OK, "Approve this login on the devnet."))
-        }
+        (method, path) if path.starts_with("/register/") => Ok(login(&shared, method, path)),
         (_, path) if path.starts_with("/api/v2/") => {
             return api::handle(&shared, request).await;
         }
@@ -125,6 +123,28 @@ async fn upgrade(
     headers.insert(header::UPGRADE, header::HeaderValue::from_static(UPGRADE));
     headers.insert(header::CONNECTION, header::HeaderValue::from_static("upgrade"));
     Ok(response)
+}
+
+/// The page behind a login's URL: a person's button, or a test's POST, completes the login.
+fn login(shared: &Shared, method: &Method, path: &str) -> Response<Body> {
+    let id = path.trim_start_matches("/register/");
+    let waits = shared.with_state(|state| state.pending.get(id).is_some_and(|login| !login.approved));
+    match *method {
+        Method::GET if waits => with_type(
+            StatusCode::OK,
+            "text/html; charset=utf-8",
+            "<!doctype html><title>devnet</title><form method=post><button>Let the device in</button></form>\n".into(),
+        ),
+        Method::POST if waits => {
+            let now = jiff::Timestamp::now();
+            match shared.with_state(|state| register::approve(&shared.config, state, id, now)) {
+                Ok(()) => text(StatusCode::OK, "The device is in."),
+                Err(reason) => text(StatusCode::CONFLICT, &reason),
+            }
+        }
+        Method::GET | Method::POST => text(StatusCode::NOT_FOUND, "no such login, or it is done"),
+        _ => empty(StatusCode::METHOD_NOT_ALLOWED),
+    }
 }
 
 fn ping_response(shared: &Shared, query: Option<&str>) -> Response<Body> {

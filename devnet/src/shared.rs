@@ -1,8 +1,10 @@
 //! What every part of a running devnet holds on to.
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, OnceLock};
 
+use jiff::SignedDuration;
 use podtether_core::key::MachinePrivate;
 use tokio::sync::{oneshot, watch};
 
@@ -31,6 +33,8 @@ pub(crate) struct Shared {
     server_url: OnceLock<String>,
     state: Mutex<State>,
     complaints: Mutex<VecDeque<String>>,
+    registration_error: Mutex<Option<String>>,
+    clock_offset_ms: AtomicI64,
 }
 
 impl Shared {
@@ -47,6 +51,8 @@ impl Shared {
             pings: Mutex::default(),
             server_url: OnceLock::new(),
             complaints: Mutex::default(),
+            registration_error: Mutex::default(),
+            clock_offset_ms: AtomicI64::new(0),
         }
     }
 
@@ -85,6 +91,25 @@ impl Shared {
     /// Hands a node's answer to whoever waits for it.
     pub(crate) fn complete_ping(&self, id: &str, answer: &[u8]) -> bool {
         lock(&self.pings).remove(id).is_some_and(|waiting| waiting.send(answer.to_vec()).is_ok())
+    }
+
+    /// What every registration is refused with.
+    pub(crate) fn registration_error(&self) -> Option<String> {
+        lock(&self.registration_error).clone()
+    }
+
+    pub(crate) fn set_registration_error(&self, error: Option<String>) {
+        *lock(&self.registration_error) = error;
+    }
+
+    /// How far ahead of the real time the server claims to be.
+    pub(crate) fn clock_offset(&self) -> SignedDuration {
+        SignedDuration::from_millis(self.clock_offset_ms.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set_clock_offset(&self, offset: SignedDuration) {
+        let millis = i64::try_from(offset.as_millis()).unwrap_or(0);
+        self.clock_offset_ms.store(millis, Ordering::Relaxed);
     }
 
     /// Records something a client did that a real server lets pass although it is wrong.

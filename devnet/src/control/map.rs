@@ -195,7 +195,13 @@ impl Session {
     }
 
     fn next(&self, state: &mut State, view: &mut View) -> Update {
-        let mut update = view.update(state, Timestamp::now());
+        let told = Timestamp::now().saturating_add(self.shared.clock_offset()).unwrap_or(Timestamp::MAX);
+        let mut update = view.update(state, told);
+        if matches!(update, Update::Nothing)
+            && let Some(extra) = state.nodes.get_mut(&self.node).and_then(|node| node.extras.pop_front())
+        {
+            return Update::Send(Box::new(MapResponse { extra, ..MapResponse::default() }));
+        }
         let ping = match state.nodes.get_mut(&self.node) {
             Some(node) if !matches!(update, Update::End) => node.pings.pop_front(),
             _ => None,
@@ -254,7 +260,14 @@ async fn write_all(
 }
 
 /// Asks the node on its stream to prove that it answers; `types` and `payload` as in a ping request.
-pub(crate) fn queue_ping(state: &mut State, id: NodeId, url: String, types: &str, payload: &[u8]) -> bool {
+pub(crate) fn queue_ping(
+    state: &mut State,
+    id: NodeId,
+    url: String,
+    types: &str,
+    ip: Option<std::net::IpAddr>,
+    payload: &[u8],
+) -> bool {
     const MAX_PINGS: usize = 8;
     let Some(node) = state.nodes.get_mut(&id) else { return false };
     if node.pings.len() >= MAX_PINGS {
@@ -264,6 +277,7 @@ pub(crate) fn queue_ping(state: &mut State, id: NodeId, url: String, types: &str
         url,
         url_is_noise: !types.is_empty(),
         types: types.into(),
+        ip,
         payload: base64::engine::general_purpose::STANDARD.encode(payload),
     });
     state.revision += 1;

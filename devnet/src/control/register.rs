@@ -29,6 +29,9 @@ pub(crate) async fn handle(shared: &Shared, machine_key: MachinePublic, body: &[
         }
     };
     examine(shared, &request);
+    if let Some(error) = shared.registration_error() {
+        return refusal(error);
+    }
     let mut changed = shared.changed.subscribe();
     loop {
         changed.mark_unchanged();
@@ -190,8 +193,16 @@ pub(crate) fn approve(
         state.set_expiry(existing, expiry, now);
         return Ok(());
     }
-    let node =
-        NewNode { machine_key, node_key, hostinfo, tags: Vec::new(), ephemeral: false, expiry, version: 0 };
+    let node = NewNode {
+        machine_key,
+        node_key,
+        hostinfo,
+        tags: Vec::new(),
+        ephemeral: false,
+        preauthorized: false,
+        expiry,
+        version: 0,
+    };
     state.add_node(node, now).map(|_| ()).map_err(|error| error.to_string())
 }
 
@@ -227,6 +238,7 @@ fn with_key(
                 hostinfo,
                 tags: key.tags.clone(),
                 ephemeral: key.ephemeral,
+                preauthorized: key.preauthorized,
                 expiry: if tagged { None } else { expiry.or_else(|| default_expiry(config, now)) },
                 version: request.version,
             };
@@ -321,7 +333,7 @@ fn success(node: &Node) -> RegisterResponse {
         user: wire::User { id, display_name },
         login: wire::Login { id, provider: "", login_name, display_name },
         node_key_expired: node.expired,
-        machine_authorized: true,
+        machine_authorized: node.authorized,
         ..RegisterResponse::default()
     }
 }

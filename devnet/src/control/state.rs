@@ -33,6 +33,8 @@ pub(crate) struct Node {
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) tags: Vec<String>,
     pub(crate) ephemeral: bool,
+    /// An administrator has approved it, or nobody has to.
+    pub(crate) authorized: bool,
     pub(crate) created: Timestamp,
     pub(crate) expiry: Option<Timestamp>,
     pub(crate) expired: bool,
@@ -48,6 +50,8 @@ pub(crate) struct Node {
     pub(crate) offline_since: Instant,
     /// Ping requests its stream has to deliver.
     pub(crate) pings: VecDeque<wire::PingRequest>,
+    /// Fields of map messages that somebody wants it told.
+    pub(crate) extras: VecDeque<serde_json::Map<String, Value>>,
     pub(crate) revision: u64,
 }
 
@@ -108,6 +112,8 @@ pub struct AuthKeyOptions {
     pub reusable: bool,
     /// Its nodes are forgotten when they log out or stay away.
     pub ephemeral: bool,
+    /// Its nodes need no approval.
+    pub preauthorized: bool,
     /// Its nodes' tags.
     pub tags: Vec<String>,
     /// How long it is valid.
@@ -121,6 +127,7 @@ impl Default for AuthKeyOptions {
         Self {
             reusable: false,
             ephemeral: false,
+            preauthorized: true,
             tags: Vec::new(),
             lifetime: Duration::from_secs(3600),
             description: String::new(),
@@ -146,6 +153,8 @@ pub(crate) struct State {
     pub(crate) keys: BTreeMap<String, AuthKey>,
     pub(crate) pending: BTreeMap<String, PendingLogin>,
     pub(crate) policy: Option<Policy>,
+    /// New nodes have to be approved.
+    pub(crate) device_approval: bool,
     pub(crate) derp_map: wire::DerpMap,
     pub(crate) derp_revision: u64,
     pub(crate) topology: u64,
@@ -164,6 +173,8 @@ pub(crate) struct NewNode {
     pub(crate) hostinfo: Hostinfo,
     pub(crate) tags: Vec<String>,
     pub(crate) ephemeral: bool,
+    /// Whatever the tailnet asks of others.
+    pub(crate) preauthorized: bool,
     pub(crate) expiry: Option<Timestamp>,
     pub(crate) version: u32,
 }
@@ -186,6 +197,7 @@ impl State {
             keys: BTreeMap::new(),
             pending: BTreeMap::new(),
             policy: config.policy.clone(),
+            device_approval: false,
             derp_map: wire::DerpMap::default(),
             derp_revision: 1,
             topology: 1,
@@ -251,6 +263,7 @@ impl State {
                 addresses,
                 tags: new.tags,
                 ephemeral: new.ephemeral,
+                authorized: new.preauthorized || !self.device_approval,
                 created: now,
                 expiry: new.expiry,
                 expired: false,
@@ -264,6 +277,7 @@ impl State {
                 streaming: false,
                 offline_since: Instant::now(),
                 pings: VecDeque::new(),
+                extras: VecDeque::new(),
                 revision: 0,
             },
         );
@@ -302,6 +316,15 @@ impl State {
             node.expired = expiry.is_some_and(|at| at <= now);
             self.touch(id);
         }
+    }
+
+    /// Lets a node that waits for approval take part, or takes that from it; false when there is none.
+    pub(crate) fn set_authorized(&mut self, id: NodeId, authorized: bool) -> bool {
+        let Some(node) = self.nodes.get_mut(&id) else { return false };
+        node.authorized = authorized;
+        self.touch(id);
+        self.touch_topology();
+        true
     }
 
     /// Takes over what a client says about its host. An absent `NetInfo` keeps the last one.
@@ -396,7 +419,7 @@ impl State {
             description: options.description,
             reusable: options.reusable,
             ephemeral: options.ephemeral,
-            preauthorized: true,
+            preauthorized: options.preauthorized,
             tags: options.tags,
             created: now,
             expires: now.saturating_add(lifetime).unwrap_or(Timestamp::MAX),
@@ -507,6 +530,7 @@ mod tests {
             hostinfo,
             tags: Vec::new(),
             ephemeral: false,
+            preauthorized: false,
             expiry: None,
             version: 113,
         }

@@ -188,7 +188,7 @@ impl View {
             tags: node.tags.clone(),
             last_seen: (!node.online).then_some(Timestamp3339(node.last_seen)),
             online: node.online,
-            machine_authorized: !node.expired,
+            machine_authorized: node.authorized && !node.expired,
             cap_map: BTreeMap::new(),
             expired: node.expired,
         }
@@ -208,7 +208,10 @@ fn dns_config(base_domain: &str) -> wire::DnsConfig {
 }
 
 fn visible(state: &State, own: &Node, peer: &Node) -> bool {
-    state.policy.as_ref().is_none_or(|policy| policy.connects(&own.subject(), &peer.subject()))
+    // Nodes that wait for approval see nobody and are seen by nobody.
+    own.authorized
+        && peer.authorized
+        && state.policy.as_ref().is_none_or(|policy| policy.connects(&own.subject(), &peer.subject()))
 }
 
 fn filter_for(state: &State, node: &Node) -> Vec<FilterRule> {

@@ -172,6 +172,9 @@ pub(crate) struct MapResponse {
     pub(crate) control_time: Option<Timestamp3339>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) debug: Option<Debug>,
+    /// Whatever else a test wants said.
+    #[serde(flatten)]
+    pub(crate) extra: Map<String, Value>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -189,6 +192,8 @@ pub(crate) struct PingRequest {
     pub(crate) url_is_noise: bool,
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(crate) types: String,
+    #[serde(rename = "IP", skip_serializing_if = "Option::is_none")]
+    pub(crate) ip: Option<std::net::IpAddr>,
     /// Base64.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(crate) payload: String,
