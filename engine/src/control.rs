@@ -4,30 +4,34 @@
 //! Whatever happens is told to the driver through a bounded channel; what the driver wants reported
 //! (endpoints, NetInfo) sits in a watch cell, so that only the newest counts.
 
+mod answer;
 mod connect;
+mod login;
 mod noise_stream;
-mod ping;
 mod session;
+#[cfg(test)]
+mod tests;
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use podtether_core::backoff::Backoff;
-use podtether_core::engine::HostUpdate;
-use podtether_core::key::{MachinePrivate, MachinePublic, NodePublic};
-use podtether_core::tailcfg::{HostParams, Hostinfo, MapResponse, PingRequest};
+use podtether_core::engine::{ControlAnswer, HostUpdate};
+use podtether_core::key::{MachinePrivate, NodePublic};
+use podtether_core::retry_after;
+use podtether_core::tailcfg::{ControlDialPlan, HostParams, Hostinfo, MapResponse, UnixTime};
 use podtether_proto::secret::SecretString;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use crate::dial::{ControlUrl, Dialer};
-use crate::http1::retry_after_seconds;
 use crate::log::Complaints;
 use crate::reason::Ending;
+use connect::Way;
 use session::Session;
 
 /// Map messages that wait for the driver; more stay in the session's flow control window.
 const EVENT_QUEUE: usize = 8;
-const PING_QUEUE: usize = 4;
+const ANSWER_QUEUE: usize = 8;
 /// Longest wait after a server that could not be reached: a server that is back is found within 5 s.
 const RECONNECT_MAX: Duration = Duration::from_secs(4);
 /// For a server that says "too many requests" but not until when, or asks for more than
@@ -45,6 +49,10 @@ pub(crate) struct Identity {
     pub(crate) node_key: NodePublic,
     pub(crate) old_node_key: NodePublic,
     pub(crate) auth_key: Option<SecretString>,
+    /// A person lets the node in.
+    pub(crate) interactive: bool,
+    /// The URL that an earlier engine waited for.
+    pub(crate) login_url: Option<String>,
     pub(crate) hostname: String,
     pub(crate) ephemeral: bool,
     pub(crate) request_tags: Vec<String>,
@@ -88,24 +96,54 @@ enum Failure {
     /// The network or the server is down: try again soon.
     Unreachable(String),
     /// The server answered, with a no that may be temporary.
-    Refused { reason: String, retry_after: Option<Duration> },
+    Refused { reason: String, retry_after: Option<Duration>, status: Option<u16> },
     /// Trying again does not help.
     Fatal(Ending),
 }
 
 impl Failure {
     fn refused(reason: impl Into<String>) -> Self {
-        Self::Refused { reason: reason.into(), retry_after: None }
+        Self::Refused { reason: reason.into(), retry_after: None, status: None }
     }
 
     /// An HTTP status other than the one that was hoped for.
     fn status(reason: String, status: u16, retry_after: Option<&str>) -> Self {
-        let asked = retry_after_seconds(retry_after).map(Duration::from_secs);
+        let asked = retry_after.and_then(|value| retry_after::parse(value, wall_clock()));
         let retry_after = match asked.filter(|asked| *asked <= RETRY_AFTER_MAX) {
             None if status == 429 || asked.is_some() => Some(BUSY_WAIT),
             asked => asked,
         };
-        Self::Refused { reason, retry_after }
+        Self::Refused { reason, retry_after, status: Some(status) }
+    }
+}
+
+fn wall_clock() -> UnixTime {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    UnixTime::from_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// How long what is waited for; tests wait less.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Timing {
+    /// Silence for this long means that the session is dead, also before the first message.
+    pub(crate) watchdog: Duration,
+    /// A register request without a login.
+    pub(crate) register: Duration,
+    /// A login that was completed meanwhile is answered at once: only one that takes longer is told.
+    pub(crate) login_told: Duration,
+    /// A request that waits for a login is made again after this, in a new session: the old one may be
+    /// dead without anybody noticing.
+    pub(crate) login: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            watchdog: Duration::from_secs(120),
+            register: Duration::from_secs(30),
+            login_told: Duration::from_millis(1500),
+            login: Duration::from_secs(120),
+        }
     }
 }
 
@@ -136,7 +174,7 @@ type LogoutAnswer = oneshot::Sender<Result<(), String>>;
 #[derive(Debug)]
 pub(crate) struct Control {
     host: watch::Sender<HostUpdate>,
-    pings: mpsc::Sender<PingRequest>,
+    answers: mpsc::Sender<ControlAnswer>,
     logouts: mpsc::Sender<LogoutAnswer>,
     events: mpsc::Receiver<Event>,
     _task: JoinSet<()>,
@@ -144,25 +182,33 @@ pub(crate) struct Control {
 
 impl Control {
     /// Starts the task.
-    pub(crate) fn start(dialer: Dialer, identity: Identity, host: HostUpdate) -> Self {
+    pub(crate) fn start(
+        dialer: Dialer,
+        identity: Identity,
+        host: HostUpdate,
+        plan: ControlDialPlan,
+        timing: Timing,
+    ) -> Self {
         let (host, host_changes) = watch::channel(host);
         let (events_in, events) = mpsc::channel(EVENT_QUEUE);
-        let (pings, pings_out) = mpsc::channel(PING_QUEUE);
+        let (answers, answers_out) = mpsc::channel(ANSWER_QUEUE);
         let (logouts, logouts_out) = mpsc::channel(1);
         let mut task = JoinSet::new();
         let client = Client {
             dialer,
+            login: identity.login_url.clone().filter(|_| identity.interactive),
             identity: identity.into(),
+            timing,
             host: host_changes,
             events: events_in,
-            pings: pings_out,
+            answers: answers_out,
             logouts: logouts_out,
-            server_key: None,
+            way: Way::new(plan),
             registered: false,
             complaints: Complaints::default(),
         };
         task.spawn(client.run());
-        Self { host, pings, logouts, events, _task: task }
+        Self { host, answers, logouts, events, _task: task }
     }
 
     /// The next thing that happened; `None` never comes while the task lives.
@@ -179,10 +225,10 @@ impl Control {
         });
     }
 
-    /// Answers a ping request; too many at once are dropped, which control sees as no answer.
-    pub(crate) fn ping(&self, request: PingRequest) {
-        if self.pings.try_send(request).is_err() {
-            tracing::debug!("too many ping requests at once");
+    /// Gives control what it asked for; too many at once are dropped, which control sees as no answer.
+    pub(crate) fn answer(&self, answer: ControlAnswer) {
+        if self.answers.try_send(answer).is_err() {
+            tracing::debug!("too many answers to control at once");
         }
     }
 
@@ -199,10 +245,12 @@ struct Client {
     identity: std::sync::Arc<Identity>,
     host: watch::Receiver<HostUpdate>,
     events: mpsc::Sender<Event>,
-    pings: mpsc::Receiver<PingRequest>,
+    answers: mpsc::Receiver<ControlAnswer>,
     logouts: mpsc::Receiver<LogoutAnswer>,
-    /// From the last `/key`; forgotten when a handshake fails, in case the server has a new one.
-    server_key: Option<MachinePublic>,
+    timing: Timing,
+    way: Way,
+    /// The URL whose visit is waited for.
+    login: Option<String>,
     registered: bool,
     complaints: Complaints,
 }
@@ -246,7 +294,7 @@ impl Client {
                 let limit = RECONNECT_MAX.mul_f64(0.5 + 0.5 * unit(random));
                 (reason, soon.next(random).min(limit))
             }
-            Failure::Refused { reason, retry_after } => {
+            Failure::Refused { reason, retry_after, .. } => {
                 let wait = match retry_after {
                     // Everyone was told the same; spread the return.
                     Some(asked) => asked + BUSY_WAIT.mul_f64(0.4 * unit(random_u64())),
@@ -286,11 +334,7 @@ impl Client {
     }
 
     async fn open(&mut self, steps: &mut Steps) -> Result<Session, Failure> {
-        let opened = connect::open(&self.dialer, &self.identity, &mut self.server_key, steps).await;
-        if opened.is_err() {
-            self.server_key = None;
-        }
-        opened
+        connect::open(&self.dialer, &self.identity, &mut self.way, steps).await
     }
 
     /// Dial to map stream's end.
@@ -325,23 +369,4 @@ fn random_u64() -> u64 {
 /// Between 0 and 1.
 fn unit(random: u64) -> f64 {
     f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_busy_server_is_left_alone_as_long_as_it_asks() {
-        let wait = |status, header| match Failure::status(String::new(), status, header) {
-            Failure::Refused { retry_after, .. } => retry_after.map(|d| d.as_secs()),
-            Failure::Unreachable(_) | Failure::Fatal(_) => panic!("not a refusal"),
-        };
-        assert_eq!(wait(429, Some("3")), Some(3));
-        assert_eq!(wait(503, Some(" 30 ")), Some(30));
-        for header in [None, Some("soon"), Some("3601"), Some("Wed, 21 Oct 2026 07:28:00 GMT")] {
-            assert_eq!(wait(429, header), Some(7), "{header:?}");
-        }
-        assert_eq!(wait(500, None), None);
-    }
 }

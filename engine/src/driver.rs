@@ -310,7 +310,9 @@ impl Driver {
                 };
                 self.snapshot_due.get_or_insert(due);
             }
-            engine::Event::PingRequest(request) => self.control.ping(*request),
+            engine::Event::ControlAnswer(answer) => self.control.answer(*answer),
+            // Nobody else asks yet.
+            engine::Event::Pong(result) => tracing::debug!(?result, "ping"),
             // That is what a logout does; its answer is on the way.
             engine::Event::KeyExpired if self.logging_out.is_some() => {}
             engine::Event::KeyExpired => {

@@ -29,7 +29,15 @@ pub(crate) async fn exchange<S>(stream: &mut S, request: &str) -> io::Result<Rep
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    stream.write_all(request.as_bytes()).await?;
+    exchange_bytes(stream, request.as_bytes()).await
+}
+
+/// As [`exchange`], for a request with a body.
+pub(crate) async fn exchange_bytes<S>(stream: &mut S, request: &[u8]) -> io::Result<Reply>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    stream.write_all(request).await?;
     stream.flush().await?;
     let mut buffer = Vec::with_capacity(2048);
     loop {
@@ -117,11 +125,6 @@ fn unchunk(mut raw: &[u8]) -> io::Result<Option<Vec<u8>>> {
 
 fn bad(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text.to_owned())
-}
-
-/// Seconds that a `Retry-After` header asks for; a date counts as absent.
-pub(crate) fn retry_after_seconds(value: Option<&str>) -> Option<u64> {
-    value.and_then(|v| v.trim().parse().ok())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod driver;
 mod fds;
 mod http1;
 mod log;
+mod proxy;
 mod reason;
 mod resolve;
 mod rpc;

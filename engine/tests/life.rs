@@ -232,7 +232,7 @@ fn control_that_misbehaves_is_outlived() {
             devnet.set_refusing(true);
             let lost = pod.wait(|s| !s.control_connected && !s.health.is_empty()).await;
             assert_eq!(lost.state, NodeState::Running);
-            assert!(lost.health.iter().any(|h| h.contains("no control session")), "{lost:?}");
+            assert!(lost.health.iter().any(|h| h.title.contains("no control session")), "{lost:?}");
             devnet.set_refusing(false);
             pod.wait(|s| s.control_connected && s.health.is_empty()).await;
 

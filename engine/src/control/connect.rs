@@ -1,20 +1,21 @@
 //! From a control URL to an HTTP/2 session over Noise.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use podtether_core::dial_plan::{self, Attempt};
 use podtether_core::key::MachinePublic;
 use podtether_core::noise::{ClientHandshake, EarlyPayload, RecordReader};
-use podtether_core::tailcfg::{CAPABILITY_VERSION, ServerKeys};
+use podtether_core::tailcfg::{CAPABILITY_VERSION, ControlDialPlan, ServerKeys};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::task::JoinSet;
 
 use super::noise_stream::NoiseStream;
 use super::session::Session;
 use super::{Failure, Identity, Steps};
-use crate::dial::{ControlUrl, Dialer};
+use crate::dial::{Carriage, ControlUrl, Dialer, Io, first_of, host_header};
 use crate::http1;
 
 /// From the first packet to the HTTP/2 session.
@@ -23,29 +24,61 @@ const UPGRADE: &str = "tailscale-control-protocol";
 /// HTTP/2 flow control: bounds what a server can make us hold.
 const WINDOW_BYTES: u32 = 64 << 10;
 
+/// After a session began there, 443 is asked at once: port 80 led nowhere, or the network changed.
+const STRAIGHT_FOR: Duration = Duration::from_secs(120);
+
+/// What is known about the way to the server.
+#[derive(Debug, Default)]
+pub(super) struct Way {
+    /// From the last `/key`; forgotten when a handshake fails, in case the server has a new one.
+    server_key: Option<MachinePublic>,
+    /// What the server said about its other addresses.
+    pub(super) plan: ControlDialPlan,
+    /// The plan led nowhere the last time: DNS has its turn.
+    plan_failed: bool,
+    last_dial: Option<Instant>,
+}
+
+impl Way {
+    pub(super) fn new(plan: ControlDialPlan) -> Self {
+        Self { plan, ..Self::default() }
+    }
+}
+
 /// Opens a session; fetches the server's key when it is not known.
 pub(super) async fn open(
     dialer: &Dialer,
     identity: &Identity,
-    server_key: &mut Option<MachinePublic>,
+    way: &mut Way,
     steps: &mut Steps,
 ) -> Result<Session, Failure> {
     let url = &identity.url;
+    let plan = if way.plan_failed { Vec::new() } else { dial_plan::attempts(&way.plan) };
+    let recent = way.last_dial.is_some_and(|at| at.elapsed() < STRAIGHT_FOR);
+    let known = way.server_key.take();
     let opening = async {
-        let key = match *server_key {
+        let key = match known {
             Some(key) => key,
             None => {
-                let key = fetch_key(dialer, url).await?;
+                let key = fetch_key(dialer, url, &plan).await?;
                 steps.done("server key");
                 key
             }
         };
-        *server_key = Some(key);
-        upgrade(dialer, identity, key, steps).await
+        way.server_key = Some(key);
+        way.last_dial = Some(Instant::now());
+        upgrade(dialer, identity, key, recent, &plan, steps).await
     };
-    tokio::time::timeout(OPEN_TIMEOUT, opening)
+    let opened = tokio::time::timeout(OPEN_TIMEOUT, opening)
         .await
-        .unwrap_or_else(|_| Err(Failure::Unreachable(format!("{url} did not answer within 15 s"))))
+        .unwrap_or_else(|_| Err(Failure::Unreachable(format!("{url} did not answer within 15 s"))));
+    if opened.is_err() {
+        way.server_key = None;
+        way.plan_failed = !plan.is_empty();
+    } else {
+        way.plan_failed = false;
+    }
+    opened
 }
 
 fn unreachable(url: &ControlUrl, doing: &str) -> impl FnOnce(io::Error) -> Failure {
@@ -53,9 +86,9 @@ fn unreachable(url: &ControlUrl, doing: &str) -> impl FnOnce(io::Error) -> Failu
     move |error| Failure::Unreachable(format!("{place}: {error}; check control_url, its CA and the network"))
 }
 
-async fn fetch_key(dialer: &Dialer, url: &ControlUrl) -> Result<MachinePublic, Failure> {
+async fn fetch_key(dialer: &Dialer, url: &ControlUrl, plan: &[Attempt]) -> Result<MachinePublic, Failure> {
     let failed = || unreachable(url, "cannot fetch the server key from");
-    let mut stream = dialer.control(url).await.map_err(failed())?;
+    let mut stream = dialer.control(url, url.carriage(), plan).await.map_err(failed())?;
     let request = format!(
         "GET {}/key?v={CAPABILITY_VERSION} HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nConnection: close\r\n\r\n",
         url.prefix,
@@ -80,23 +113,77 @@ fn refusal(url: &ControlUrl, path: &str, reply: &http1::Reply) -> Failure {
     Failure::status(reason, reply.status, reply.header("retry-after"))
 }
 
+type Noise = NoiseStream<Box<dyn Io>>;
+
+/// The first of the URL's ways that leads to a Noise session.
 async fn upgrade(
     dialer: &Dialer,
     identity: &Identity,
     key: MachinePublic,
+    recent: bool,
+    plan: &[Attempt],
     steps: &mut Steps,
 ) -> Result<Session, Failure> {
+    let url = &identity.url;
+    // A proxy is asked for TLS connections alone.
+    let straight = recent || dialer.proxy_for(&url.host, url.port).is_some();
+    let ways = url.carriages(straight).into_iter().map(|(delay, carriage)| {
+        let attempt = async move {
+            let upgraded = upgrade_one(dialer, identity, key, carriage, plan).await;
+            upgraded.map_err(|failure| (carriage, failure))
+        };
+        (delay, attempt)
+    });
+    let noise = first_of(ways.collect()).await.map_err(|errors| worth_telling(url, errors))?;
+    let (requests, connection) = h2::client::Builder::new()
+        .initial_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .enable_push(false)
+        .handshake(noise)
+        .await
+        .map_err(|e| unreachable(url, "no control session with")(io::Error::other(e)))?;
+    steps.done("noise");
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "the control connection ended");
+        }
+    });
+    Ok(Session::new(url.clone(), requests, tasks))
+}
+
+/// Of several failures, the one that says when to come back, else that of the way the URL names.
+fn worth_telling(url: &ControlUrl, mut errors: Vec<(Carriage, Failure)>) -> Failure {
+    let busy =
+        |(_, failure): &(Carriage, Failure)| matches!(failure, Failure::Refused { retry_after: Some(_), .. });
+    let own = |(carriage, _): &(Carriage, Failure)| *carriage == url.carriage();
+    let at = errors.iter().position(busy).or_else(|| errors.iter().position(own)).unwrap_or(0);
+    if at < errors.len() {
+        return errors.swap_remove(at).1;
+    }
+    Failure::Unreachable(format!("no way leads to {url}"))
+}
+
+async fn upgrade_one(
+    dialer: &Dialer,
+    identity: &Identity,
+    key: MachinePublic,
+    carriage: Carriage,
+    plan: &[Attempt],
+) -> Result<Noise, Failure> {
     let url = &identity.url;
     let failed = || unreachable(url, "no control session with");
     let (handshake, initiation) = ClientHandshake::start(&identity.machine_key, &key, CAPABILITY_VERSION)
         .map_err(|e| Failure::refused(e.to_string()))?;
-    let mut stream = dialer.control(url).await.map_err(failed())?;
-    steps.done("connect");
+    let mut stream = dialer.control(url, carriage, plan).await.map_err(failed())?;
+    let host = match carriage {
+        Carriage::Plain(port) => host_header(&url.host, port, 80),
+        Carriage::Tls(port) => host_header(&url.host, port, 443),
+    };
     let request = format!(
-        "POST {}/ts2021 HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nUpgrade: {UPGRADE}\r\nConnection: upgrade\r\n\
+        "POST {}/ts2021 HTTP/1.1\r\nHost: {host}\r\nUser-Agent: podtether\r\nUpgrade: {UPGRADE}\r\nConnection: upgrade\r\n\
          X-Tailscale-Handshake: {}\r\nContent-Length: 0\r\n\r\n",
         url.prefix,
-        url.authority(),
         STANDARD.encode(initiation)
     );
     let reply = http1::exchange(&mut stream, &request).await.map_err(failed())?;
@@ -122,21 +209,7 @@ async fn upgrade(
     };
     let mut noise = NoiseStream::new(stream, transport, frames);
     skip_early_payload(&mut noise).await.map_err(failed())?;
-    let (requests, connection) = h2::client::Builder::new()
-        .initial_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .enable_push(false)
-        .handshake(noise)
-        .await
-        .map_err(|e| failed()(io::Error::other(e)))?;
-    steps.done("noise");
-    let mut tasks = JoinSet::new();
-    tasks.spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(%error, "the control connection ended");
-        }
-    });
-    Ok(Session::new(url.clone(), requests, tasks))
+    Ok(noise)
 }
 
 /// The server's first bytes may be a payload of its own; without the magic they are HTTP/2 already.

@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use h2::RecvStream;
@@ -11,25 +11,19 @@ use http::{Method, Request, Response, StatusCode};
 use podtether_core::backoff::Backoff;
 use podtether_core::engine::HostUpdate;
 use podtether_core::map_frame::MapFrames;
-use podtether_core::register::{RegisterOutcome, decide};
 use podtether_core::tailcfg::{
-    CAPABILITY_VERSION, MapRequest, MapResponse, RegisterAuth, RegisterRequest, RegisterResponse, UnixTime,
+    CAPABILITY_VERSION, Debug, MapRequest, MapResponse, RegisterRequest, RegisterResponse, UnixTime,
 };
 use podtether_proto::exit::EngineExit;
 use serde::Serialize;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::ping::Pings;
+use super::answer::Answers;
 use super::{Client, Event, Failure, Gone, Identity, Steps, random_u64};
 use crate::dial::ControlUrl;
 use crate::reason::Ending;
 
-/// Silence for this long means that the session is dead, also before the first message.
-const WATCHDOG: Duration = Duration::from_secs(120);
-/// A register request without a login; a login is waited for as long as the server holds the request.
-const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
-const LOGIN_TIMEOUT: Duration = Duration::from_secs(20 * 60);
 const UPDATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Endpoints mostly change several at a time.
 const UPDATE_SETTLE: Duration = Duration::from_millis(50);
@@ -49,6 +43,10 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(url: ControlUrl, requests: SendRequest<Bytes>, connection: JoinSet<()>) -> Self {
         Self { url, requests, _connection: Arc::new(connection) }
+    }
+
+    pub(super) fn url(&self) -> &ControlUrl {
+        &self.url
     }
 
     fn lost(&self, doing: &str, error: &h2::Error) -> Failure {
@@ -87,7 +85,7 @@ impl Session {
         Failure::status(format!("{} answered HTTP {status} to {doing}", self.url), status, retry_after)
     }
 
-    async fn register(&self, request: &RegisterRequest) -> Result<RegisterResponse, Failure> {
+    pub(super) async fn register(&self, request: &RegisterRequest) -> Result<RegisterResponse, Failure> {
         let response = self.post("/machine/register", request).await?;
         if response.status() != StatusCode::OK {
             return Err(self.refusal("the registration", &response));
@@ -125,7 +123,7 @@ async fn read_all(mut body: RecvStream) -> Result<Vec<u8>, h2::Error> {
     Ok(all)
 }
 
-fn register_request(identity: &Identity, host: &HostUpdate) -> RegisterRequest {
+pub(super) fn register_request(identity: &Identity, host: &HostUpdate) -> RegisterRequest {
     RegisterRequest {
         version: CAPABILITY_VERSION,
         node_key: identity.node_key,
@@ -137,62 +135,6 @@ fn register_request(identity: &Identity, host: &HostUpdate) -> RegisterRequest {
 }
 
 impl Client {
-    /// Registers, through a login if there has to be one.
-    pub(super) async fn register(&mut self, session: &Session) -> Result<Result<(), Failure>, Gone> {
-        let host = self.host.borrow().clone();
-        let mut request = register_request(&self.identity, &host);
-        request.auth =
-            self.identity.auth_key.as_ref().map(|key| RegisterAuth { auth_key: key.expose().to_owned() });
-        let mut timeout = REGISTER_TIMEOUT;
-        loop {
-            let answer = match tokio::time::timeout(timeout, session.register(&request)).await {
-                Ok(Ok(answer)) => answer,
-                Ok(Err(failure)) => return Ok(Err(failure)),
-                Err(_) => {
-                    let reason = format!("{} did not answer the registration", self.identity.url);
-                    return Ok(Err(Failure::Unreachable(reason)));
-                }
-            };
-            let outcome = decide(&answer);
-            let fatal = |exit, reason: String| Ok(Err(Failure::Fatal(Ending::new(exit, reason))));
-            match outcome {
-                RegisterOutcome::Registered => {
-                    self.tell(Event::Registered { approved: true }).await?;
-                    return Ok(Ok(()));
-                }
-                RegisterOutcome::NeedsApproval => {
-                    self.tell(Event::Registered { approved: false }).await?;
-                    return Ok(Ok(()));
-                }
-                RegisterOutcome::NeedsLogin { .. } if self.identity.auth_key.is_none() => {
-                    let reason = "the control server does not know this node key and wants an auth key";
-                    return fatal(EngineExit::KeyRejected, reason.to_owned());
-                }
-                RegisterOutcome::NeedsLogin { url } if request.followup == url => {
-                    return Ok(Err(Failure::refused(format!("nobody has opened {url} yet"))));
-                }
-                RegisterOutcome::NeedsLogin { url } => {
-                    self.tell(Event::NeedsLogin { url: url.clone() }).await?;
-                    request.followup = url;
-                    request.auth = None;
-                    timeout = LOGIN_TIMEOUT;
-                }
-                RegisterOutcome::KeyExpired => {
-                    let reason = "the control server says that the node key has expired";
-                    return fatal(EngineExit::NodeKeyExpired, reason.to_owned());
-                }
-                RegisterOutcome::AuthKeyRejected { reason } => {
-                    let reason = format!("the control server refused the auth key: {reason}");
-                    return fatal(EngineExit::KeyRejected, reason);
-                }
-                RegisterOutcome::Rejected { reason } => {
-                    let reason = format!("the control server refused the registration: {reason}");
-                    return Ok(Err(Failure::refused(reason)));
-                }
-            }
-        }
-    }
-
     /// Opens the map stream and follows it to its end.
     pub(super) async fn stream(
         &mut self,
@@ -203,7 +145,7 @@ impl Client {
         let host = self.host.borrow_and_update().clone();
         let hostinfo = self.identity.hostinfo(&host);
         let request = MapRequest::streaming(self.identity.node_key, host.disco, hostinfo, &host.endpoints);
-        let opened = tokio::time::timeout(WATCHDOG, session.post("/machine/map", &request)).await;
+        let opened = tokio::time::timeout(self.timing.watchdog, session.post("/machine/map", &request)).await;
         let response = match opened {
             Ok(Ok(response)) => response,
             Ok(Err(failure)) => return Ok(Err(failure)),
@@ -234,12 +176,57 @@ impl Client {
     ) -> Result<Result<Infallible, Failure>, Gone> {
         let mut first = Some(steps);
         let mut frames = MapFrames::default();
-        let mut pings = Pings::new(session.clone(), self.dialer.clone());
+        let mut answers = Answers::new(session.clone(), self.dialer.clone());
+        // What the server wants to wait for, and the message that waits.
+        let mut pause: Option<(Instant, Box<MapResponse>)> = None;
+        let mut heard = Instant::now();
         loop {
+            if pause.is_none() {
+                match frames.next_message() {
+                    Ok(None) => {}
+                    Ok(Some(frame)) => {
+                        let message: Box<MapResponse> = match serde_json::from_slice(frame) {
+                            Ok(message) => Box::new(message),
+                            Err(error) => {
+                                let url = &self.identity.url;
+                                let reason = format!("{url} sent a map message that is not JSON: {error}");
+                                return Ok(Err(Failure::refused(reason)));
+                            }
+                        };
+                        if let Some(mut steps) = first.take() {
+                            steps.done("first map");
+                        }
+                        if let Some(plan) = &message.control_dial_plan {
+                            self.way.plan = plan.clone();
+                        }
+                        let asked = message.debug.as_ref().filter(|_| !message.keep_alive);
+                        let asked = asked.map(Debug::pause).unwrap_or_default();
+                        if asked.is_zero() {
+                            self.tell(Event::Map(message)).await?;
+                        } else {
+                            tracing::info!(seconds = asked.as_secs_f64(), "control asks for a pause");
+                            pause = Some((Instant::now() + asked, message));
+                        }
+                        continue;
+                    }
+                    Err(error) => {
+                        let reason = format!("{} sent a bad map frame: {error}", self.identity.url);
+                        return Ok(Err(Failure::refused(reason)));
+                    }
+                }
+            }
+            let wake = pause.as_ref().map_or(heard + self.timing.watchdog, |(until, _)| *until);
             let chunk = tokio::select! {
-                chunk = tokio::time::timeout(WATCHDOG, body.data()) => chunk,
-                request = self.pings.recv() => {
-                    pings.answer(request.ok_or(Gone)?);
+                chunk = body.data(), if pause.is_none() => chunk,
+                () = tokio::time::sleep_until(wake.into()) => {
+                    let Some((_, message)) = pause.take() else { return Ok(Err(self.silent())) };
+                    self.tell(Event::Map(message)).await?;
+                    // Nobody listened meanwhile, so the silence does not count.
+                    heard = Instant::now();
+                    continue;
+                }
+                answer = self.answers.recv() => {
+                    answers.send(answer.ok_or(Gone)?);
                     continue;
                 }
                 answer = self.logouts.recv() => {
@@ -250,45 +237,27 @@ impl Client {
                 }
             };
             let chunk = match chunk {
-                Ok(Some(Ok(chunk))) => chunk,
-                Ok(Some(Err(error))) => return Ok(Err(session.lost("following the map", &error))),
-                Ok(None) => {
+                Some(Ok(chunk)) => chunk,
+                Some(Err(error)) => return Ok(Err(session.lost("following the map", &error))),
+                None => {
                     let reason = format!("{} closed the map stream", self.identity.url);
                     return Ok(Err(Failure::Unreachable(reason)));
                 }
-                Err(_) => return Ok(Err(self.silent())),
             };
+            heard = Instant::now();
             if let Err(error) = body.flow_control().release_capacity(chunk.len()) {
                 return Ok(Err(session.lost("following the map", &error)));
             }
             frames.push(&chunk);
-            loop {
-                match frames.next_message() {
-                    Ok(None) => break,
-                    Ok(Some(frame)) => match serde_json::from_slice::<MapResponse>(frame) {
-                        Ok(message) => {
-                            if let Some(mut steps) = first.take() {
-                                steps.done("first map");
-                            }
-                            self.tell(Event::Map(Box::new(message))).await?;
-                        }
-                        Err(error) => {
-                            let reason =
-                                format!("{} sent a map message that is not JSON: {error}", self.identity.url);
-                            return Ok(Err(Failure::refused(reason)));
-                        }
-                    },
-                    Err(error) => {
-                        let reason = format!("{} sent a bad map frame: {error}", self.identity.url);
-                        return Ok(Err(Failure::refused(reason)));
-                    }
-                }
-            }
         }
     }
 
     fn silent(&self) -> Failure {
-        Failure::Unreachable(format!("{} was silent for {} s", self.identity.url, WATCHDOG.as_secs()))
+        Failure::Unreachable(format!(
+            "{} was silent for {} s",
+            self.identity.url,
+            self.timing.watchdog.as_secs()
+        ))
     }
 }
 

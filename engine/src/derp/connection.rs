@@ -11,6 +11,7 @@ use podtether_core::derp::{DerpError, Frame, FrameReader, client_greeting, open_
 use podtether_core::key::NodePrivate;
 use podtether_core::tailcfg::{DerpNode, DerpRegion, RegionId};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 
 use super::{Event, MAX_PACKET, Message, Packet};
@@ -119,10 +120,7 @@ impl Connection {
     async fn greet(&self, node: &DerpNode) -> io::Result<Greeted> {
         let port = node.relay_port().ok_or_else(|| io::Error::other("the DERP map gives no usable port"))?;
         let trust = trust(node)?;
-        let addresses = addresses(&self.dialer, node).await?;
-        let tcp = tokio::time::timeout(CONNECT_TIMEOUT, dial::race(&addresses, port))
-            .await
-            .map_err(|_| timed_out(&format!("no TCP connection to port {port} of {addresses:?}")))??;
+        let tcp = connect(&self.dialer, node, port).await?;
         let greeting = async {
             let mut stream = self.dialer.secure(tcp, &node.host_name, &trust).await?;
             let frames = self.greeting(&mut stream, &node.host_name, port).await?;
@@ -311,8 +309,22 @@ fn timed_out(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, text.to_owned())
 }
 
+/// A TCP connection to the server, through the proxy where there is one.
+pub(super) async fn connect(dialer: &Dialer, node: &DerpNode, port: u16) -> io::Result<TcpStream> {
+    if let Some(proxy) = dialer.proxy_for(&node.host_name, port) {
+        let connecting = proxy.connect(&dialer.resolver, &node.host_name, port);
+        return tokio::time::timeout(GREETING_TIMEOUT, connecting)
+            .await
+            .map_err(|_| timed_out(&format!("{proxy:?} did not connect to port {port}")))?;
+    }
+    let addresses = addresses(dialer, node).await?;
+    tokio::time::timeout(CONNECT_TIMEOUT, dial::race(&addresses, port))
+        .await
+        .map_err(|_| timed_out(&format!("no TCP connection to port {port} of {addresses:?}")))?
+}
+
 /// Where the server is.
-pub(super) async fn addresses(dialer: &Dialer, node: &DerpNode) -> io::Result<Vec<IpAddr>> {
+async fn addresses(dialer: &Dialer, node: &DerpNode) -> io::Result<Vec<IpAddr>> {
     let literals: Vec<IpAddr> =
         [&node.ipv4, &node.ipv6].into_iter().filter_map(|text| text.parse().ok()).collect();
     if !literals.is_empty() {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use podtether_core::tailcfg::{DerpNode, DerpRegion};
 
-use super::connection::{addresses, trust};
+use super::connection::{connect, trust};
 use crate::dial::{self, Dialer};
 use crate::http1;
 
@@ -27,7 +27,7 @@ pub(crate) async fn measure(dialer: &Dialer, region: &DerpRegion) -> Option<Dura
 
 async fn ask(dialer: &Dialer, node: &DerpNode) -> io::Result<Duration> {
     let port = node.relay_port().ok_or_else(|| io::Error::other("the DERP map gives no usable port"))?;
-    let tcp = dial::race(&addresses(dialer, node).await?, port).await?;
+    let tcp = connect(dialer, node, port).await?;
     let mut stream = dialer.secure(tcp, &node.host_name, &trust(node)?).await?;
     let request = format!(
         "GET /derp/latency-check HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nConnection: close\r\n\r\n",

@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use podtether_core::engine::{PathView, PeerView, SelfView, Status};
-use podtether_proto::engine::{EngineMetrics, NodeState, PathStatus, PeerStatus, SelfNode};
+use podtether_core::health::{HealthMessage as Health, Severity};
+use podtether_proto::engine::{EngineMetrics, HealthMessage, NodeState, PathStatus, PeerStatus, SelfNode};
 
 use super::Driver;
 
@@ -28,9 +29,16 @@ impl Driver {
             status.state = state(&self.membership, &self.trouble, &core);
             status.control_connected = core.control_connected;
             status.home_derp = core.home_derp.0;
-            status.health.clone_from(&core.health);
-            if core.running && !core.control_connected && !self.trouble.is_empty() {
-                status.health.push(format!("no control session: {}", self.trouble));
+            status.health = core.health.iter().map(health).collect();
+            if let Membership::NeedsLogin { url } = &self.membership
+                && core.running
+            {
+                let text = format!("open {url}");
+                let login = Health::new(Severity::High, "somebody has to log this node in").with_text(text);
+                status.health.push(health(&login));
+            } else if core.running && !core.control_connected && !self.trouble.is_empty() {
+                let lost = Health::new(Severity::Medium, "no control session").with_text(&self.trouble);
+                status.health.push(health(&lost));
             }
             status.node = core.node.map(self_node);
         });
@@ -92,6 +100,14 @@ fn state(membership: &Membership, trouble: &str, core: &Status) -> NodeState {
             let reason = if trouble.is_empty() { "connecting to the control server" } else { trouble };
             NodeState::Connecting { reason: reason.to_owned() }
         }
+    }
+}
+
+fn health(message: &Health) -> HealthMessage {
+    HealthMessage {
+        title: message.title.clone(),
+        text: message.text.clone(),
+        severity: message.severity.name().to_owned(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! From a start request to a running driver; what is wrong with the request is one sentence.
 
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use podtether_core::batch::{Batch, Outbox};
@@ -17,9 +18,10 @@ use super::report::Membership;
 use super::tun::Tun;
 use super::udp::Udp;
 use super::{Driver, Link, MAX_QUERY};
-use crate::control::{Control, Identity};
+use crate::control::{Control, Identity, Timing};
 use crate::derp::Regions;
 use crate::dial::{ControlUrl, Dialer};
+use crate::proxy::Proxy;
 use crate::resolve::Resolver;
 use crate::snapshot_file::SnapshotFile;
 use crate::status::Board;
@@ -86,12 +88,15 @@ impl Checked {
             node_key: node_key.public(),
             old_node_key: request.old_node_key.map(NodePublic::from_bytes).unwrap_or_default(),
             auth_key: request.auth_key.clone(),
+            interactive: request.interactive,
+            login_url: request.login_url.clone(),
             hostname: request.hostname.clone(),
             ephemeral: request.ephemeral,
             request_tags: request.request_tags.clone(),
         };
         let disco_key = DiscoPrivate::generate().map_err(|e| format!("no random numbers: {e}"))?;
-        Ok(Self { dialer: Dialer { resolver, tls }, identity, node_key, disco_key, random_seed })
+        let proxy = request.proxy.as_ref().map(Proxy::new).transpose()?.map(Arc::new);
+        Ok(Self { dialer: Dialer { resolver, tls, proxy }, identity, node_key, disco_key, random_seed })
     }
 
     fn start(self, link: Link, request: &StartRequest, board: Board) -> Result<Driver, String> {
@@ -131,7 +136,13 @@ impl Checked {
         };
         let mut engine = Engine::new(config, Instant::now());
         engine.set_routing(routing(&request.routing));
-        let control = Control::start(self.dialer.clone(), self.identity, engine.host_update());
+        let control = Control::start(
+            self.dialer.clone(),
+            self.identity,
+            engine.host_update(),
+            engine.dial_plan().clone(),
+            Timing::default(),
+        );
         let derp = Regions::new(self.node_key);
         let mut driver = Driver {
             engine,
