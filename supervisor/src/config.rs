@@ -20,7 +20,9 @@ use ipnet::IpNet;
 pub use sources::{Inputs, arguments, inputs_from};
 pub use value::{SecretSource, parse_duration};
 
-use keys::{CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, Section};
+use podtether_proto::secret::SecretString;
+
+use keys::{CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, NO_PROXY_VALUE, PROXY_VALUE, Section};
 use sources::Values;
 
 /// Where the file is when no flag says otherwise.
@@ -73,6 +75,8 @@ pub enum Credentials {
         /// Life of a minted key.
         auth_key_ttl: Duration,
     },
+    /// None: a person opens a URL for each device.
+    Interactive,
     /// One reusable key.
     AuthKey {
         /// The key.
@@ -95,6 +99,8 @@ pub struct Node {
     pub metrics_listen: Option<SocketAddr>,
     /// The engine's binary; `None` for the one beside the supervisor.
     pub engine_path: Option<PathBuf>,
+    /// Proxy for TLS connections to control and DERP, as `HTTPS_PROXY` and `NO_PROXY` name it.
+    pub proxy: Option<Proxy>,
     /// Engines' UDP ports.
     pub udp_port_range: Option<RangeInclusive<u16>>,
     /// First uid of the engines.
@@ -107,6 +113,21 @@ pub struct Node {
     pub identity_grace: Duration,
     /// Refuse pods whose engine cannot be confined fully.
     pub require_sandbox: bool,
+}
+
+/// An HTTP proxy.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Proxy {
+    /// With credentials, if it wants any.
+    pub url: SecretString,
+    /// What is reached without it.
+    pub bypass: String,
+}
+
+impl fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "(from HTTPS_PROXY) bypass={:?}", self.bypass)
+    }
 }
 
 impl Config {
@@ -171,7 +192,9 @@ fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> 
         Some(kind) => kind,
         // The predecessor had nothing else, so its environment means this kind.
         None if at.text(CLIENT_SECRET_VALUE)?.is_some() => "oauth",
-        None => return Err(at.error("kind", "is missing: write oauth or auth-key")),
+        // No table at all: nobody but a person can let devices in.
+        None if at.is_empty() => "interactive",
+        None => return Err(at.error("kind", "is missing: write oauth, auth-key or interactive")),
     };
     let only = |allowed: &[&str]| -> Result<(), ConfigError> {
         for key in ["client_id_file", "client_secret_file", "auth_key_file", "api_key_file"] {
@@ -210,11 +233,17 @@ fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> 
             only(&["auth_key_file"])?;
             Ok(Credentials::AuthKey { key: secret("auth_key_file", None)? })
         }
+        "interactive" => {
+            only(&[])?;
+            Ok(Credentials::Interactive)
+        }
         "headscale" => Err(at.error(
             "kind",
             "headscale API keys are not supported yet: use auth-key with a reusable pre-auth key",
         )),
-        other => Err(at.error("kind", &format!("`{other}` is none of oauth, auth-key, headscale"))),
+        other => {
+            Err(at.error("kind", &format!("`{other}` is none of oauth, auth-key, headscale, interactive")))
+        }
     }
 }
 
@@ -256,6 +285,7 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         http_listen,
         metrics_listen: listen("metrics_listen", "")?,
         engine_path: at.path("engine_path")?,
+        proxy: proxy(&at)?,
         udp_port_range: value::parse_port_range(at.text("udp_port_range")?.unwrap_or(""))
             .map_err(|e| at.error("udp_port_range", &e))?,
         uid_base,
@@ -264,6 +294,20 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         identity_grace: at.duration("identity_grace")?.unwrap_or(Duration::ZERO),
         require_sandbox: at.bool("require_sandbox")?.unwrap_or(false),
     })
+}
+
+fn proxy(at: &sources::At<'_>) -> Result<Option<Proxy>, ConfigError> {
+    let Some(url) = at.text(PROXY_VALUE)? else { return Ok(None) };
+    let usable = reqwest::Url::parse(url).is_ok_and(|u| u.scheme() == "http" && u.has_host());
+    if !usable {
+        return Err(ConfigError(
+            "HTTPS_PROXY: no usable proxy (write http://user:password@proxy.example:3128; only http:// proxies \
+             are supported)"
+                .into(),
+        ));
+    }
+    let bypass = at.text(NO_PROXY_VALUE)?.unwrap_or_default().to_owned();
+    Ok(Some(Proxy { url: SecretString::new(url.to_owned()), bypass }))
 }
 
 fn check_url(text: &str) -> Result<(), String> {
@@ -305,6 +349,7 @@ impl fmt::Display for Config {
                      client_secret={client_secret:?} auth_key_ttl={auth_key_ttl:?} "
                 )?,
                 Credentials::AuthKey { key } => write!(f, "kind=\"auth-key\" key={key:?} ")?,
+                Credentials::Interactive => write!(f, "kind=\"interactive\" ")?,
             }
         }
         write!(f, "[node] {:?}", self.node)

@@ -49,6 +49,8 @@ pub enum Credential {
     OAuth(oauth::Api),
     /// A reusable key.
     AuthKey(SecretSource),
+    /// A person opens a URL for each device.
+    Person,
 }
 
 impl Credential {
@@ -59,6 +61,7 @@ impl Credential {
     pub fn new(tailnet: &config::Tailnet) -> Result<Credential, String> {
         match &tailnet.credentials {
             config::Credentials::AuthKey { key } => Ok(Credential::AuthKey(key.clone())),
+            config::Credentials::Interactive => Ok(Credential::Person),
             config::Credentials::OAuth { api_url, client_id, client_secret, auth_key_ttl } => {
                 let client = http::client(tailnet.ca_file.as_deref())?;
                 Ok(Credential::OAuth(oauth::Api::new(
@@ -87,6 +90,9 @@ impl Credential {
                 let secret = source.read().map_err(CredentialError::Refused)?;
                 Ok(Key { secret, id: None, ttl: Duration::MAX })
             }
+            Credential::Person => {
+                Err(CredentialError::Refused("without credentials there are no auth keys".into()))
+            }
         }
     }
 
@@ -97,7 +103,7 @@ impl Credential {
     pub async fn delete_key(&self, id: &str, deadline: Instant) -> Result<(), CredentialError> {
         match self {
             Credential::OAuth(api) => api.delete_key(id, deadline).await,
-            Credential::AuthKey(_) => Ok(()),
+            Credential::AuthKey(_) | Credential::Person => Ok(()),
         }
     }
 
@@ -108,8 +114,8 @@ impl Credential {
     pub async fn delete_device(&self, device: &Device, deadline: Instant) -> Result<(), CredentialError> {
         match self {
             Credential::OAuth(api) => api.delete_device(device, deadline).await,
-            Credential::AuthKey(_) => Err(CredentialError::Refused(
-                "an auth key cannot delete devices: remove it in the admin console, or let it expire".into(),
+            Credential::AuthKey(_) | Credential::Person => Err(CredentialError::Refused(
+                "an auth key, or a person's login, cannot delete devices: remove it in the admin console, or let it expire".into(),
             )),
         }
     }
@@ -119,8 +125,14 @@ impl Credential {
     pub fn deletes_devices(&self) -> bool {
         match self {
             Credential::OAuth(_) => true,
-            Credential::AuthKey(_) => false,
+            Credential::AuthKey(_) | Credential::Person => false,
         }
+    }
+
+    /// True when devices get in by a person's login rather than by a key.
+    #[must_use]
+    pub fn is_person(&self) -> bool {
+        matches!(self, Credential::Person)
     }
 
     /// Tags for the register request, where the key does not carry them: minted keys do, and servers

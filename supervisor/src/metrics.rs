@@ -103,6 +103,8 @@ pub async fn scrape(counters: &Counters, listing: Listing) -> Result<String, pro
 struct Series {
     up: GaugeVec,
     state: GaugeVec,
+    login: GaugeVec,
+    health: GaugeVec,
     restarts: IntCounterVec,
     control: GaugeVec,
     home_derp: GaugeVec,
@@ -133,6 +135,8 @@ impl Series {
         Ok(Series {
             up: gauge("up", "1 while the pod's engine runs and answers.", &[])?,
             state: gauge("state", "1 for the state the pod is in.", &["state"])?,
+            login: gauge("needs_login", "1 while somebody has to open the URL.", &["url"])?,
+            health: gauge("health_messages", "What is wrong, by severity.", &["severity"])?,
             restarts: counter("engine_restarts_total", "Engine restarts since the supervisor started.", &[])?,
             control: gauge("control_connected", "1 while the map stream is up.", &[])?,
             home_derp: gauge("home_derp_region", "Home DERP region, 0 for none.", &[])?,
@@ -152,6 +156,14 @@ impl Series {
         let flag = |on: bool| if on { 1.0 } else { 0.0 };
         self.up.with_label_values(&own).set(flag(engine.is_some() && pod.state == "running"));
         self.state.with_label_values(&with(pod.state)).set(1.0);
+        if !pod.login_url.is_empty() {
+            self.login.with_label_values(&[own[0], own[1], own[2], &pod.login_url]).set(1.0);
+        }
+        for severity in ["low", "medium", "high"] {
+            let count = pod.health.iter().filter(|message| message.severity == severity).count();
+            let count = u64::try_from(count).unwrap_or(u64::MAX);
+            self.health.with_label_values(&with(severity)).set(float(count));
+        }
         self.restarts.with_label_values(&own).inc_by(pod.restarts);
         let Some(m) = engine else { return };
         self.control.with_label_values(&own).set(flag(m.control_connected));

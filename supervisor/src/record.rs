@@ -89,6 +89,9 @@ pub struct Identity {
     pub keep_until_unix_s: Option<u64>,
     /// The device has to leave the tailnet; only the deed is missing.
     pub leaving: bool,
+    /// Where a person is to log the node key in, empty when nobody has to.
+    #[serde(default)]
+    pub login_url: String,
 }
 
 /// An identity belongs to one interface of one pod in one tailnet.

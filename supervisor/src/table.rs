@@ -248,7 +248,8 @@ impl Table {
                 return;
             }
             let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
-            let observed = pod.observe(identity, now);
+            let person = self.context.credentials.get(&pod.record.tailnet).is_some_and(Credential::is_person);
+            let observed = pod.observe(identity, person, now);
             if pod.wanted == Wanted::Attached
                 && observed.configured
                 && observed.engine == crate::plan::Engine::Running

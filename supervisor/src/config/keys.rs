@@ -66,7 +66,7 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(Section::Tailnet, "ca_file", Kind::Text, "extra roots for control, DERP and API, PEM"),
     key(Section::Tailnet, "ephemeral", Kind::Bool, "let the server forget a pod that is away for long"),
-    key(Section::Credentials, "kind", Kind::Text, "oauth, auth-key or headscale"),
+    key(Section::Credentials, "kind", Kind::Text, "oauth, auth-key, headscale or interactive"),
     key(Section::Credentials, "api_url", Kind::Text, "admin API of the tailnet"),
     key(Section::Credentials, "client_id_file", Kind::Text, "oauth: file with the client id"),
     key(Section::Credentials, "client_secret_file", Kind::Text, "oauth: file with the client secret"),
@@ -100,12 +100,24 @@ pub(super) const LEGACY_ENV: &[(&str, Section, &str)] = &[
     ("TS_TAGS", Section::Tailnet, "tags"),
     ("CLUSTER_NAME", Section::Node, "cluster_name"),
     ("AUTH_KEY_TTL", Section::Credentials, "auth_key_ttl"),
+    // The later one counts, as for other programs.
+    ("https_proxy", Section::Node, PROXY_VALUE),
+    ("HTTPS_PROXY", Section::Node, PROXY_VALUE),
+    ("no_proxy", Section::Node, NO_PROXY_VALUE),
+    ("NO_PROXY", Section::Node, NO_PROXY_VALUE),
 ];
 
 /// Set by `TS_OAUTH_CLIENT_ID` alone.
 pub(super) const CLIENT_ID_VALUE: &str = "client_id_value";
 /// Set by `TS_OAUTH_CLIENT_SECRET` alone.
 pub(super) const CLIENT_SECRET_VALUE: &str = "client_secret_value";
+
+/// Set by `HTTPS_PROXY` alone: it may hold a password.
+pub(super) const PROXY_VALUE: &str = "https_proxy_value";
+/// Set by `NO_PROXY` alone.
+pub(super) const NO_PROXY_VALUE: &str = "no_proxy_value";
+/// Keys that only the environment sets, under the names above.
+pub(super) const ENV_ONLY: [&str; 4] = [CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, PROXY_VALUE, NO_PROXY_VALUE];
 
 /// The key called `name` in `section`.
 pub(super) fn find(section: Section, name: &str) -> Option<&'static Key> {

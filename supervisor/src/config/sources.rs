@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use toml::Value;
 
-use super::keys::{self, CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, KEYS, Kind, LEGACY_ENV, Section};
+use super::keys::{self, ENV_ONLY, KEYS, Kind, LEGACY_ENV, Section};
 use super::{ConfigError, DEFAULT_PATH, parse_duration};
 
 /// What the program was given, injected so that tests need neither environment nor files. It may hold
@@ -276,7 +276,7 @@ impl Values {
         if section != Section::Node {
             self.name(tailnet, origin)?;
         }
-        if matches!(key, CLIENT_ID_VALUE | CLIENT_SECRET_VALUE) {
+        if ENV_ONLY.contains(&key) {
             self.values.insert(place(section, tailnet, key), (value, origin.to_owned()));
             return Ok(());
         }
@@ -358,6 +358,12 @@ impl At<'_> {
             .get(&place(self.section, self.tailnet, key))
             .map(|(_, origin)| format!(" ({origin})"));
         ConfigError(format!("{name}{}: {what}", origin.unwrap_or_default()))
+    }
+
+    /// True when nothing is set here.
+    pub(super) fn is_empty(&self) -> bool {
+        let here = place(self.section, self.tailnet, "");
+        !self.values.values.keys().any(|p| p.section == here.section && p.tailnet == here.tailnet)
     }
 
     fn get(&self, key: &str) -> Option<&Value> {

@@ -65,7 +65,11 @@ fn mistakes_are_named() {
         ("[tailnet.b]\ntags = [\"web\"]", "`web` is no tag"),
         ("[tailnet.b]\nhostname_template = \"{node}\"", "tailnet.b.hostname_template"),
         ("[tailnet.b]\nfoo = 1", "unknown key tailnet.b.foo"),
-        ("[tailnet.b]\nca_file = \"\"", "tailnet.b.credentials.kind: is missing"),
+        ("[tailnet.b.credentials]\nauth_key_file = \"/k\"", "tailnet.b.credentials.kind: is missing"),
+        (
+            "[tailnet.b.credentials]\nkind = \"interactive\"\nauth_key_file = \"/k\"",
+            "does not belong to kind = \"interactive\"",
+        ),
         ("[tailnet.b.credentials]\nkind = \"headscale\"", "not supported yet"),
         ("[tailnet.b.credentials]\nkind = \"magic\"", "`magic` is none of"),
         ("[tailnet.b.credentials]\nkind = \"auth-key\"", "tailnet.b.credentials.auth_key_file: is missing"),
@@ -138,6 +142,38 @@ fn the_predecessors_names_still_work() {
     assert_eq!(config.tailnets["default"].tags, ["tag:x"]);
     assert!(!config.to_string().contains("hush"));
     assert!(!format!("{config:?}").contains("hush"));
+}
+
+#[test]
+fn without_credentials_a_person_lets_devices_in() {
+    for credentials in ["", "[tailnet.p.credentials]\nkind = \"interactive\""] {
+        let config =
+            load(&format!("[tailnet.p]\ncontrol_url = \"https://h.example\"\n{credentials}")).unwrap();
+        assert_eq!(config.tailnets["p"].credentials, Credentials::Interactive);
+        assert!(config.to_string().contains("kind=\"interactive\""), "{config}");
+    }
+}
+
+#[test]
+fn a_proxy_comes_from_the_usual_variables_and_never_prints() {
+    let config = with(&[], &[], MINIMAL).unwrap();
+    assert_eq!(config.node.proxy, None);
+    let env = [
+        ("https_proxy", "http://lower.example:1"),
+        ("HTTPS_PROXY", "http://u:hush@proxy.example:3128"),
+        ("no_proxy", "10.0.0.0/8,.svc"),
+    ];
+    let config = with(&env, &[], MINIMAL).unwrap();
+    let proxy = config.node.proxy.clone().unwrap();
+    assert_eq!(
+        (proxy.url.expose(), proxy.bypass.as_str()),
+        ("http://u:hush@proxy.example:3128", "10.0.0.0/8,.svc")
+    );
+    assert!(!config.to_string().contains("hush") && !format!("{config:?}").contains("hush"));
+    for bad in ["proxy.example", "https://u:hush@p", "socks5://p:1"] {
+        let error = with(&[("HTTPS_PROXY", bad)], &[], MINIMAL).unwrap_err();
+        assert!(error.contains("HTTPS_PROXY") && !error.contains("hush"), "{error}");
+    }
 }
 
 #[test]

@@ -16,6 +16,7 @@ fn identity(id: &str) -> Identity {
         stable_id: String::new(),
         keep_until_unix_s: None,
         leaving: false,
+        login_url: String::new(),
     }
 }
 

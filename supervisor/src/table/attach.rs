@@ -217,7 +217,8 @@ impl Table {
             return;
         }
         pod.failure = Some(failure);
-        pod.wanted = Wanted::Gone { logout: !pod.had_device };
+        // What a person has been asked to do must still be worth doing when the ADD is tried again.
+        pod.wanted = Wanted::Gone { logout: !pod.had_device && !pod.awaits_person };
         pod.retry_at = None;
     }
 
@@ -329,12 +330,12 @@ fn why_late(pod: &Pod) -> CniError {
         Some(NodeState::NeedsLogin { url }) => error(
             code::NEEDS_ACTION,
             format!("{name}: the tailnet wants somebody to log in"),
-            format!("open {url}, or use a credential that is pre-approved"),
+            format!("open {url}; the pod joins when it is tried again after that"),
         ),
         Some(NodeState::NeedsApproval) => error(
             code::NEEDS_ACTION,
             format!("{name}: the tailnet wants an administrator to approve the device"),
-            "use a pre-approved credential, or approve it and try again",
+            "approve it: the pod joins then, or when it is tried again; or use a pre-approved credential",
         ),
         Some(NodeState::Connecting { reason }) => error(
             code::TRY_AGAIN,

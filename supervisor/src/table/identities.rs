@@ -61,6 +61,7 @@ impl Identity {
             stable_id: String::new(),
             keep_until_unix_s: None,
             leaving: false,
+            login_url: String::new(),
         };
         Ok(Identity { saved: 0, ..Identity::loaded(record) })
     }
@@ -71,6 +72,8 @@ impl Identity {
         let old = NodePrivate::from_bytes(*self.record.node_key.expose()).public();
         self.record.old_node_key = Some(*old.as_bytes());
         self.record.node_key = SecretKey::new(*node.expose());
+        // It was for the key before.
+        self.record.login_url.clear();
         self.changed();
         self.saved = 0;
         Ok(())

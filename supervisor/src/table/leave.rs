@@ -16,6 +16,8 @@ use crate::restart::jittered;
 /// An identity whose pod was found gone, with nobody having said that it left: a node that rebooted
 /// makes its pods anew, and they want their addresses back.
 const AFTER_VANISHING: Duration = Duration::from_secs(600);
+/// An identity whose ADD failed because a person has not acted yet.
+const FOR_A_PERSON: Duration = Duration::from_secs(3600);
 /// First pause after the API would not delete a device; doubles to [`MAX_REAP_PAUSE`].
 const REAP_PAUSE: Duration = Duration::from_secs(2);
 const MAX_REAP_PAUSE: Duration = Duration::from_secs(300);
@@ -106,9 +108,11 @@ impl Table {
     pub(super) fn identity_fate(&mut self, id: &AttachmentId) -> IdentityFate {
         let Some(pod) = self.pods.get(id) else { return IdentityFate::Keep };
         let shared = self.pods.iter().any(|(other, p)| other != id && p.identity == pod.identity);
-        let may_be_known = pod.key_given;
+        let may_be_known = pod.key_given || pod.awaits_person;
         let logout = matches!(pod.wanted, Wanted::Gone { logout: true });
-        let keep_until = if pod.leavers.is_empty() {
+        let keep_until = if pod.awaits_person && pod.failure.is_some() {
+            unix_now().saturating_add(FOR_A_PERSON.as_secs())
+        } else if pod.leavers.is_empty() {
             self.keep_vanished_until()
         } else {
             unix_now().saturating_add(self.context.config.node.identity_grace.as_secs())
@@ -144,7 +148,7 @@ impl Table {
             if identity.holder.as_ref() == Some(id) {
                 identity.holder = None;
             }
-            device_gone = !identity.record.registered && !pod.key_given;
+            device_gone = !identity.record.registered && !pod.key_given && !pod.awaits_person;
         }
         let waiting: Vec<AttachmentId> =
             self.pods.iter().filter(|(_, p)| p.identity == pod.identity).map(|(id, _)| id.clone()).collect();

@@ -64,6 +64,22 @@ pub(super) struct Running {
 }
 
 impl Running {
+    pub(super) fn state(&self) -> Option<&NodeState> {
+        self.status.as_ref().map(|status| &status.state)
+    }
+
+    /// Where a person is to log the device in.
+    pub(super) fn login_url(&self) -> Option<&str> {
+        match self.state()? {
+            NodeState::NeedsLogin { url } => Some(url),
+            NodeState::Waiting
+            | NodeState::Connecting { .. }
+            | NodeState::NeedsApproval
+            | NodeState::Running
+            | NodeState::LoggedOut => None,
+        }
+    }
+
     /// The node's addresses, once a netmap is in force.
     pub(super) fn addresses(&self) -> Option<&[IpNet]> {
         let status = self.status.as_ref()?;
@@ -94,6 +110,9 @@ pub(super) struct Pod {
     pub(super) identity: IdentityKey,
     /// The device was in the tailnet before this attachment: an ADD that fails leaves it there.
     pub(super) had_device: bool,
+    /// Its device waits for a person: an ADD that fails for that keeps the identity, so that a later one
+    /// finds what the person did.
+    pub(super) awaits_person: bool,
 
     pub(super) wanted: Wanted,
     /// INVARIANT: at most one step of a pod runs at a time.
@@ -148,6 +167,7 @@ impl Pod {
             saved: u64::from(saved),
             identity,
             had_device: false,
+            awaits_person: false,
             wanted: Wanted::Attached,
             busy: None,
             failures: 0,
@@ -180,7 +200,8 @@ impl Pod {
         }
     }
 
-    pub(super) fn observe(&self, identity: &Identity, now: Instant) -> Observed {
+    /// `person` is true in a tailnet without credentials.
+    pub(super) fn observe(&self, identity: &Identity, person: bool, now: Instant) -> Observed {
         let records = if self.saved == 0 || identity.saved == 0 {
             Records::Missing
         } else if self.saved < self.version || identity.saved < identity.version {
@@ -198,7 +219,7 @@ impl Pod {
         };
         let key = match &self.key {
             Some((key, at)) if at.elapsed() < key.ttl => plan::Key::InHand,
-            _ if identity.record.registered && !self.need_key => plan::Key::NotNeeded,
+            _ if person || (identity.record.registered && !self.need_key) => plan::Key::NotNeeded,
             _ => plan::Key::Needed,
         };
         Observed {
@@ -238,6 +259,8 @@ impl Pod {
                 _ if self.stopped.is_some() => "stopped",
                 None if self.hold_until.is_some_and(|at| at > now) => "backoff",
                 Some(engine) if engine.addresses().is_some() && self.configured.is_some() => "running",
+                Some(engine) if engine.login_url().is_some() => "needs-login",
+                Some(engine) if engine.state() == Some(&NodeState::NeedsApproval) => "needs-approval",
                 _ if self.configured.is_some() => "restarting",
                 None | Some(_) => "joining",
             },

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use podtether_proto::engine::{EngineStatus, NodeState, StartRequest};
+use podtether_proto::engine::{EngineStatus, NodeState, ProxySettings, StartRequest};
 use podtether_proto::fds;
 use podtether_proto::node::{AttachmentId, code};
 
@@ -106,24 +106,29 @@ impl Table {
                 identity.changed();
             }
         }
-        let login = match &status.state {
-            NodeState::NeedsLogin { url } => Some(url.clone()),
-            NodeState::Waiting
-            | NodeState::Connecting { .. }
-            | NodeState::NeedsApproval
-            | NodeState::Running
-            | NodeState::LoggedOut => None,
-        };
+        let approval = status.state == NodeState::NeedsApproval;
+        let mut login = None;
         if let Some(engine) = &mut pod.engine {
             engine.status = Some(status);
+            login = engine.login_url().map(str::to_owned);
+        }
+        pod.awaits_person = approval || login.is_some();
+        if approval {
+            pod.reason = "the tailnet wants an administrator to approve the device".into();
         }
         if let Some(url) = login {
+            if identity.record.login_url != url {
+                identity.record.login_url.clone_from(&url);
+                identity.changed();
+                let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
+                tracing::warn!(namespace, pod = name, url, "somebody has to log the device in");
+            }
             pod.reason = format!("the tailnet wants somebody to log in: {url}");
             if pod.join.is_some() && pod.wanted == Wanted::Attached {
                 let failure = error(
                     code::NEEDS_ACTION,
                     format!("{}: the tailnet wants somebody to log in", pod_name(&pod.record.pod)),
-                    format!("open {url}, or use a credential that is pre-approved"),
+                    format!("open {url}; the pod joins when it is tried again after that"),
                 );
                 self.fail_add(id, failure);
             }
@@ -165,8 +170,10 @@ impl Table {
                 // Control does not know the device: nothing is left there to remove.
                 pod.key_given = false;
                 if let Some(identity) = self.identities.get_mut(&pod.identity)
-                    && std::mem::take(&mut identity.record.registered)
+                    && (identity.record.registered || !identity.record.login_url.is_empty())
                 {
+                    identity.record.registered = false;
+                    identity.record.login_url.clear();
                     identity.changed();
                 }
                 pod.need_key = true;
@@ -221,9 +228,10 @@ impl Table {
 /// Control has taken the node as it is: the key is spent, the old node key is history.
 fn confirmed(pod: &mut Pod, identity: &mut Identity) {
     let record = &mut identity.record;
-    if !record.registered || record.old_node_key.is_some() {
+    if !record.registered || record.old_node_key.is_some() || !record.login_url.is_empty() {
         record.registered = true;
         record.old_node_key = None;
+        record.login_url.clear();
         identity.changed();
     }
     pod.key = None;
@@ -257,21 +265,27 @@ fn start_request(
 ) -> StartRequest {
     let record = &identity.record;
     let tailnet = context.config.tailnets.get(&pod.record.tailnet);
+    let credential = context.credentials.get(&pod.record.tailnet);
+    let url = Some(record.login_url.clone()).filter(|url| !url.is_empty());
     StartRequest {
         pod: pod.record.pod.clone(),
         control_url: tailnet.map(|t| t.control_url.clone()).unwrap_or_default(),
         extra_roots_pem: context.roots.get(&pod.record.tailnet).cloned().unwrap_or_default(),
         hostname: record.hostname.clone(),
         ephemeral: tailnet.is_some_and(|t| t.ephemeral),
-        request_tags: context
-            .credentials
-            .get(&pod.record.tailnet)
-            .map(Credential::request_tags)
-            .unwrap_or_default(),
+        request_tags: credential.map(Credential::request_tags).unwrap_or_default(),
         machine_key: record.machine_key.clone(),
         node_key: record.node_key.clone(),
         old_node_key: record.old_node_key,
         auth_key: pod.key.as_ref().map(|(key, _)| key.secret.clone()),
+        interactive: credential.is_some_and(Credential::is_person),
+        login_url: url,
+        proxy: context
+            .config
+            .node
+            .proxy
+            .as_ref()
+            .map(|proxy| ProxySettings { url: proxy.url.clone(), bypass: proxy.bypass.clone() }),
         mtu: MTU,
         underlay: underlay.clone(),
         routing: podtether_proto::engine::Routing::default(),

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use podtether_proto::engine::PeerStatus;
+use podtether_proto::engine::{HealthMessage, PeerStatus};
 use serde::Serialize;
 
 use super::{Listing, Table};
@@ -25,7 +25,7 @@ pub struct PodReport {
     pub name: String,
     /// ACL tags.
     pub tags: Vec<String>,
-    /// `joining`, `running`, `restarting`, `backoff`, `stopped`, `leaving`.
+    /// `joining`, `running`, `needs-login`, `needs-approval`, `restarting`, `backoff`, `stopped`, `leaving`.
     pub state: &'static str,
     /// Why it is not running, or what failed last.
     pub reason: String,
@@ -55,8 +55,10 @@ pub struct PodReport {
     pub control_connected: bool,
     /// Home DERP region, 0 for none.
     pub home_derp: u32,
-    /// Health messages from control.
-    pub health: Vec<String>,
+    /// Where a person is to log the device in, empty when nobody has to.
+    pub login_url: String,
+    /// What control and the engine find wrong.
+    pub health: Vec<HealthMessage>,
     /// Paths to the peers; filled in by who asks the engines.
     pub peers: Vec<PeerStatus>,
 }
@@ -98,6 +100,7 @@ impl Table {
                 engine_uid: pod.record.uid,
                 control_connected: status.is_some_and(|s| s.control_connected),
                 home_derp: status.map_or(0, |s| s.home_derp),
+                login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),
                 health: status.map(|s| s.health.clone()).unwrap_or_default(),
                 peers: Vec::new(),
             });
