@@ -33,7 +33,7 @@ fn world(routers: &[&[&str]]) -> World {
 }
 
 /// What the pod's engine finds wrong.
-fn told(world: &mut World) -> String {
+fn complaints(world: &mut World) -> String {
     let titles: Vec<String> = world.engine(0).status().health.into_iter().map(|m| m.title).collect();
     titles.join("; ")
 }
@@ -95,7 +95,7 @@ fn an_exit_node_carries_the_rest_and_a_missing_one_holds_it_back() {
     world.engine(0).set_routing(routing(false, Some("nobody")));
     assert!(!reaches(&mut world, 1, INTERNET, 1000));
     assert_eq!(world.drops(0), [("no_exit_node", 1)]);
-    let health = told(&mut world);
+    let health = complaints(&mut world);
     assert!(health.contains("exit node nobody is not among"), "{health}");
     assert_eq!(world.engine(0).host_update().exit_node_id, "");
 
@@ -106,7 +106,7 @@ fn an_exit_node_carries_the_rest_and_a_missing_one_holds_it_back() {
     assert!(reaches(&mut world, 2, INTERNET, 1001));
     assert!(!reaches(&mut world, 1, INTERNET, 1002), "one exit node, not all");
     assert!(!reaches(&mut world, 2, Ipv4Addr::new(10, 96, 0, 10), 1003), "the cluster's own");
-    let health = told(&mut world);
+    let health = complaints(&mut world);
     assert!(health.contains("exit node n2 carries no IPv6"), "{health}");
 
     // It is deleted, then comes back.
@@ -117,14 +117,14 @@ fn an_exit_node_carries_the_rest_and_a_missing_one_holds_it_back() {
     assert_eq!(world.engine(0).routes().exit_node, None);
     let offline = Node { online: Some(false), ..record.clone() };
     world.tell(0, MapResponse { peers_changed: vec![offline], ..MapResponse::default() });
-    let health = told(&mut world);
+    let health = complaints(&mut world);
     assert!(health.contains("exit node n2 is offline"), "{health}");
     assert!(reaches(&mut world, 2, INTERNET, 1005), "what control thinks does not stop packets");
 
     world.engine(0).set_routing(Routing::default());
     assert!(!reaches(&mut world, 2, INTERNET, 1006));
     assert_eq!(world.engine(0).host_update().exit_node_id, "");
-    assert_eq!(told(&mut world), "");
+    assert_eq!(complaints(&mut world), "");
 }
 
 #[test]

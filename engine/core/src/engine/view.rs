@@ -26,7 +26,9 @@ impl Engine {
                 .netmap
                 .health()
                 .chain(relay)
-                .chain(self.routing_health().into_iter().map(|text| HealthMessage::new(Severity::Medium, text)))
+                .chain(
+                    self.routing_health().into_iter().map(|text| HealthMessage::new(Severity::Medium, text)),
+                )
                 .chain(self.clock_health())
                 .chain(self.lock_health())
                 .collect(),

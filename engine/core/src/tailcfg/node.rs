@@ -259,12 +259,9 @@ impl TryFrom<WireNode> for Node {
             online: wire.online,
             machine_authorized: wire.machine_authorized,
             cap_map,
-            signed: match &wire.signature {
-                Value::String(text) => !text.is_empty(),
-                // As it stands in a snapshot.
-                Value::Bool(signed) => *signed,
-                _ => false,
-            },
+            // A snapshot has it as a boolean.
+            signed: wire.signature.as_str().is_some_and(|text| !text.is_empty())
+                || wire.signature.as_bool().unwrap_or_default(),
             unsigned_peer_api_only: wire.unsigned_peer_api_only,
             expired: wire.expired,
             masq_v4: wire.masq_v4,
