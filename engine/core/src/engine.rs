@@ -8,6 +8,7 @@
 //! | `routing` | whose routes and which exit node the pod uses |
 //! | `ping` | pings of peers, and what control is answered that asks for them |
 //! | `relay` | which DERP regions are connected, and what waits for one |
+//! | `load` | how much of what others ask for is done |
 //! | `control` | what a netmap change means for peers, filter, names and relays |
 //! | `timers` | what is due when |
 //! | `view` | what others are shown |
@@ -17,6 +18,7 @@ pub mod api;
 mod control;
 mod discovery;
 mod inbound;
+mod load;
 mod outbound;
 mod ping;
 mod relay;
@@ -38,6 +40,7 @@ pub use api::{
 pub use ping::{ControlAnswer, PingError, PingId, PingKind, PingReply, PingResult};
 
 use crate::batch::{Batch, Outbox, RegionId};
+use crate::budget::Bucket;
 use crate::disco;
 use crate::dns::{DnsAction, Magic};
 use crate::filter::FilterState;
@@ -111,7 +114,7 @@ pub struct Engine {
     pings: ping::Pings,
     /// Control has spoken in this life, so the clock can be judged.
     control_heard: bool,
-    last_nudge: Option<Instant>,
+    load: load::Load,
 
     relays: Relays,
     netcheck: Netcheck,
@@ -138,6 +141,8 @@ impl Engine {
     #[must_use]
     pub fn new(config: Config, now: Instant) -> Self {
         let disco_key = config.snapshot.as_ref().map_or(config.disco_key, |s| s.disco.clone());
+        let mut random = Random::new(config.random_seed);
+        let load = load::Load::new(&mut random);
         let mut engine = Self {
             identity: Identity::new(*config.node_key.expose()),
             node_key: config.node_key,
@@ -146,7 +151,7 @@ impl Engine {
             mtu: usize::from(config.mtu),
             started: now,
             wall_at_start: config.wall,
-            random: Random::new(config.random_seed),
+            random,
             netmap: NetMap::new(),
             running: false,
             control_connected: false,
@@ -163,7 +168,7 @@ impl Engine {
             greet: Vec::new(),
             pings: ping::Pings::default(),
             control_heard: false,
-            last_nudge: None,
+            load,
             relays: Relays::new(u64::from(config.random_seed[0]) << 8 | u64::from(config.random_seed[1])),
             netcheck: Netcheck::default(),
             underlay: Underlay::default(),
@@ -245,6 +250,8 @@ impl Engine {
             last_rx: None,
             tx_bytes: 0,
             rx_bytes: 0,
+            pings: Bucket::default(),
+            calls: Bucket::default(),
         }));
         self.by_index.insert(index, slot);
         self.schedule(slot);

@@ -15,6 +15,7 @@
 pub mod backoff;
 pub mod batch;
 pub mod c2n;
+mod budget;
 pub mod derp;
 pub mod dial_plan;
 pub mod disco;

@@ -8,6 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use crate::batch::RegionId;
+use crate::budget::Bucket;
 use crate::disco;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::path::PathAgent;
@@ -39,6 +40,9 @@ pub(crate) struct Active {
     pub(crate) last_rx: Option<Instant>,
     pub(crate) tx_bytes: u64,
     pub(crate) rx_bytes: u64,
+    /// Disco pings of the peer that are answered, and CallMeMaybes that are heeded.
+    pub(crate) pings: Bucket,
+    pub(crate) calls: Bucket,
 }
 
 /// A peer of the netmap.

@@ -6,15 +6,15 @@
 //! the order in which sessions were made is kept in it and an old session must not replace a newer one.
 
 use std::collections::VecDeque;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
-use x25519_dalek::{PublicKey, StaticSecret};
+use x25519_dalek::PublicKey;
+
+use crate::budget::{Bucket, Rate};
+pub(crate) use identity::{Identity, Proof};
 
 /// Age at which a session's initiator makes the next one.
 pub(crate) const REKEY_AFTER: Duration = Duration::from_secs(120);
@@ -43,11 +43,13 @@ pub(crate) const OVERHEAD: usize = 32;
 /// Length of a handshake initiation.
 pub(crate) const INITIATION_LEN: usize = 148;
 const INITIATION: u8 = 1;
+const RESPONSE: u8 = 2;
 const DATA: u8 = 4;
 const SLOTS: usize = 8;
-/// Handshakes per second above which initiators have to prove their address first. One costs about
-/// a quarter of a millisecond, so this is a twentieth of a core.
-const INITIATIONS_PER_S: u32 = 200;
+/// A peer that begins handshakes faster than this is not answered, as with other WireGuards.
+const CONSUME_SPACING: Duration = Duration::from_millis(20);
+/// Responses that one attempt's index is tried with: each costs two Curve25519 operations.
+const RESPONSES: Rate = Rate::per_second(20, 10);
 
 /// Packets that wait for a handshake, per peer.
 pub(crate) const MAX_WAITING: usize = 64;
@@ -72,76 +74,14 @@ pub(crate) fn classify(datagram: &[u8]) -> Kind {
     }
 }
 
+/// Whether a datagram says that it is a handshake response.
+pub(crate) fn is_response(datagram: &[u8]) -> bool {
+    datagram.first() == Some(&RESPONSE)
+}
+
 /// Whether a datagram looks like an initiation.
 pub(crate) fn is_initiation(datagram: &[u8]) -> bool {
     datagram.len() == INITIATION_LEN && datagram.first() == Some(&INITIATION)
-}
-
-/// Whether an initiation may be worked on.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Admission {
-    Yes,
-    /// Under load: send the first so many bytes of the reply back instead.
-    Cookie(usize),
-    No,
-}
-
-/// The node's own static key and what its tunnels share.
-pub(crate) struct Identity {
-    secret: StaticSecret,
-    public: PublicKey,
-    unlimited: Arc<RateLimiter>,
-    strict: RateLimiter,
-    window: Option<Instant>,
-    in_window: u32,
-}
-
-impl Identity {
-    pub(crate) fn new(secret: [u8; 32]) -> Self {
-        let secret = StaticSecret::from(secret);
-        let public = PublicKey::from(&secret);
-        Self {
-            unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
-            strict: RateLimiter::new(&public, 0),
-            secret,
-            public,
-            window: None,
-            in_window: 0,
-        }
-    }
-
-    /// Decides about an initiation before any costly step; `reply` takes a cookie reply.
-    pub(crate) fn admit(
-        &mut self,
-        from: IpAddr,
-        datagram: &[u8],
-        now: Instant,
-        reply: &mut [u8],
-    ) -> Admission {
-        if self.window.is_none_or(|start| now.duration_since(start) >= Duration::from_secs(1)) {
-            self.window = Some(now);
-            self.in_window = 0;
-        }
-        let limiter = if self.in_window < INITIATIONS_PER_S { &*self.unlimited } else { &self.strict };
-        match limiter.verify_packet(Some(from), datagram, reply) {
-            Ok(_) => {
-                self.in_window = self.in_window.saturating_add(1);
-                Admission::Yes
-            }
-            Err(TunnResult::WriteToNetwork(cookie)) => Admission::Cookie(cookie.len()),
-            Err(_) => Admission::No,
-        }
-    }
-
-    /// The static key inside an initiation, which is not yet proof that its owner sent it.
-    pub(crate) fn initiator(&self, datagram: &[u8]) -> Option<[u8; 32]> {
-        match Tunn::parse_incoming_packet(datagram) {
-            Ok(Packet::HandshakeInit(init)) => {
-                Some(parse_handshake_anon(&self.secret, &self.public, &init).ok()?.peer_static_public)
-            }
-            _ => None,
-        }
-    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -185,6 +125,8 @@ pub(crate) enum Opened {
     Cookie,
     /// Authentic or not, it came before: what goes by two ways arrives twice.
     Duplicate,
+    /// More responses to one attempt than are worth the work.
+    TooMany,
     Rejected,
 }
 
@@ -226,6 +168,9 @@ pub(crate) struct Tunnel {
     silence_at: Option<Instant>,
     last_used: Instant,
     established: Option<Instant>,
+    /// When an initiation of the peer was last answered.
+    last_consumed: Option<Instant>,
+    responses: Bucket,
     jitter: u64,
     patient: bool,
 }
@@ -254,6 +199,8 @@ impl Tunnel {
             silence_at: None,
             last_used: now,
             established: None,
+            last_consumed: None,
+            responses: Bucket::default(),
             jitter: jitter | 1,
             patient: false,
         }
@@ -465,6 +412,9 @@ impl Tunnel {
                 opened
             }
             Ok(Packet::HandshakeInit(_)) => {
+                if self.last_consumed.is_some_and(|last| now.duration_since(last) < CONSUME_SPACING) {
+                    return Opened::Duplicate;
+                }
                 self.pump(&mut [0; INITIATION_LEN]);
                 let response = match self.tunn.decapsulate(None, datagram, out) {
                     TunnResult::WriteToNetwork(response) => response,
@@ -475,6 +425,7 @@ impl Tunnel {
                 };
                 let Some(index) = read_u32(response, 4) else { return Opened::Rejected };
                 let len = response.len();
+                self.last_consumed = Some(now);
                 self.add_session(index, false, now);
                 Opened::Response(len)
             }
@@ -482,6 +433,9 @@ impl Tunnel {
                 let index = p.receiver_idx;
                 if self.superseded(index, now) {
                     return Opened::Duplicate;
+                }
+                if !self.responses.take(RESPONSES, now) {
+                    return Opened::TooMany;
                 }
                 let keepalive = match self.tunn.decapsulate(None, datagram, out) {
                     TunnResult::WriteToNetwork(keepalive) => keepalive,
@@ -618,5 +572,6 @@ fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
+mod identity;
 #[cfg(test)]
 mod tests;

@@ -268,7 +268,7 @@ drop_reasons! {
     BadCrypto = "bad_crypto",
     /// WireGuard that came before: a second copy or a replay.
     Duplicate = "duplicate",
-    /// Handshakes beyond what this node works on.
+    /// Handshakes and disco keys beyond what this node works on.
     UnderLoad = "under_load",
     /// Decrypted, from an address that is not the peer's.
     PeerSource = "peer_source",
@@ -278,6 +278,12 @@ drop_reasons! {
     Filter = "filter",
     /// Disco that does not open or does not parse.
     BadDisco = "bad_disco",
+    /// Disco from a key that no peer of the netmap has.
+    UnknownDisco = "unknown_disco",
+    /// More disco from a peer than is answered.
+    DiscoFlood = "disco_flood",
+    /// From the pod to more peers at once than are begun with.
+    TooManyPeers = "too_many_peers",
 }
 
 /// Counters since the start.

@@ -1,5 +1,6 @@
 //! Disco, STUN, and what control is told about where we are.
 
+use super::load::{CALLS_HEARD, PINGS_ANSWERED};
 use super::*;
 use crate::batch::DerpDestination;
 use crate::disco::Message;
@@ -32,9 +33,10 @@ impl Engine {
         now: Instant,
         out: &mut Outbox,
     ) {
-        let Some((slot, message)) = self.open_disco(via, sender, packet, now) else {
-            self.counters.drop(DropReason::BadDisco, 1);
-            return;
+        let opened = self.open_disco(via, sender, packet, now);
+        let (slot, message) = match opened.and_then(|(slot, message)| self.heed(slot, message, now)) {
+            Ok(opened) => opened,
+            Err(reason) => return self.counters.drop(reason, 1),
         };
         if let (Via::Derp(region, _), Some(active)) = (via, self.active(slot)) {
             active.path.heard = Some(region);
@@ -70,36 +72,47 @@ impl Engine {
         sender: &DiscoPublic,
         packet: &mut [u8],
         now: Instant,
-    ) -> Option<(Slot, Message)> {
+    ) -> Result<(Slot, Message), DropReason> {
         let slot = match via {
             // The relay vouches for the node key, which tells apart nodes that share a disco key.
             Via::Derp(_, source) => {
                 self.peers.by_key(&source).filter(|s| self.peers.get(*s).is_some_and(|p| p.disco == *sender))
             }
             Via::Udp(_) => self.peers.by_disco(sender),
-        }?;
+        };
+        let slot = slot.ok_or(DropReason::UnknownDisco)?;
         let message = match self.active(slot).and_then(|a| a.shared.as_ref()) {
-            Some(shared) => shared.open(packet).ok()?,
+            Some(shared) => shared.open(packet).map_err(|_| DropReason::BadDisco)?,
             None => {
-                let shared = disco::SharedKey::new(&self.disco_key, sender);
-                let message = shared.open(packet).ok()?;
+                let shared = self.load.disco_key(&self.disco_key, sender, via, now);
+                let message = shared.ok_or(DropReason::UnderLoad)?.open(packet);
+                let message = message.map_err(|_| DropReason::BadDisco)?;
                 if !self.activate(slot, now) {
-                    return None;
-                }
-                if let Some(active) = self.active(slot) {
-                    active.shared = Some(shared);
+                    return Err(DropReason::UnknownDisco);
                 }
                 message
             }
         };
         if let Message::Ping { node_key: Some(key), .. } = &message {
-            let named = self.peers.by_key(key)?;
+            let named = self.peers.by_key(key).ok_or(DropReason::UnknownDisco)?;
             if named != slot {
                 let same = self.peers.get(named).is_some_and(|p| p.disco == *sender);
-                return (same && self.activate(named, now)).then_some((named, message));
+                let known = same && self.activate(named, now);
+                return known.then_some((named, message)).ok_or(DropReason::UnknownDisco);
             }
         }
-        Some((slot, message))
+        Ok((slot, message))
+    }
+
+    /// Whether an authentic peer still may ask for what it asks for.
+    fn heed(&mut self, slot: Slot, message: Message, now: Instant) -> Result<(Slot, Message), DropReason> {
+        let Some(active) = self.active(slot) else { return Err(DropReason::UnknownDisco) };
+        let heeded = match &message {
+            Message::Ping { .. } => active.pings.take(PINGS_ANSWERED, now),
+            Message::CallMeMaybe { .. } => active.calls.take(CALLS_HEARD, now),
+            Message::Pong { .. } | Message::Other(_) => true,
+        };
+        heeded.then_some((slot, message)).ok_or(DropReason::DiscoFlood)
     }
 
     fn handle_pong(&mut self, slot: Slot, tx: &disco::TxId, now: Instant, out: &mut Outbox) {

@@ -1,17 +1,14 @@
 //! From the underlay and the relays to the pod.
 
-use std::net::Ipv6Addr;
-
+use super::load::Admission;
 use super::*;
 use crate::filter::{Pass, Verdict};
 use crate::packet::{Parsed, protocol};
 use crate::stun;
-use crate::wg::{Admission, Kind, Opened, classify};
+use crate::wg::{Kind, Opened, classify};
 
 /// Holds any handshake message.
 const HANDSHAKE_BUF: usize = 256;
-/// The least time between two handshakes that messages for lost sessions cause.
-const NUDGE_EVERY: Duration = Duration::from_millis(100);
 
 /// What came out of a data message.
 enum Inner {
@@ -104,9 +101,9 @@ impl Engine {
         out: &mut Outbox,
     ) -> Result<(), DropReason> {
         let mut buf = [0; HANDSHAKE_BUF];
-        match self.identity.admit(via.address(), datagram, now, &mut buf) {
+        match self.load.admit(&self.identity, via, datagram, now, &mut buf) {
             Admission::Yes => {}
-            Admission::No => return Err(DropReason::BadCrypto),
+            Admission::No(reason) => return Err(reason),
             Admission::Cookie(len) => {
                 match via {
                     Via::Udp(from) => {
@@ -126,18 +123,21 @@ impl Engine {
             return Err(DropReason::BadCrypto);
         }
         let slot = self.peers.by_key(&key).ok_or(DropReason::UnknownPeer)?;
+        let was_active = self.active(slot).is_some();
         if !self.activate(slot, now) {
             return Err(DropReason::UnknownPeer);
         }
         let active = self.active(slot).ok_or(DropReason::UnknownPeer)?;
         let len = match active.tunnel.open(datagram, &mut buf, now) {
             Opened::Response(len) => len,
-            Opened::Duplicate => return Err(DropReason::Duplicate),
-            Opened::Packet(_)
-            | Opened::Keepalive
-            | Opened::Established(_)
-            | Opened::Cookie
-            | Opened::Rejected => return Err(DropReason::BadCrypto),
+            opened => {
+                if !was_active {
+                    // Somebody else used the peer's name.
+                    self.deactivate(slot);
+                }
+                let duplicate = opened == Opened::Duplicate;
+                return Err(if duplicate { DropReason::Duplicate } else { DropReason::BadCrypto });
+            }
         };
         let answers = match via {
             Via::Udp(from) => Some(from),
@@ -159,6 +159,11 @@ impl Engine {
         out: &mut Outbox,
     ) -> Result<(), DropReason> {
         let mut buf = [0; HANDSHAKE_BUF];
+        if crate::wg::is_response(datagram)
+            && let Admission::No(reason) = self.load.admit_response(&self.identity, datagram, now)
+        {
+            return Err(reason);
+        }
         let active = self.active(slot).ok_or(DropReason::UnknownSession)?;
         match active.tunnel.open(datagram, &mut buf, now) {
             Opened::Established(len) => {
@@ -174,6 +179,7 @@ impl Engine {
             }
             Opened::Cookie => Ok(()),
             Opened::Duplicate => Err(DropReason::Duplicate),
+            Opened::TooMany => Err(DropReason::UnderLoad),
             Opened::Packet(_) | Opened::Keepalive | Opened::Response(_) | Opened::Rejected => {
                 Err(DropReason::BadCrypto)
             }
@@ -199,7 +205,11 @@ impl Engine {
                 Opened::Packet(len) => self.judge(slot, buf.get(..len)?),
                 Opened::Keepalive => Inner::Keepalive,
                 Opened::Duplicate => Inner::Rejected(DropReason::Duplicate),
-                Opened::Response(_) | Opened::Established(_) | Opened::Cookie | Opened::Rejected => {
+                Opened::Response(_)
+                | Opened::Established(_)
+                | Opened::Cookie
+                | Opened::TooMany
+                | Opened::Rejected => {
                     Inner::Rejected(DropReason::BadCrypto)
                 }
             };
@@ -302,10 +312,9 @@ impl Engine {
     /// A message for a session that is not ours any more: its sender will find out in 15 s by itself, or
     /// at once from a handshake.
     fn nudge(&mut self, via: Via, now: Instant, out: &mut Outbox) {
-        if self.last_nudge.is_some_and(|last| now.duration_since(last) < NUDGE_EVERY) {
+        if !self.load.admit_nudge(via, now) {
             return;
         }
-        self.last_nudge = Some(now);
         let slot = match via {
             Via::Derp(_, source) => self.peers.by_key(&source),
             Via::Udp(from) => self.peers.iter().find_map(|(slot, peer)| {
@@ -321,20 +330,6 @@ impl Engine {
         }
         if self.active(slot).is_some_and(|a| !a.tunnel.ready(now)) && !self.hasten(slot, now, out) {
             self.initiate(slot, false, now, out);
-        }
-    }
-}
-
-impl Via {
-    /// What a cookie is bound to: the address, or a stand-in for a sender that the relay vouches for.
-    fn address(self) -> IpAddr {
-        match self {
-            Via::Udp(from) => from.ip(),
-            Via::Derp(_, source) => {
-                let mut octets = [0; 16];
-                octets.copy_from_slice(&source.as_bytes()[..16]);
-                IpAddr::V6(Ipv6Addr::from(octets))
-            }
         }
     }
 }

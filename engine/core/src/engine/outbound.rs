@@ -39,6 +39,9 @@ impl Engine {
             return Err(DropReason::Filter);
         }
         let slot = self.peers.by_ip(parsed.dst).ok_or_else(|| self.why_no_peer())?;
+        if self.active(slot).is_none() && !self.load.admit_peer(self.by_index.len(), now) {
+            return Err(DropReason::TooManyPeers);
+        }
         if !self.activate(slot, now) {
             return Err(DropReason::NoPeer);
         }

@@ -1,3 +1,5 @@
+use std::net::IpAddr;
+
 use super::*;
 
 fn packet() -> Vec<u8> {
@@ -202,6 +204,7 @@ fn only_the_newest_initiations_response_counts_and_a_slow_path_gets_the_time_it_
                 | Opened::Keepalive
                 | Opened::Response(_)
                 | Opened::Cookie
+                | Opened::TooMany
                 | Opened::Rejected) => panic!("{other:?}"),
             }
             continue;
@@ -231,7 +234,7 @@ fn received_data_is_acknowledged_after_ten_seconds_and_silence_is_noticed_after_
 
 #[test]
 fn a_replayed_initiation_is_rejected_and_a_flood_has_to_prove_its_address() {
-    let mut identity = Identity::new([9; 32]);
+    let identity = Identity::new([9; 32]);
     let peer = Identity::new([7; 32]);
     let now = Instant::now();
     let mut a = Tunnel::new(&peer, identity.public.to_bytes(), 5, 3, now);
@@ -243,16 +246,31 @@ fn a_replayed_initiation_is_rejected_and_a_flood_has_to_prove_its_address() {
 
     let from = IpAddr::from([192, 0, 2, 1]);
     let mut reply = [0; 256];
-    let admitted = (0..1000).take_while(|_| identity.admit(from, &init, now, &mut reply) == Admission::Yes);
-    assert_eq!(admitted.count(), INITIATIONS_PER_S as usize);
-    let Admission::Cookie(len) = identity.admit(from, &init, now, &mut reply) else { panic!("no cookie") };
+    assert!(identity.is_addressed(&init) && !peer.is_addressed(&init));
+    let Proof::Cookie(len) = identity.proof(from, &init, &mut reply) else { panic!("no cookie") };
     assert_eq!(a.open(&reply[..len], &mut [0; 256], now), Opened::Cookie);
     let proven = a.initiate(now + REKEY_TIMEOUT).expect("second");
-    assert_eq!(identity.admit(from, &proven, now, &mut reply), Admission::Yes);
-    assert!(matches!(
-        identity.admit(IpAddr::from([192, 0, 2, 2]), &proven, now, &mut reply),
-        Admission::Cookie(_)
-    ));
-    let later = now + Duration::from_secs(1);
-    assert_eq!(identity.admit(from, &init, later, &mut reply), Admission::Yes);
+    assert_eq!(identity.proof(from, &proven, &mut reply), Proof::Proven);
+    let elsewhere = identity.proof(IpAddr::from([192, 0, 2, 2]), &proven, &mut reply);
+    assert!(matches!(elsewhere, Proof::Cookie(_)));
+    let mut bad = proven;
+    bad[20] ^= 1;
+    assert_eq!(identity.proof(from, &bad, &mut reply), Proof::Malformed);
+}
+
+#[test]
+fn handshakes_of_one_peer_are_spaced_and_responses_to_one_attempt_are_few() {
+    let Pair { mut a, mut b, now } = pair();
+    handshake(&mut a, &mut b, now);
+    let soon = now + MIN_SPACING;
+    let again = a.make_initiation(soon).expect("another");
+    assert_eq!(b.open(&again, &mut [0; 256], now + Duration::from_millis(19)), Opened::Duplicate);
+    let mut out = [0; 256];
+    let Opened::Response(len) = b.open(&again, &mut out, soon) else { panic!("no response") };
+    let mut forged = out[..len].to_vec();
+    forged[40] ^= 1;
+    let tried = (0..100).filter(|_| a.open(&forged, &mut [0; 256], soon) != Opened::TooMany).count();
+    assert_eq!(tried, RESPONSES.burst as usize);
+    let later = soon + Duration::from_secs(1);
+    assert!(matches!(a.open(&out[..len], &mut [0; 256], later), Opened::Established(_)));
 }
