@@ -134,9 +134,12 @@ mod tests {
         assert!(free >= 240, "{free} of 249 others");
         let ports = (2..1000).filter(|port| shares.take(at(1, *port), RATE, now)).count();
         assert!(ports > 500, "{ports} of the same address");
+
+        let mut shares = Shares::new(&mut Random::new([4; 32]));
         let v6 = |text: &str| Origin::host(text.parse().expect("an address"));
         while shares.take(v6("[2001:db8::1]:1"), RATE, now) {}
         assert!(!shares.take(v6("[2001:db8::2]:9"), RATE, now), "one network");
-        assert!(shares.take(v6("[2001:db8:0:1::1]:1"), RATE, now), "another");
+        let others = (1..64).filter(|n| shares.take(v6(&format!("[2001:db8:0:{n:x}::1]:1")), RATE, now));
+        assert!(others.count() > 55, "other networks");
     }
 }

@@ -209,9 +209,7 @@ impl Engine {
                 | Opened::Established(_)
                 | Opened::Cookie
                 | Opened::TooMany
-                | Opened::Rejected => {
-                    Inner::Rejected(DropReason::BadCrypto)
-                }
+                | Opened::Rejected => Inner::Rejected(DropReason::BadCrypto),
             };
             match inner {
                 Inner::Delivered(len) => Some(len),

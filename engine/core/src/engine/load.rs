@@ -100,7 +100,9 @@ impl Load {
         }
         let host = via.host();
         match identity.proof(via.address(), datagram, reply) {
-            Proof::Proven if self.proven_each.take(host, PROVEN_EACH, now) && self.proven.take(PROVEN, now) => {
+            Proof::Proven
+                if self.proven_each.take(host, PROVEN_EACH, now) && self.proven.take(PROVEN, now) =>
+            {
                 Admission::Yes
             }
             Proof::Cookie(len)
