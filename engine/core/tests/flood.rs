@@ -201,10 +201,10 @@ fn initiation(secret: [u8; 32]) -> Vec<u8> {
     let to = PublicKey::from(*node_key(1).public().as_bytes());
     let mut tunn = Tunn::new(StaticSecret::from(secret), to, None, None, 77, None);
     let mut out = [0; 256];
-    match tunn.format_handshake_initiation(&mut out, false) {
-        TunnResult::WriteToNetwork(message) => message.to_vec(),
-        other => panic!("{other:?}"),
-    }
+    let TunnResult::WriteToNetwork(message) = tunn.format_handshake_initiation(&mut out, false) else {
+        panic!("no initiation");
+    };
+    message.to_vec()
 }
 
 fn source(n: u32) -> SocketAddr {

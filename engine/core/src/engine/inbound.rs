@@ -128,16 +128,14 @@ impl Engine {
             return Err(DropReason::UnknownPeer);
         }
         let active = self.active(slot).ok_or(DropReason::UnknownPeer)?;
-        let len = match active.tunnel.open(datagram, &mut buf, now) {
-            Opened::Response(len) => len,
-            opened => {
-                if !was_active {
-                    // Somebody else used the peer's name.
-                    self.deactivate(slot);
-                }
-                let duplicate = opened == Opened::Duplicate;
-                return Err(if duplicate { DropReason::Duplicate } else { DropReason::BadCrypto });
+        let opened = active.tunnel.open(datagram, &mut buf, now);
+        let Opened::Response(len) = opened else {
+            if !was_active {
+                // Somebody else used the peer's name.
+                self.deactivate(slot);
             }
+            let duplicate = opened == Opened::Duplicate;
+            return Err(if duplicate { DropReason::Duplicate } else { DropReason::BadCrypto });
         };
         let answers = match via {
             Via::Udp(from) => Some(from),
