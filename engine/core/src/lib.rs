@@ -14,8 +14,8 @@
 
 pub mod backoff;
 pub mod batch;
-pub mod c2n;
 mod budget;
+pub mod c2n;
 pub mod derp;
 pub mod dial_plan;
 pub mod disco;
