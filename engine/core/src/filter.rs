@@ -15,10 +15,19 @@
 //!
 //! In every case the destination must be an own address or route, and neither multicast nor link-local.
 //! Without rules, or with no filter yet, only answers pass: a node that nobody may reach still reaches
-//! others.
+//! others. The same holds for a jailed peer, whatever the rules say.
+//!
+//! New rules keep the flows, as stock does: an answer to what this node asked still comes in. TCP has no
+//! table: segments of a connection that the new rules would not let open go on passing.
+//!
+//! Where stock is narrower than the text of a rule, so is this: `cap:` sources count neither for protocols
+//! without ports nor for capability grants. Where stock is wider (ICMP from a `cap:` source to any own
+//! address, later fragments to any address at all, 169.254.169.254) this is not.
 
+mod caps;
 mod compile;
 mod flows;
+mod tally;
 
 use std::net::IpAddr;
 
@@ -29,18 +38,24 @@ use self::flows::{Flows, Tuple};
 use crate::packet::{Fragment, Parsed, protocol};
 use crate::tailcfg::FilterRule;
 
+pub use caps::{PeerCaps, admits_any, peer_caps};
+use tally::Tally;
+pub use tally::{MAX_NAMED_RULES, RuleName};
+
 /// Compiled rules.
 #[derive(Debug, Clone)]
 pub struct Filter {
     v4: Family<u32>,
     v6: Family<u128>,
+    names: tally::Names,
 }
 
-/// A filter in force and the flows that it lets answers back in for.
+/// A filter in force, the flows that it lets answers back in for, and what it has let pass.
 #[derive(Debug, Clone)]
 pub struct FilterState {
     filter: Filter,
     flows: Flows,
+    tally: Tally,
 }
 
 /// What becomes of a packet.
@@ -69,6 +84,21 @@ pub enum Pass {
     Tsmp,
 }
 
+impl Pass {
+    /// For people and counters.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Rule(_) => "rule",
+            Self::Flow => "flow",
+            Self::TcpSegment => "tcp_segment",
+            Self::IcmpAnswer => "icmp_answer",
+            Self::Fragment => "fragment",
+            Self::Tsmp => "tsmp",
+        }
+    }
+}
+
 /// Why a packet does not pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DropReason {
@@ -80,6 +110,8 @@ pub enum DropReason {
     NotOwn,
     /// No rule lets it.
     NoRule,
+    /// It opens something, from a peer that may only answer.
+    Jailed,
 }
 
 impl DropReason {
@@ -91,6 +123,7 @@ impl DropReason {
             Self::LinkLocal => "link_local",
             Self::NotOwn => "not_own_address",
             Self::NoRule => "no_rule",
+            Self::Jailed => "jailed",
         }
     }
 }
@@ -104,14 +137,40 @@ impl Verdict {
 }
 
 impl Filter {
-    /// Compiles `rules` for packets to `own`: the node's addresses and the routes it advertises.
-    /// No rules (`None`: control has sent none) let only answers in.
+    /// Compiles `rules` as the chunk `base`; see [`Filter::of_chunks`].
+    #[must_use]
+    pub fn compile(rules: Option<&[FilterRule]>, own: &[IpNet]) -> Self {
+        Self::of_chunks([("base", rules.unwrap_or_default())], own)
+    }
+
+    /// Compiles named chunks of rules, in this order, for packets to `own`: the node's addresses and the
+    /// routes it advertises. No rules (control has sent none) let only answers in.
     ///
     /// A part of a rule that does not parse opens nothing and leaves the rest in force.
     #[must_use]
-    pub fn compile(rules: Option<&[FilterRule]>, own: &[IpNet]) -> Self {
-        let rules = rules.unwrap_or_default();
-        Self { v4: Family::compile(rules, own), v6: Family::compile(rules, own) }
+    pub fn of_chunks<'a>(
+        chunks: impl IntoIterator<Item = (&'a str, &'a [FilterRule])>,
+        own: &[IpNet],
+    ) -> Self {
+        let mut rules = Vec::new();
+        let mut names = tally::Names::default();
+        for (name, chunk) in chunks {
+            names.push(name, chunk);
+            rules.extend(chunk);
+        }
+        Self { v4: Family::compile(&rules, own), v6: Family::compile(&rules, own), names }
+    }
+
+    /// What the rule with this number in a [`Pass::Rule`] is called.
+    #[must_use]
+    pub fn rule_name(&self, rule: u32) -> Option<RuleName> {
+        self.names.name(rule)
+    }
+
+    /// How many rules there are, those that can never match included.
+    #[must_use]
+    pub fn rules(&self) -> usize {
+        self.names.len()
     }
 
     /// How many parts of rules were left out because they did not parse or were too many.
@@ -131,11 +190,13 @@ impl FilterState {
     /// Puts `filter` in force with no flows.
     #[must_use]
     pub fn new(filter: Filter) -> Self {
-        Self { filter, flows: Flows::new() }
+        let tally = Tally::new(filter.names.len());
+        Self { filter, flows: Flows::new(), tally }
     }
 
-    /// Puts `filter` in force; flows stay.
+    /// Puts `filter` in force; flows stay, and so do the counts of rules that are the same as before.
     pub fn set_filter(&mut self, filter: Filter) {
+        self.tally.carry(&self.filter.names, &filter.names);
         self.filter = filter;
     }
 
@@ -145,29 +206,32 @@ impl FilterState {
         &self.filter
     }
 
-    /// Judges a decrypted packet from a peer whose node capabilities `has_cap` knows.
+    /// Judges a decrypted packet from a peer whose node capabilities `has_cap` knows, and counts it.
     pub fn check_in(&mut self, packet: &Parsed, has_cap: impl Fn(&str) -> bool) -> Verdict {
-        match (packet.src, packet.dst) {
-            (IpAddr::V4(src), IpAddr::V4(dst)) => {
-                if dst.is_multicast() {
-                    return Verdict::Drop(DropReason::Multicast);
-                }
-                if dst.is_link_local() {
-                    return Verdict::Drop(DropReason::LinkLocal);
-                }
-                judge(&self.filter.v4, &mut self.flows, packet, src.into(), dst.into(), has_cap)
-            }
-            (IpAddr::V6(src), IpAddr::V6(dst)) => {
-                if dst.is_multicast() {
-                    return Verdict::Drop(DropReason::Multicast);
-                }
-                if dst.is_unicast_link_local() {
-                    return Verdict::Drop(DropReason::LinkLocal);
-                }
-                judge(&self.filter.v6, &mut self.flows, packet, src.into(), dst.into(), has_cap)
-            }
-            _ => Verdict::Drop(DropReason::NotOwn),
-        }
+        let flows = &mut self.flows;
+        let verdict = self.filter.judge(packet, |flow| flows.hit(flow), Some(has_cap));
+        self.tally.count(verdict);
+        verdict
+    }
+
+    /// As [`FilterState::check_in`], for a peer that may only answer.
+    pub fn check_in_jailed(&mut self, packet: &Parsed) -> Verdict {
+        let flows = &mut self.flows;
+        let verdict = self.filter.judge(packet, |flow| flows.hit(flow), None::<fn(&str) -> bool>);
+        self.tally.count(verdict);
+        verdict
+    }
+
+    /// What [`FilterState::check_in`] would say, without a trace; `jailed` for a peer that may only answer.
+    pub fn ask(&self, packet: &Parsed, jailed: bool, has_cap: impl Fn(&str) -> bool) -> Verdict {
+        self.filter.judge(packet, |flow| self.flows.contains(flow), (!jailed).then_some(has_cap))
+    }
+
+    /// What has passed, by the rule (`base/0`) or the reason, never more than [`MAX_NAMED_RULES`] rules
+    /// one by one.
+    #[must_use]
+    pub fn passed(&self) -> Vec<(String, u64)> {
+        self.tally.passed(&self.filter.names)
     }
 
     /// Remembers a packet that this node sends, so that its answers pass.
@@ -182,13 +246,45 @@ fn has_flow(packet: &Parsed) -> bool {
     matches!(packet.protocol, protocol::UDP | protocol::SCTP)
 }
 
+impl Filter {
+    /// `has_cap` is `None` for a jailed peer.
+    fn judge(
+        &self,
+        packet: &Parsed,
+        is_flow: impl FnMut(&Tuple) -> bool,
+        has_cap: Option<impl Fn(&str) -> bool>,
+    ) -> Verdict {
+        match (packet.src, packet.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                if dst.is_multicast() {
+                    return Verdict::Drop(DropReason::Multicast);
+                }
+                if dst.is_link_local() {
+                    return Verdict::Drop(DropReason::LinkLocal);
+                }
+                judge(&self.v4, is_flow, packet, src.into(), dst.into(), has_cap)
+            }
+            (IpAddr::V6(src), IpAddr::V6(dst)) => {
+                if dst.is_multicast() {
+                    return Verdict::Drop(DropReason::Multicast);
+                }
+                if dst.is_unicast_link_local() {
+                    return Verdict::Drop(DropReason::LinkLocal);
+                }
+                judge(&self.v6, is_flow, packet, src.into(), dst.into(), has_cap)
+            }
+            _ => Verdict::Drop(DropReason::NotOwn),
+        }
+    }
+}
+
 fn judge<A: Address>(
     rules: &Family<A>,
-    flows: &mut Flows,
+    mut is_flow: impl FnMut(&Tuple) -> bool,
     packet: &Parsed,
     src: A,
     dst: A,
-    has_cap: impl Fn(&str) -> bool,
+    has_cap: Option<impl Fn(&str) -> bool>,
 ) -> Verdict {
     if !rules.is_own(dst) {
         return Verdict::Drop(DropReason::NotOwn);
@@ -196,18 +292,22 @@ fn judge<A: Address>(
     if packet.fragment == Fragment::Later {
         return Verdict::Accept(Pass::Fragment);
     }
-    let rule = match packet.protocol {
+    match packet.protocol {
         protocol::TCP if !packet.is_tcp_syn() => return Verdict::Accept(Pass::TcpSegment),
-        protocol::UDP | protocol::SCTP if flows.hit(&Tuple::of(packet)) => {
+        protocol::UDP | protocol::SCTP if is_flow(&Tuple::of(packet)) => {
             return Verdict::Accept(Pass::Flow);
-        }
-        protocol::TCP | protocol::UDP | protocol::SCTP => {
-            rules.with_port(packet.protocol, src, dst, packet.dst_port, has_cap)
         }
         protocol::TSMP => return Verdict::Accept(Pass::Tsmp),
         _ if packet.is_echo_reply() || packet.is_icmp_error() => return Verdict::Accept(Pass::IcmpAnswer),
+        _ => {}
+    }
+    let Some(has_cap) = has_cap else { return Verdict::Drop(DropReason::Jailed) };
+    let rule = match packet.protocol {
+        protocol::TCP | protocol::UDP | protocol::SCTP => {
+            rules.with_port(packet.protocol, src, dst, packet.dst_port, has_cap)
+        }
         _ if packet.is_icmp() => rules.any_port(src, dst, has_cap),
-        other => rules.all_ports(other, src, dst, has_cap),
+        other => rules.all_ports(other, src, dst),
     };
     rule.map_or(Verdict::Drop(DropReason::NoRule), |rule| Verdict::Accept(Pass::Rule(rule)))
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use crate::health::{HealthMessage, Severity};
+use crate::key::DiscoPublic;
 use crate::tailcfg::{
     ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, NodeId, PeerChange,
     PingRequest, UnixTime,
@@ -14,6 +15,9 @@ use crate::tailcfg::{
 
 /// Most peers kept; what a server sends beyond them is dropped and counted in [`NetMapChange::ignored`].
 pub const MAX_PEERS: usize = 100_000;
+/// Most named parts of the packet filter, and what all of them may take.
+const MAX_CHUNKS: usize = 1024;
+const MAX_FILTER_BYTES: usize = 16 << 20;
 /// Most health texts and display messages kept.
 const MAX_MESSAGES: usize = 32;
 /// Below this, a difference to the server's clock is noise.
@@ -140,10 +144,27 @@ impl NetMap {
         &self.domain
     }
 
-    /// All rules, chunks in order of their name. `None` while there is no filter: drop everything.
+    /// The rules by the name of their chunk. `None` while there is no filter: drop everything.
     #[must_use]
-    pub fn packet_filter(&self) -> Option<Vec<FilterRule>> {
-        self.chunks.as_ref().map(|chunks| chunks.values().flatten().cloned().collect())
+    pub fn packet_filter(&self) -> Option<&BTreeMap<String, Vec<FilterRule>>> {
+        self.chunks.as_ref()
+    }
+
+    /// All rules, chunks in order of their name.
+    pub fn rules(&self) -> impl Iterator<Item = &FilterRule> {
+        self.chunks.iter().flat_map(BTreeMap::values).flatten()
+    }
+
+    /// Takes over the disco key that a peer itself has told. False when it is the one known, or the peer
+    /// is not.
+    pub fn set_disco(&mut self, id: NodeId, disco: DiscoPublic) -> bool {
+        match self.peers.get_mut(&id) {
+            Some(peer) if peer.disco_key != disco => {
+                peer.disco_key = disco;
+                true
+            }
+            Some(_) | None => false,
+        }
     }
 
     /// Health texts and display messages, for people.
@@ -364,8 +385,7 @@ impl NetMap {
 
     fn apply_filter(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
         if let Some(rules) = message.packet_filter.take() {
-            self.chunks.get_or_insert_default().insert(String::from("base"), rules);
-            change.filter_changed = true;
+            self.set_chunk(String::from("base"), rules, change);
         }
         if let Some(updates) = message.packet_filters.take() {
             let chunks = self.chunks.get_or_insert_default();
@@ -374,15 +394,38 @@ impl NetMap {
             }
             for (name, rules) in updates {
                 match rules {
-                    Some(rules) => {
-                        chunks.insert(name, rules);
-                    }
+                    Some(rules) => self.set_chunk(name, rules, change),
                     None => {
-                        chunks.remove(&name);
+                        self.chunks.get_or_insert_default().remove(&name);
                     }
                 }
             }
             change.filter_changed = true;
+        }
+    }
+
+    /// Rules over the bounds are left out, which opens nothing.
+    fn set_chunk(&mut self, name: String, mut rules: Vec<FilterRule>, change: &mut NetMapChange) {
+        change.filter_changed = true;
+        let chunks = self.chunks.get_or_insert_default();
+        chunks.remove(&name);
+        let mut left = MAX_FILTER_BYTES
+            .saturating_sub(chunks.values().flatten().map(FilterRule::footprint).sum())
+            .saturating_sub(name.len());
+        let fit = rules.iter().take_while(|rule| {
+            let rest = left.checked_sub(rule.footprint());
+            left = rest.unwrap_or(left);
+            rest.is_some()
+        });
+        let fit = fit.count();
+        if chunks.len() >= MAX_CHUNKS || fit < rules.len() {
+            change.ignored =
+                change.ignored.saturating_add(u32::try_from(rules.len() - fit).unwrap_or(1).max(1));
+            rules.truncate(fit);
+        }
+        if chunks.len() < MAX_CHUNKS {
+            rules.shrink_to_fit();
+            chunks.insert(name, rules);
         }
     }
 

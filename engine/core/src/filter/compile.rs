@@ -145,7 +145,7 @@ pub(super) struct Family<A> {
 
 impl<A: Address> Family<A> {
     /// The family's part of `rules` for packets to `own`. Text that does not parse is left out.
-    pub(super) fn compile(rules: &[FilterRule], own: &[IpNet]) -> Self {
+    pub(super) fn compile(rules: &[&FilterRule], own: &[IpNet]) -> Self {
         let mut family = Self {
             own: own_spans(own),
             sources: Vec::new(),
@@ -209,15 +209,9 @@ impl<A: Address> Family<A> {
     }
 
     /// The first rule that lists `protocol` with all ports and lets `src` reach `dst`.
-    pub(super) fn all_ports(
-        &self,
-        protocol: u8,
-        src: A,
-        dst: A,
-        has_cap: impl Fn(&str) -> bool,
-    ) -> Option<u32> {
+    pub(super) fn all_ports(&self, protocol: u8, src: A, dst: A) -> Option<u32> {
         let table = self.table(protocol)?;
-        table.find(|ports| ports == (0, u16::MAX), dst, |set| self.admits(set, src, &has_cap))
+        table.find(|ports| ports == (0, u16::MAX), dst, |set| self.admits(set, src, &|_: &str| false))
     }
 
     /// The first rule of any protocol and port that lets `src` reach `dst`.
@@ -357,7 +351,7 @@ fn span_of<A: Address>(first: IpAddr, last: IpAddr) -> Option<Span<A>> {
 
 /// One element of `SrcIPs`, or the `IP` of one of `DstPorts`.
 #[derive(Debug, PartialEq, Eq)]
-enum Set<'a> {
+pub(super) enum Set<'a> {
     Any,
     Range(IpAddr, IpAddr),
     Cap(&'a str),
@@ -374,7 +368,7 @@ impl Set<'_> {
 }
 
 /// `*`, an address, a CIDR without host bits, `first-last`, or `cap:<name>`.
-fn parse_set(text: &str) -> Option<Set<'_>> {
+pub(super) fn parse_set(text: &str) -> Option<Set<'_>> {
     if text == "*" {
         return Some(Set::Any);
     }

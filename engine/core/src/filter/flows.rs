@@ -85,17 +85,27 @@ impl Flows {
 
     /// Looks `tuple` up and marks it as used.
     pub(super) fn hit(&mut self, tuple: &Tuple) -> bool {
+        let Some(at) = self.find(tuple) else { return false };
+        self.unlink(at);
+        self.push_newest(at);
+        true
+    }
+
+    /// Whether `tuple` is known; it does not count as used.
+    pub(super) fn contains(&self, tuple: &Tuple) -> bool {
+        self.find(tuple).is_some()
+    }
+
+    fn find(&self, tuple: &Tuple) -> Option<u16> {
         let mut at = self.buckets[tuple.bucket()];
         while at != NONE {
             let entry = &self.entries[usize::from(at)];
             if entry.tuple == *tuple {
-                self.unlink(at);
-                self.push_newest(at);
-                return true;
+                return Some(at);
             }
             at = entry.chain;
         }
-        false
+        None
     }
 
     /// Remembers `tuple`, in place of the least recently used one when full.

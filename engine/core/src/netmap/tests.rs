@@ -27,7 +27,7 @@ fn ids(map: &NetMap) -> Vec<u64> {
 }
 
 fn sources(map: &NetMap) -> Option<Vec<String>> {
-    map.packet_filter().map(|rules| rules.into_iter().flat_map(|rule| rule.src_ips).collect())
+    map.packet_filter().map(|_| map.rules().flat_map(|rule| rule.src_ips.clone()).collect())
 }
 
 #[test]

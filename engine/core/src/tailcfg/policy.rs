@@ -26,6 +26,19 @@ pub struct FilterRule {
     pub cap_grant: Vec<CapGrant>,
 }
 
+impl FilterRule {
+    /// About how many bytes it takes in memory.
+    #[must_use]
+    pub fn footprint(&self) -> usize {
+        const STRING: usize = std::mem::size_of::<String>();
+        let texts: usize = self.src_ips.iter().map(|text| STRING + text.capacity()).sum();
+        let destinations: usize =
+            self.dst_ports.iter().map(|to| std::mem::size_of::<NetPortRange>() + to.ip.capacity()).sum();
+        let grants: usize = self.cap_grant.iter().map(CapGrant::footprint).sum();
+        std::mem::size_of::<Self>() + texts + destinations + grants + 4 * self.ip_proto.len()
+    }
+}
+
 /// Destination addresses and ports.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -65,6 +78,31 @@ pub struct CapGrant {
     /// Capabilities with arguments.
     #[serde(deserialize_with = "map", skip_serializing_if = "BTreeMap::is_empty")]
     pub cap_map: BTreeMap<String, Option<Vec<Value>>>,
+}
+
+impl CapGrant {
+    fn footprint(&self) -> usize {
+        const VALUE: usize = std::mem::size_of::<Value>();
+        fn value(v: &Value) -> usize {
+            VALUE
+                + match v {
+                    Value::String(text) => text.capacity(),
+                    Value::Array(all) => all.iter().map(value).sum(),
+                    Value::Object(all) => {
+                        all.iter().map(|(name, v)| name.capacity() + 2 * VALUE + value(v)).sum()
+                    }
+                    Value::Null | Value::Bool(_) | Value::Number(_) => 0,
+                }
+        }
+        let caps: usize = self.caps.iter().map(|name| VALUE + name.capacity()).sum();
+        let map = self.cap_map.iter().map(|(name, arguments)| {
+            name.capacity() + 2 * VALUE + arguments.iter().flatten().map(value).sum::<usize>()
+        });
+        std::mem::size_of::<Self>()
+            + self.dsts.len() * std::mem::size_of::<IpNet>()
+            + caps
+            + map.sum::<usize>()
+    }
 }
 
 /// Name resolution as the tailnet wants it.
