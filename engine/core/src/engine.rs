@@ -12,7 +12,9 @@
 //! | `control` | what a netmap change means for peers, filter, names and relays |
 //! | `timers` | what is due when |
 //! | `view` | what others are shown |
+//! | `tsmp` | what nodes tell each other inside the tunnel |
 //! | `warm` | what a restart carries over |
+//! | `why` | what would become of a packet, and by which rule |
 
 pub mod api;
 mod control;
@@ -27,6 +29,7 @@ mod timers;
 mod tsmp;
 mod view;
 mod warm;
+mod why;
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -38,6 +41,7 @@ pub use api::{
 };
 
 pub use ping::{ControlAnswer, PingError, PingId, PingKind, PingReply, PingResult};
+pub use why::{Decision, Direction, Question, Why};
 
 use crate::batch::{Batch, Outbox, RegionId};
 use crate::budget::Bucket;
@@ -52,7 +56,7 @@ use crate::path::{Action, PathAgent};
 use crate::peer::{Active, PeerTable, Slot};
 use crate::random::Random;
 use crate::routes::Routing;
-use crate::tailcfg::{DerpRegion, EndpointType, UnixTime};
+use crate::tailcfg::{DerpRegion, EndpointType, NodeId, UnixTime};
 use crate::wg::{Identity, Tunnel};
 
 use relay::Relays;
@@ -101,7 +105,14 @@ pub struct Engine {
     own: HashSet<IpAddr>,
     /// What control lets this node carry for others besides its addresses.
     own_routes: Vec<ipnet::IpNet>,
+    /// The pod's own address of each family, which a masquerade stands for.
+    native: [Option<IpAddr>; 2],
     filter: FilterState,
+    /// Peers without a tailnet lock signature.
+    unsigned: BTreeSet<NodeId>,
+    /// The rules would let such a peer in, so none of them is in force.
+    filter_discarded: bool,
+    rejections: tsmp::Rejections,
     names: Magic,
 
     peers: PeerTable,
@@ -158,7 +169,11 @@ impl Engine {
             key_expired: false,
             own: HashSet::new(),
             own_routes: Vec::new(),
+            native: [None; 2],
             filter: FilterState::default(),
+            unsigned: BTreeSet::new(),
+            filter_discarded: false,
+            rejections: tsmp::Rejections::default(),
             names: Magic::new(),
             peers: PeerTable::default(),
             routing: routing::State::default(),
@@ -212,16 +227,43 @@ impl Engine {
         self.wall_at_start.saturating_add(now.saturating_duration_since(self.started))
     }
 
-    /// Gives a peer its running state, unless it has it or its key has expired.
-    fn activate(&mut self, slot: Slot, now: Instant) -> bool {
+    /// What keeps packets from being exchanged with a peer at all.
+    fn obstacle(&self, slot: Slot, now: Instant) -> Option<DropReason> {
         let wall = self.netmap.control_time(self.wall(now));
+        let Some(peer) = self.peers.get(slot) else { return Some(DropReason::NoPeer) };
+        if self.netmap.peer(peer.id).is_some_and(|node| node.is_expired(wall)) {
+            return Some(DropReason::PeerExpired);
+        }
+        // Neither disco nor, as stock sees it, DERP reaches such a peer.
+        (peer.disco.is_zero() && !peer.wireguard_only).then_some(DropReason::NoPath)
+    }
+
+    /// When the peer's key expires, on this machine's clock. `None` for never, or beyond what an `Instant`
+    /// can hold.
+    fn peer_expiry(&self, slot: Slot, now: Instant) -> Option<Instant> {
+        let expiry = self.netmap.peer(self.peers.get(slot)?.id)?.key_expiry?;
+        now.checked_add(expiry.saturating_since(self.netmap.control_time(self.wall(now))))
+    }
+
+    /// Sees to it that running peers end when their keys expire.
+    fn watch_expiry(&mut self, slot: Slot, now: Instant) {
+        let expires = self.peer_expiry(slot, now);
+        if let Some(active) = self.active(slot).filter(|active| active.expires != expires) {
+            active.expires = expires;
+            self.schedule(slot);
+        }
+    }
+
+    /// Gives a peer its running state, unless it has it. False when it can have none.
+    fn activate(&mut self, slot: Slot, now: Instant) -> bool {
         let Some(peer) = self.peers.get(slot) else { return false };
         if peer.active.is_some() {
             return true;
         }
-        if self.netmap.peer(peer.id).is_some_and(|node| node.is_expired(wall)) {
+        if self.obstacle(slot, now).is_some() {
             return false;
         }
+        let expires = self.peer_expiry(slot, now);
         let index = loop {
             let [a, b, c, ..] = self.random.next_u64().to_le_bytes();
             let index = u32::from_le_bytes([a, b, c, 0]);
@@ -246,6 +288,7 @@ impl Engine {
             index,
             shared: (!disco.is_zero()).then(|| disco::SharedKey::new(&self.disco_key, &disco)),
             scheduled: None,
+            expires,
             last_tx: None,
             last_rx: None,
             tx_bytes: 0,

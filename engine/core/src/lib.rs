@@ -9,7 +9,7 @@
 //! | the node as a whole | `engine`, `batch`, `snapshot`, `health` |
 //! | control protocol | `noise`, `map_frame`, `tailcfg`, `netmap`, `register`, `c2n`, `dial_plan`, `retry_after`, `backoff` |
 //! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp`, `routes` |
-//! | what flows | `wg`, `packet`, `filter`, `dns` |
+//! | what flows | `wg`, `packet`, `nat`, `filter`, `dns` |
 //! | names of things | `key` |
 
 pub mod backoff;
@@ -25,6 +25,7 @@ pub mod filter;
 pub mod health;
 pub mod key;
 pub mod map_frame;
+mod nat;
 mod netcheck;
 pub mod netmap;
 pub mod noise;

@@ -245,6 +245,15 @@ impl PathAgent {
         }
     }
 
+    /// A plain WireGuard peer did not answer: its next address gets the next try, which is all that can be
+    /// done without disco.
+    pub(crate) fn try_another(&mut self) {
+        if self.wireguard_only && !self.candidates.is_empty() {
+            self.best = None;
+            self.candidates.rotate_left(1);
+        }
+    }
+
     /// Where a packet goes now.
     pub(crate) fn route(&self, now: Instant) -> Route {
         if self.wireguard_only {

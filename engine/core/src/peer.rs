@@ -4,7 +4,7 @@
 //! disco key) is made by the first packet in either direction and goes when nothing moved for 540 s.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
 use crate::batch::RegionId;
@@ -36,6 +36,8 @@ pub(crate) struct Active {
     pub(crate) shared: Option<disco::SharedKey>,
     /// When the engine's timer list wakes this peer.
     pub(crate) scheduled: Option<Instant>,
+    /// When the peer's key expires.
+    pub(crate) expires: Option<Instant>,
     pub(crate) last_tx: Option<Instant>,
     pub(crate) last_rx: Option<Instant>,
     pub(crate) tx_bytes: u64,
@@ -43,6 +45,13 @@ pub(crate) struct Active {
     /// Disco pings of the peer that are answered, and CallMeMaybes that are heeded.
     pub(crate) pings: Bucket,
     pub(crate) calls: Bucket,
+}
+
+/// This node's addresses as one peer knows them; see [`crate::nat`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Masks {
+    pub(crate) v4: Option<Ipv4Addr>,
+    pub(crate) v6: Option<Ipv6Addr>,
 }
 
 /// A peer of the netmap.
@@ -58,6 +67,8 @@ pub(crate) struct Peer {
     pub(crate) endpoints: Box<[SocketAddr]>,
     /// When this life first heard of it: about then it heard of us.
     pub(crate) since: Instant,
+    /// The addresses under which this peer knows us, where they are not ours.
+    pub(crate) masks: Option<Box<Masks>>,
     online: bool,
     /// Its own addresses, as far as control lets it have them.
     hosts: Box<[IpAddr]>,
@@ -77,6 +88,8 @@ impl Peer {
             expired,
             endpoints: node.endpoints.clone().into_boxed_slice(),
             since,
+            masks: (node.masq_v4.is_some() || node.masq_v6.is_some())
+                .then(|| Box::new(Masks { v4: node.masq_v4, v6: node.masq_v6 })),
             online: node.online == Some(true),
             hosts: hosts(node),
             offer: routes.offer(node),
@@ -217,7 +230,8 @@ impl PeerTable {
             || old.endpoints != new.endpoints
             || (new.online && !old.online);
         if let Some(mut active) = old.active {
-            if old.key != new.key || new.expired || old.wireguard_only != new.wireguard_only {
+            let mute = new.disco.is_zero() && !new.wireguard_only;
+            if old.key != new.key || new.expired || mute || old.wireguard_only != new.wireguard_only {
                 result.dropped = Some(active);
             } else {
                 if old.disco != new.disco {

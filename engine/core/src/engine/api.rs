@@ -244,6 +244,8 @@ drop_reasons! {
     NoPeer = "no_peer",
     /// From the pod to what the exit node should carry, which is not usable.
     NoExitNode = "no_exit_node",
+    /// To a peer whose key has expired.
+    PeerExpired = "peer_expired",
     /// From the pod with a source address that is not the node's.
     SourceNotOurs = "source_not_ours",
     /// From the pod to the tailnet's service address.
@@ -274,8 +276,20 @@ drop_reasons! {
     PeerSource = "peer_source",
     /// Decrypted, for an address that is not the node's.
     NotForUs = "not_for_us",
-    /// Decrypted, denied by the packet filter.
+    /// Decrypted, and no rule of the packet filter lets it in.
     Filter = "filter",
+    /// Decrypted, from a jailed peer, which may only answer.
+    Jailed = "jailed",
+    /// Decrypted, to a multicast address.
+    Multicast = "multicast",
+    /// Decrypted, to a link-local address.
+    LinkLocal = "link_local",
+    /// A fragment that hides a transport header.
+    Fragment = "fragment",
+    /// IPv6 with an extension header other than Fragment.
+    ExtensionHeader = "extension_header",
+    /// TSMP from the pod: only nodes speak it.
+    Tsmp = "tsmp_from_pod",
     /// Disco that does not open or does not parse.
     BadDisco = "bad_disco",
     /// Disco from a key that no peer of the netmap has.
@@ -301,6 +315,12 @@ pub struct Counters {
     pub udp_sent: u64,
     /// WireGuard packets sent through relays.
     pub derp_sent: u64,
+    /// Connections from peers that the filter refused and whose peer was told so.
+    pub rejects_sent: u64,
+    /// Connections of the pod that a peer said it refuses.
+    pub rejects_received: u64,
+    /// Disco keys that peers told themselves and that were taken over.
+    pub disco_adverts: u64,
     /// Handshakes completed.
     pub handshakes: u64,
     /// Wall clock of the last one.
@@ -330,4 +350,8 @@ pub struct Gauges {
     pub peers_relay: usize,
     /// Regions connected.
     pub derp_connected: usize,
+    /// Rules of the packet filter in force.
+    pub filter_rules: usize,
+    /// Parts of rules that were left out because they do not parse or are too many.
+    pub filter_skipped: usize,
 }

@@ -15,6 +15,7 @@ impl Engine {
             ControlEvent::SessionLost => self.control_connected = false,
             ControlEvent::Map(message) => {
                 let wall = self.wall(now);
+                let clock = self.netmap.control_time(wall);
                 match self.netmap.apply(*message, wall) {
                     Ok(mut change) => {
                         self.control_heard = true;
@@ -27,6 +28,10 @@ impl Engine {
                     }
                     Err(error) => tracing::warn!(%error, "map message ignored"),
                 }
+                if self.netmap.control_time(wall) != clock {
+                    let slots: Vec<Slot> = self.by_index.values().copied().collect();
+                    slots.into_iter().for_each(|slot| self.watch_expiry(slot, now));
+                }
             }
         }
     }
@@ -34,6 +39,7 @@ impl Engine {
     /// The peers that may now be reachable where they were not.
     pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) -> Vec<Slot> {
         let mut moved = Vec::new();
+        let mut unsigned_changed = false;
         let wall = self.netmap.control_time(self.wall(now));
         for node in &change.removed {
             if let Some(slot) = self.peers.slot(node.id) {
@@ -41,11 +47,18 @@ impl Engine {
                 self.peers.remove(node.id);
             }
             self.names.remove(node.id);
+            unsigned_changed |= self.unsigned.remove(&node.id);
         }
         for id in &change.changed {
             let Some(node) = self.netmap.peer(*id) else { continue };
             self.names.upsert(node);
             let expired = node.is_expired(wall);
+            unsigned_changed |= if node.unsigned_peer_api_only {
+                self.unsigned.insert(*id);
+                true
+            } else {
+                self.unsigned.remove(id)
+            };
             let update = self.peers.upsert(node, expired, now);
             if let Some(active) = update.dropped {
                 self.forget(update.slot, &active);
@@ -53,6 +66,7 @@ impl Engine {
             if update.moved {
                 moved.push(update.slot);
             }
+            self.watch_expiry(update.slot, now);
         }
         self.follow_routes(&change);
         if change.self_changed {
@@ -65,10 +79,8 @@ impl Engine {
             self.names.configure(node, self.netmap.dns().unwrap_or(&none));
             self.names.upsert(node);
         }
-        if change.self_changed || change.filter_changed {
-            let mut own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();
-            own.extend_from_slice(&self.own_routes);
-            self.filter.set_filter(Filter::compile(self.netmap.packet_filter().as_deref(), &own));
+        if change.self_changed || change.filter_changed || unsigned_changed {
+            self.apply_filter();
         }
         if change.derp_changed {
             self.netcheck.set_map(self.netmap.derp_map(), now);
@@ -93,12 +105,35 @@ impl Engine {
         moved
     }
 
+    /// Puts the rules in force; all or none of them. A peer that no tailnet lock signature covers may not
+    /// be let in by the word of the control server alone, so rules that would are not believed at all.
+    fn apply_filter(&mut self) {
+        let mut own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();
+        own.extend_from_slice(&self.own_routes);
+        let unsigned = self.unsigned.iter().filter_map(|id| self.netmap.peer(*id));
+        let nets: Vec<ipnet::IpNet> = unsigned.flat_map(|node| node.allowed_ips.iter().copied()).collect();
+        let discard = crate::filter::admits_any(self.netmap.rules(), &nets);
+        if discard && !self.filter_discarded {
+            tracing::warn!("the packet filter lets in peers that tailnet lock does not vouch for: not used");
+        }
+        self.filter_discarded = discard;
+        let chunks = self.netmap.packet_filter().filter(|_| !discard).into_iter().flatten();
+        let chunks = chunks.map(|(name, rules)| (name.as_str(), rules.as_slice()));
+        self.filter.set_filter(Filter::of_chunks(chunks, &own));
+    }
+
+    fn own_addresses(&self) -> impl Iterator<Item = std::net::IpAddr> {
+        self.netmap.self_node().into_iter().flat_map(|node| node.addresses.iter().map(ipnet::IpNet::addr))
+    }
+
     fn apply_self(&mut self) {
         let Some(node) = self.netmap.self_node() else { return };
         self.running = true;
         self.own = node.addresses.iter().map(ipnet::IpNet::addr).collect();
         let beyond = node.allowed_ips.iter().filter(|net| !node.addresses.contains(net));
         self.own_routes = beyond.copied().collect();
+        let first = |v4| self.own_addresses().find(|ip| ip.is_ipv4() == v4);
+        self.native = [first(true), first(false)];
         self.key_expired = false;
         self.events.push_back(Event::SelfChanged);
     }

@@ -2,8 +2,9 @@
 
 use super::load::Admission;
 use super::*;
-use crate::filter::{Pass, Verdict};
-use crate::packet::{Parsed, protocol};
+use crate::filter::{self, Verdict};
+use crate::nat::{self, Side};
+use crate::packet::{Fragment, ParseError, Parsed, protocol};
 use crate::stun;
 use crate::wg::{Kind, Opened, classify};
 
@@ -18,9 +19,9 @@ enum Inner {
     Keepalive,
     Delivered(usize),
     Denied(DropReason),
-    /// A TSMP ping, and the answer to it.
-    Answer(tsmp::Answer),
-    Consumed,
+    /// A connection that is not let in; the peer may be told.
+    Refused(DropReason, tsmp::Answer),
+    Tsmp(tsmp::Message),
 }
 
 impl Engine {
@@ -200,7 +201,7 @@ impl Engine {
         let mut inner = Inner::NotTaken;
         out.tun.push_with((), datagram.len(), |buf| {
             inner = match active.tunnel.open(datagram, buf, now) {
-                Opened::Packet(len) => self.judge(slot, buf.get(..len)?),
+                Opened::Packet(len) => self.judge(slot, buf.get_mut(..len)?),
                 Opened::Keepalive => Inner::Keepalive,
                 Opened::Duplicate => Inner::Rejected(DropReason::Duplicate),
                 Opened::Response(_)
@@ -215,8 +216,8 @@ impl Engine {
                 | Inner::Rejected(_)
                 | Inner::Keepalive
                 | Inner::Denied(_)
-                | Inner::Answer(_)
-                | Inner::Consumed => None,
+                | Inner::Refused(..)
+                | Inner::Tsmp(_) => None,
             }
         });
         let now_ready = active.tunnel.ready(now);
@@ -248,39 +249,74 @@ impl Engine {
         self.schedule(slot);
         match inner {
             Inner::Denied(reason) => Err(reason),
-            Inner::Answer(answer) => self.send_data(slot, answer.packet(), now, out),
-            Inner::Delivered(_)
-            | Inner::Keepalive
-            | Inner::Consumed
-            | Inner::NotTaken
-            | Inner::Rejected(_) => Ok(()),
+            Inner::Refused(reason, answer) => {
+                let plain = self.peers.get(slot).is_none_or(|peer| peer.wireguard_only);
+                if !plain && self.rejections.may_send(now) {
+                    self.counters.rejects_sent += 1;
+                    self.send_data(slot, answer.packet(), now, out)?;
+                }
+                Err(reason)
+            }
+            Inner::Tsmp(message) => match message {
+                tsmp::Message::Answer(answer) => self.send_data(slot, answer.packet(), now, out),
+                tsmp::Message::Rejected(rejected) => {
+                    self.counters.rejects_received += 1;
+                    tracing::debug!(?rejected, "a peer refuses a connection");
+                    self.rejections.note(rejected, now);
+                    Ok(())
+                }
+                tsmp::Message::Disco(key) => {
+                    self.handle_disco_advert(slot, key, now, out);
+                    Ok(())
+                }
+                tsmp::Message::Nothing => Ok(()),
+            },
+            Inner::Delivered(_) | Inner::Keepalive | Inner::NotTaken | Inner::Rejected(_) => Ok(()),
         }
     }
 
-    /// Decides about a decrypted packet.
-    fn judge(&mut self, slot: Slot, packet: &[u8]) -> Inner {
-        let Ok(parsed) = Parsed::parse(packet) else { return Inner::Denied(DropReason::Malformed) };
+    /// Decides about a decrypted packet, and puts our own address in the place of the one the peer knows.
+    fn judge(&mut self, slot: Slot, packet: &mut [u8]) -> Inner {
+        let mut parsed = match Parsed::parse(packet) {
+            Ok(parsed) => parsed,
+            Err(error) => return Inner::Denied(unreadable(error)),
+        };
         if self.peers.by_ip(parsed.src) != Some(slot) {
             return Inner::Denied(DropReason::PeerSource);
         }
+        let known_as = parsed.dst;
+        if let Some(own) = self.unmasked(slot, known_as) {
+            nat::rewrite(packet, &mut parsed, Side::Destination, own);
+        }
         if self.own.contains(&parsed.dst) && self.pings.hear(slot, packet, &parsed) {
-            return Inner::Consumed;
+            return Inner::Tsmp(tsmp::Message::Nothing);
         }
         if parsed.protocol == protocol::TSMP {
-            return match tsmp::answer(packet, &parsed) {
-                Some(answer) if self.own.contains(&parsed.dst) => Inner::Answer(answer),
-                Some(_) | None => Inner::Consumed,
-            };
+            if parsed.fragment != Fragment::Whole || !self.own.contains(&parsed.dst) {
+                return Inner::Tsmp(tsmp::Message::Nothing);
+            }
+            return Inner::Tsmp(tsmp::read(packet, &parsed, known_as));
         }
         let Some(peer) = self.peers.get(slot) else { return Inner::Denied(DropReason::PeerSource) };
         let (id, jailed) = (peer.id, peer.jailed);
         let netmap = &self.netmap;
         let has_cap = |cap: &str| netmap.peer(id).is_some_and(|node| node.cap_map.contains_key(cap));
-        match self.filter.check_in(&parsed, has_cap) {
-            Verdict::Accept(Pass::Rule(_)) if jailed => Inner::Denied(DropReason::Filter),
+        let verdict = if jailed {
+            self.filter.check_in_jailed(&parsed)
+        } else {
+            self.filter.check_in(&parsed, has_cap)
+        };
+        match verdict {
             Verdict::Accept(_) => Inner::Delivered(parsed.length),
-            Verdict::Drop(crate::filter::DropReason::NotOwn) => Inner::Denied(DropReason::NotForUs),
-            Verdict::Drop(_) => Inner::Denied(DropReason::Filter),
+            Verdict::Drop(reason @ (filter::DropReason::NoRule | filter::DropReason::Jailed))
+                if parsed.is_tcp_syn() =>
+            {
+                match tsmp::reject(&parsed, known_as, jailed) {
+                    Some(answer) => Inner::Refused(dropped(reason), answer),
+                    None => Inner::Denied(dropped(reason)),
+                }
+            }
+            Verdict::Drop(reason) => Inner::Denied(dropped(reason)),
         }
     }
 
@@ -327,5 +363,25 @@ impl Engine {
         if self.active(slot).is_some_and(|a| !a.tunnel.ready(now)) && !self.hasten(slot, now, out) {
             self.initiate(slot, false, now, out);
         }
+    }
+}
+
+/// The counter of what the filter dropped.
+pub(super) fn dropped(reason: filter::DropReason) -> DropReason {
+    match reason {
+        filter::DropReason::Multicast => DropReason::Multicast,
+        filter::DropReason::LinkLocal => DropReason::LinkLocal,
+        filter::DropReason::NotOwn => DropReason::NotForUs,
+        filter::DropReason::NoRule => DropReason::Filter,
+        filter::DropReason::Jailed => DropReason::Jailed,
+    }
+}
+
+/// The counter of what cannot be judged.
+pub(super) fn unreadable(error: ParseError) -> DropReason {
+    match error {
+        ParseError::Fragment => DropReason::Fragment,
+        ParseError::ExtensionHeader => DropReason::ExtensionHeader,
+        ParseError::NotIp | ParseError::Truncated | ParseError::Protocol => DropReason::Malformed,
     }
 }

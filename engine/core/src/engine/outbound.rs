@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::batch::DerpDestination;
+use crate::nat::{self, Side};
 use crate::packet::Parsed;
 use crate::path::{Context, Route};
 use crate::wg::{INITIATION_LEN, OVERHEAD};
@@ -16,18 +17,18 @@ enum Sent {
 impl Engine {
     /// IP packets from the pod.
     pub fn handle_tun(&mut self, packets: &mut Batch<()>, now: Instant, out: &mut Outbox) {
-        for (_, packet) in packets.iter() {
+        for (_, packet) in packets.iter_mut() {
             if let Err(reason) = self.route_packet(packet, now, out) {
                 self.counters.drop(reason, 1);
             }
         }
     }
 
-    fn route_packet(&mut self, packet: &[u8], now: Instant, out: &mut Outbox) -> Result<(), DropReason> {
+    fn route_packet(&mut self, packet: &mut [u8], now: Instant, out: &mut Outbox) -> Result<(), DropReason> {
         if packet.len() > self.mtu {
             return Err(DropReason::TooBig);
         }
-        let parsed = Parsed::parse(packet).map_err(|_| DropReason::Malformed)?;
+        let mut parsed = Parsed::parse(packet).map_err(super::inbound::unreadable)?;
         if !self.own.contains(&parsed.src) && !self.own_routes.iter().any(|net| net.contains(&parsed.src)) {
             return Err(DropReason::SourceNotOurs);
         }
@@ -36,17 +37,39 @@ impl Engine {
         }
         // Nodes speak TSMP, pods do not.
         if parsed.protocol == crate::packet::protocol::TSMP {
-            return Err(DropReason::Filter);
+            return Err(DropReason::Tsmp);
         }
         let slot = self.peers.by_ip(parsed.dst).ok_or_else(|| self.why_no_peer())?;
         if self.active(slot).is_none() && !self.load.admit_peer(self.by_index.len(), now) {
             return Err(DropReason::TooManyPeers);
         }
         if !self.activate(slot, now) {
-            return Err(DropReason::NoPeer);
+            return Err(self.obstacle(slot, now).unwrap_or(DropReason::NoPeer));
         }
         self.filter.note_out(&parsed);
+        if let Some(mask) = self.mask(slot, parsed.src) {
+            nat::rewrite(packet, &mut parsed, Side::Source, mask);
+        }
         self.send_data(slot, packet, now, out)
+    }
+
+    /// What the peer at `slot` knows our address `own` as, if that is another.
+    fn mask(&self, slot: Slot, own: IpAddr) -> Option<IpAddr> {
+        let masks = self.peers.get(slot)?.masks.as_deref()?;
+        if !self.native.contains(&Some(own)) {
+            return None;
+        }
+        if own.is_ipv4() { masks.v4.map(IpAddr::V4) } else { masks.v6.map(IpAddr::V6) }
+    }
+
+    /// Our address that `seen`, as the peer at `slot` writes it, stands for, if it stands for one.
+    pub(super) fn unmasked(&self, slot: Slot, seen: IpAddr) -> Option<IpAddr> {
+        let masks = self.peers.get(slot)?.masks.as_deref()?;
+        let [v4, v6] = self.native;
+        match seen {
+            IpAddr::V4(seen) => v4.filter(|_| masks.v4 == Some(seen)),
+            IpAddr::V6(seen) => v6.filter(|_| masks.v6 == Some(seen)),
+        }
     }
 
     /// Encrypts and sends, or keeps the packet until a handshake is done.
@@ -144,6 +167,9 @@ impl Engine {
     pub(super) fn initiate(&mut self, slot: Slot, again: bool, now: Instant, out: &mut Outbox) -> bool {
         let Some(active) = self.active(slot) else { return false };
         let again = again && active.tunnel.attempting();
+        if again {
+            active.path.try_another();
+        }
         let Some(message) = active.tunnel.initiate(now) else { return false };
         if again {
             tracing::debug!(peer = self.peers.get(slot).map(|p| p.id.0), "handshake tried again");
@@ -273,7 +299,7 @@ pub(super) fn relay_for(
     region.is_some().then_some(DerpDestination { region, peer })
 }
 
-fn is_service(ip: IpAddr) -> bool {
+pub(super) fn is_service(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.octets() == [100, 100, 100, 100],
         IpAddr::V6(ip) => ip.segments() == [0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53],

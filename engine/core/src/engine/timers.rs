@@ -71,6 +71,14 @@ impl Engine {
     }
 
     fn peer_timeout(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
+        if self.active(slot).is_some_and(|active| active.expires.is_some_and(|at| at <= now)) {
+            if self.obstacle(slot, now) == Some(DropReason::PeerExpired) {
+                self.deactivate(slot);
+                self.snapshot_dirty(now);
+                return;
+            }
+            self.watch_expiry(slot, now);
+        }
         self.with_path(slot, now, out, |path, ctx| path.handle_timeout(ctx));
         if let Some(peer) = self.peers.get(slot)
             && peer.active.as_ref().is_some_and(|a| a.path.active(now))
@@ -109,7 +117,7 @@ impl Engine {
     fn schedule_from(&mut self, slot: Slot, earliest: Option<Instant>) {
         let Some(active) = self.peers.get_mut(slot).and_then(|p| p.active.as_deref_mut()) else { return };
         let tunnel = active.tunnel.deadline();
-        let due = active.path.deadline().map_or(tunnel, |path| path.min(tunnel));
+        let due = [active.path.deadline(), active.expires].into_iter().flatten().fold(tunnel, Instant::min);
         let due = earliest.map_or(due, |earliest| due.max(earliest));
         match active.scheduled {
             Some(at) if at <= due => return,

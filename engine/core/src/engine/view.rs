@@ -17,6 +17,11 @@ impl Engine {
             machine_authorized: node.machine_authorized,
         });
         let relay = self.relays.health().map(|text| HealthMessage::new(Severity::Medium, text));
+        let filter = self.filter_discarded.then(|| {
+            let text = "the packet filter lets in peers that tailnet lock does not vouch for and is not used: \
+                        sign those peers, or take them out of the policy";
+            HealthMessage::new(Severity::High, text)
+        });
         Status {
             running: self.running,
             control_connected: self.control_connected,
@@ -26,6 +31,7 @@ impl Engine {
                 .netmap
                 .health()
                 .chain(relay)
+                .chain(filter)
                 .chain(
                     self.routing_health().into_iter().map(|text| HealthMessage::new(Severity::Medium, text)),
                 )
@@ -112,8 +118,13 @@ impl Engine {
     /// Gauges of now.
     #[must_use]
     pub fn gauges(&self, now: Instant) -> Gauges {
-        let mut gauges =
-            Gauges { peers: self.peers.len(), derp_connected: self.relays.connected(), ..Gauges::default() };
+        let mut gauges = Gauges {
+            peers: self.peers.len(),
+            derp_connected: self.relays.connected(),
+            filter_rules: self.filter.filter().rules(),
+            filter_skipped: self.filter.filter().skipped(),
+            ..Gauges::default()
+        };
         for slot in self.by_index.values() {
             let Some(peer) = self.peers.get(*slot) else { continue };
             let Some(active) = peer.active.as_deref() else { continue };

@@ -34,7 +34,9 @@ impl Engine {
                 peers: self.netmap.peers().cloned().collect(),
                 derp_map: Some(self.netmap.derp_map().clone()),
                 dns_config: self.netmap.dns().cloned(),
-                packet_filter: self.netmap.packet_filter(),
+                packet_filters: self.netmap.packet_filter().map(|chunks| {
+                    chunks.iter().map(|(name, rules)| (name.clone(), Some(rules.clone()))).collect()
+                }),
                 domain: self.netmap.domain().to_owned(),
                 control_time: Some(self.netmap.control_time(wall)),
                 control_dial_plan: Some(self.netmap.dial_plan().clone()),
