@@ -89,6 +89,12 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
             Command::Metrics(answer) => {
                 let _ = answer.send(Default::default());
             }
+            Command::Why(_, answer) => {
+                let _ = answer.send(Err("the engine has no identity yet".to_owned()));
+            }
+            Command::PeerCaps(_, answer) => {
+                let _ = answer.send(Vec::new());
+            }
             Command::Peers(answer) => {
                 let _ = answer.send(Vec::new());
             }
@@ -414,6 +420,12 @@ impl Driver {
             }
             Command::Metrics(answer) => {
                 let _ = answer.send(self.metrics(now));
+            }
+            Command::Why(packet, answer) => {
+                let _ = answer.send(Ok(self.why(packet, now)));
+            }
+            Command::PeerCaps(peer, answer) => {
+                let _ = answer.send(self.peer_caps(peer));
             }
             Command::Peers(answer) => {
                 let _ = answer.send(self.peers(now));

@@ -1,13 +1,15 @@
 //! The `Engine` service on the inherited socket. It holds no logic: each call becomes a [`Command`] to
 //! the driver, or reads the [`Board`].
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdListener;
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use podtether_proto::engine::{
-    Engine, EngineMetrics, EngineStatus, Hello, PeerStatus, Routing, StartRequest, Underlay, WATCH_MAX,
+    Engine, EngineMetrics, EngineStatus, Flow, Hello, PeerStatus, Routing, StartRequest, Underlay, Verdict,
+    WATCH_MAX,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -31,6 +33,8 @@ pub(crate) enum Command {
     SetRouting(Routing, oneshot::Sender<EngineStatus>),
     Metrics(oneshot::Sender<EngineMetrics>),
     Peers(oneshot::Sender<Vec<PeerStatus>>),
+    Why(Flow, oneshot::Sender<Result<Verdict, String>>),
+    PeerCaps(IpAddr, oneshot::Sender<Vec<(String, Vec<String>)>>),
     Logout(oneshot::Sender<Result<(), String>>),
     Stop(oneshot::Sender<()>),
 }
@@ -143,6 +147,14 @@ impl Engine for Service {
 
     async fn peers(self, _: Context) -> Vec<PeerStatus> {
         self.ask(Command::Peers).await.unwrap_or_default()
+    }
+
+    async fn why(self, _: Context, packet: Flow) -> Result<Verdict, String> {
+        self.ask(|answer| Command::Why(packet, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn peer_caps(self, _: Context, peer: IpAddr) -> Vec<(String, Vec<String>)> {
+        self.ask(|answer| Command::PeerCaps(peer, answer)).await.unwrap_or_default()
     }
 
     async fn logout(self, _: Context) -> Result<(), String> {

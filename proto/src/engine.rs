@@ -26,6 +26,11 @@ pub trait Engine {
     async fn metrics() -> EngineMetrics;
     /// One line per peer.
     async fn peers() -> Vec<PeerStatus>;
+    /// What would become of such a packet now, and which rule says so. Asking changes and counts nothing.
+    async fn why(packet: Flow) -> Result<Verdict, String>;
+    /// The application capabilities that the tailnet's policy gives the peer at this address towards the
+    /// pod: by name, each with its arguments as JSON texts.
+    async fn peer_caps(peer: IpAddr) -> Vec<(String, Vec<String>)>;
     /// Expires the node key at the control server, so that the device leaves the tailnet.
     /// The engine exits with [`crate::exit::EngineExit::Stopped`] once it has answered.
     async fn logout() -> Result<(), String>;
@@ -242,6 +247,47 @@ pub struct PeerStatus {
     pub rx_bytes: u64,
 }
 
+/// A packet that opens something: for TCP a SYN, for ICMP an echo request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Source port, 0 where there is none.
+    pub src_port: u16,
+    /// Destination port, 0 where there is none.
+    pub dst_port: u16,
+}
+
+/// What becomes of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Decision {
+    /// It passes here.
+    Accept,
+    /// It is dropped here.
+    Drop,
+    /// It passes here, but the peer told that it refuses such packets.
+    RefusedByPeer,
+}
+
+/// Answer to [`Engine::why`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// From a peer to the pod, or the other way.
+    pub inbound: bool,
+    /// What becomes of the packet.
+    pub decision: Decision,
+    /// The rule that decided: the chunk of the packet filter and the place in it, from 0.
+    pub rule: Option<(String, u32)>,
+    /// Why, as one of the words that the metrics use.
+    pub reason: String,
+    /// Fully qualified name of the peer at the other end.
+    pub peer: Option<String>,
+}
+
 /// Counters since the engine's start and gauges of now.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineMetrics {
@@ -255,6 +301,19 @@ pub struct EngineMetrics {
     pub rx_bytes: u64,
     /// Packets dropped, by bounded reason name.
     pub drops: Vec<(String, u64)>,
+    /// Packets that the packet filter let in, by rule (`rule base/0`) or what else let them; at most 64
+    /// rules one by one, then `other rules`.
+    pub filter_passed: Vec<(String, u64)>,
+    /// Rules of the packet filter in force.
+    pub filter_rules: u64,
+    /// Parts of rules that are left out because they do not parse or are too many.
+    pub filter_skipped: u64,
+    /// Connections that the filter refused and whose peer was told so.
+    pub rejects_sent: u64,
+    /// Connections of the pod that a peer said it refuses.
+    pub rejects_received: u64,
+    /// Disco keys that peers told themselves and that were taken over.
+    pub disco_adverts: u64,
     /// WireGuard handshakes completed.
     pub handshakes: u64,
     /// Peers in the netmap.

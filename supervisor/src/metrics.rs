@@ -111,6 +111,9 @@ struct Series {
     packets: IntCounterVec,
     bytes: IntCounterVec,
     drops: IntCounterVec,
+    filter_passed: IntCounterVec,
+    filter_rules: GaugeVec,
+    rejects: IntCounterVec,
     handshakes: IntCounterVec,
     last_handshake: GaugeVec,
     peers: GaugeVec,
@@ -143,6 +146,21 @@ impl Series {
             packets: counter("packets_total", "Packets since the engine started.", &["direction"])?,
             bytes: counter("bytes_total", "Bytes since the engine started.", &["direction"])?,
             drops: counter("drops_total", "Packets dropped, by reason.", &["reason"])?,
+            filter_passed: counter(
+                "filter_passed_total",
+                "Packets that the packet filter let in, by rule (at most 64 apart) or what else let them.",
+                &["by"],
+            )?,
+            filter_rules: gauge(
+                "filter_rules",
+                "Rules of the packet filter: in force, and parts that were left out.",
+                &["state"],
+            )?,
+            rejects: counter(
+                "rejects_total",
+                "Connections refused by a packet filter and told so: by ours, by a peer's.",
+                &["direction"],
+            )?,
             handshakes: counter("handshakes_total", "WireGuard handshakes completed.", &[])?,
             last_handshake: gauge("last_handshake_timestamp_seconds", "Last handshake, 0 for none.", &[])?,
             peers: gauge("peers", "Peers by path: all in the netmap, direct, relay.", &["path"])?,
@@ -177,6 +195,14 @@ impl Series {
         for (reason, count) in m.drops.iter().take(64) {
             self.drops.with_label_values(&[own[0], own[1], own[2], reason]).inc_by(*count);
         }
+        // One more than the engine tells at most, besides its own words.
+        for (by, count) in m.filter_passed.iter().take(72) {
+            self.filter_passed.with_label_values(&[own[0], own[1], own[2], by]).inc_by(*count);
+        }
+        self.filter_rules.with_label_values(&with("in_force")).set(float(m.filter_rules));
+        self.filter_rules.with_label_values(&with("left_out")).set(float(m.filter_skipped));
+        self.rejects.with_label_values(&with("sent")).inc_by(m.rejects_sent);
+        self.rejects.with_label_values(&with("received")).inc_by(m.rejects_received);
         self.handshakes.with_label_values(&own).inc_by(m.handshakes);
         self.last_handshake.with_label_values(&own).set(float(m.last_handshake_unix_s));
         self.derp.with_label_values(&own).set(float(m.derp_connected));

@@ -1,10 +1,13 @@
 //! What the driver tells its supervisor: status, metrics, peers.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-use podtether_core::engine::{PathView, PeerView, SelfView, Status};
+use podtether_core::engine::{self as core, PathView, PeerView, SelfView, Status};
 use podtether_core::health::{HealthMessage as Health, Severity};
-use podtether_proto::engine::{EngineMetrics, HealthMessage, NodeState, PathStatus, PeerStatus, SelfNode};
+use podtether_proto::engine::{
+    Decision, EngineMetrics, Flow, HealthMessage, NodeState, PathStatus, PeerStatus, SelfNode, Verdict,
+};
 
 use super::Driver;
 
@@ -66,6 +69,12 @@ impl Driver {
             rx_packets: counters.rx_packets,
             rx_bytes: counters.rx_bytes,
             drops: core.chain(self.drops.named()).chain(log).map(|(why, n)| (why.to_owned(), n)).collect(),
+            filter_passed: self.engine.filter_passed(),
+            filter_rules: wide(gauges.filter_rules),
+            filter_skipped: wide(gauges.filter_skipped),
+            rejects_sent: counters.rejects_sent,
+            rejects_received: counters.rejects_received,
+            disco_adverts: counters.disco_adverts,
             handshakes: counters.handshakes,
             peers: wide(gauges.peers),
             peers_direct: wide(gauges.peers_direct),
@@ -78,6 +87,27 @@ impl Driver {
                 .and_then(|at| u64::try_from(at.as_millis() / 1000).ok())
                 .unwrap_or(0),
         }
+    }
+
+    pub(super) fn why(&self, packet: Flow, now: Instant) -> Verdict {
+        let Flow { src, dst, protocol, src_port, dst_port } = packet;
+        let why = self.engine.why(core::Question { src, dst, protocol, src_port, dst_port }, now);
+        Verdict {
+            inbound: why.direction == core::Direction::In,
+            decision: match why.decision {
+                core::Decision::Accept => Decision::Accept,
+                core::Decision::Drop => Decision::Drop,
+                core::Decision::RefusedByPeer => Decision::RefusedByPeer,
+            },
+            rule: why.rule.map(|rule| (rule.chunk, rule.index)),
+            reason: why.reason.to_owned(),
+            peer: why.peer,
+        }
+    }
+
+    pub(super) fn peer_caps(&self, peer: IpAddr) -> Vec<(String, Vec<String>)> {
+        let text = |arguments: Vec<_>| arguments.iter().map(ToString::to_string).collect();
+        self.engine.peer_caps(peer).into_iter().map(|(name, arguments)| (name, text(arguments))).collect()
     }
 
     pub(super) fn peers(&self, now: Instant) -> Vec<PeerStatus> {

@@ -54,7 +54,7 @@ impl Engine {
     }
 
     /// What the peer at `slot` knows our address `own` as, if that is another.
-    fn mask(&self, slot: Slot, own: IpAddr) -> Option<IpAddr> {
+    pub(super) fn mask(&self, slot: Slot, own: IpAddr) -> Option<IpAddr> {
         let masks = self.peers.get(slot)?.masks.as_deref()?;
         if !self.native.contains(&Some(own)) {
             return None;

@@ -310,7 +310,8 @@ impl Engine {
     ) -> Result<(), PingError> {
         let mut own =
             self.netmap.self_node().into_iter().flat_map(|node| &node.addresses).map(ipnet::IpNet::addr);
-        let from = own.find(|own| own.is_ipv4() == to.is_ipv4()).ok_or(PingError::NoSource)?;
+        let own = own.find(|own| own.is_ipv4() == to.is_ipv4()).ok_or(PingError::NoSource)?;
+        let from = self.mask(slot, own).unwrap_or(own);
         let (protocol, payload) = payload(from, to);
         let packet = datagram(from, to, protocol, &payload).ok_or(PingError::NoSource)?;
         self.send_data(slot, &packet, now, out).map_err(|_| PingError::NoPath)
