@@ -7,14 +7,17 @@
 //!   so a socket per namespace replaces entering one for every request.
 //! * [`link`]: a pod's link as a plan: observed state and wanted state make steps; no steps means it is
 //!   as it should be, and the first step is what CHECK reports.
+//! * [`intercept`]: a pod's DNS led to its engine, for as long as that lives.
 //! * [`tun`], [`sockets`], [`sysctl`], [`underlay`]: what the link and the engine need besides.
 //! * [`isolate`], [`testing`]: a process of its own namespaces, for tests and the demo.
 
 mod error;
+pub mod intercept;
 pub mod isolate;
 pub mod link;
 pub mod netlink;
 pub mod netns;
+mod nfnetlink;
 pub mod sockets;
 pub mod sysctl;
 pub mod testing;

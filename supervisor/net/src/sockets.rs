@@ -1,16 +1,20 @@
-//! UDP sockets that outlive the engines they are given to.
+//! Sockets for engines: they may use them, but could not have made them where they are.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::ops::RangeInclusive;
+use std::os::fd::OwnedFd;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::error::{Error, Result, Step};
+use crate::intercept::MARK;
 use crate::netns::Netns;
 
 /// Socket buffers, bytes. Smaller ones cause most of a tunnel's retransmits.
 const BUFFER_BYTES: usize = 4 << 20;
+/// DNS connections that wait to be taken.
+const DNS_BACKLOG: i32 = 16;
 
 /// Address family of an underlay socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +78,78 @@ pub fn underlay(family: Family, port: &PortChoice) -> Result<Option<UdpSocket>> 
 /// When the address is not there or the port is taken.
 pub async fn udp_in(ns: &Netns, address: SocketAddr) -> Result<UdpSocket> {
     ns.run(move || udp(address)).await?
+}
+
+/// A listening, non-blocking TCP socket inside `ns`.
+///
+/// # Errors
+/// When the address is not there or the port is taken.
+pub async fn tcp_in(ns: &Netns, address: SocketAddr) -> Result<TcpListener> {
+    ns.run(move || {
+        let step = || format!("listen on TCP {address}");
+        let kind = Type::STREAM.nonblocking().cloexec();
+        let socket = Socket::new(Domain::for_address(address), kind, Some(Protocol::TCP)).step(step)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true).step(step)?;
+        }
+        // Connections of an engine before may linger.
+        socket.set_reuse_address(true).step(step)?;
+        socket.bind(&address.into()).step(step)?;
+        socket.listen(DNS_BACKLOG).step(step)?;
+        Ok(socket.into())
+    })
+    .await?
+}
+
+/// Unbound sockets for asking name servers, each for one question at a time: connected to a server it hears
+/// that server alone, and disconnected it forgets its port, so that every question leaves from another.
+#[derive(Debug, Default)]
+pub struct Askers {
+    /// UDP over IPv4.
+    pub udp4: Vec<OwnedFd>,
+    /// UDP over IPv6. Not the same ones: Linux loses what comes back over IPv6 to a socket that was connected
+    /// to an IPv4 address before.
+    pub udp6: Vec<OwnedFd>,
+    /// TCP over IPv4.
+    pub tcp4: Vec<OwnedFd>,
+    /// TCP over IPv6.
+    pub tcp6: Vec<OwnedFd>,
+}
+
+/// How many of each family an engine is given.
+pub const ASKERS_UDP: usize = 12;
+/// See [`ASKERS_UDP`].
+pub const ASKERS_TCP: usize = 4;
+
+/// Sockets for asking name servers as `pod` would: by its routes, its addresses and under its network
+/// policies. They carry [`MARK`].
+///
+/// # Errors
+/// As the kernel says.
+pub fn askers(pod: &Netns) -> Result<Askers> {
+    pod.run_blocking(|| {
+        let has_v6 = Socket::new(Domain::IPV6, Type::DGRAM.cloexec(), None).is_ok();
+        let open = |domain: Domain, kind: Type, count: usize| -> Result<Vec<OwnedFd>> {
+            let count = if domain == Domain::IPV6 && !has_v6 { 0 } else { count };
+            (0..count)
+                .map(|_| {
+                    let step = || "open a socket for asking name servers".into();
+                    let socket = Socket::new(domain, kind.nonblocking().cloexec(), None).step(step)?;
+                    if domain == Domain::IPV6 {
+                        socket.set_only_v6(true).step(step)?;
+                    }
+                    socket.set_mark(MARK).step(step)?;
+                    Ok(socket.into())
+                })
+                .collect()
+        };
+        Ok(Askers {
+            udp4: open(Domain::IPV4, Type::DGRAM, ASKERS_UDP)?,
+            udp6: open(Domain::IPV6, Type::DGRAM, ASKERS_UDP)?,
+            tcp4: open(Domain::IPV4, Type::STREAM, ASKERS_TCP)?,
+            tcp6: open(Domain::IPV6, Type::STREAM, ASKERS_TCP)?,
+        })
+    })?
 }
 
 fn udp(address: SocketAddr) -> Result<UdpSocket> {

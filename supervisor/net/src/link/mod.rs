@@ -21,7 +21,7 @@ mod routes;
 mod tests;
 mod wanted;
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -104,6 +104,15 @@ pub struct Link {
     tun: Option<OwnedFd>,
 }
 
+/// MagicDNS at one address.
+#[derive(Debug)]
+pub struct DnsSockets {
+    /// Bound.
+    pub udp: UdpSocket,
+    /// Listening.
+    pub tcp: TcpListener,
+}
+
 /// Whether IPv6 works on a link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ipv6 {
@@ -182,19 +191,23 @@ impl Link {
         }
     }
 
-    /// Sockets on port 53 of the service addresses, for the engine to answer on.
+    /// Sockets on port 53 of the service addresses, for the engine to answer on; IPv4 first.
     ///
     /// # Errors
     /// When somebody has them: an engine of this link still lives.
-    pub async fn open_dns(&self) -> Result<(UdpSocket, Option<UdpSocket>)> {
-        let v4 = sockets::udp_in(&self.namespace, SocketAddr::new(SERVICE_V4.into(), 53)).await?;
-        let v6 = match self.ipv6 {
-            Ipv6::NotInKernel => None,
-            Ipv6::Available | Ipv6::DisabledInPod => {
-                Some(sockets::udp_in(&self.namespace, SocketAddr::new(SERVICE_V6.into(), 53)).await?)
-            }
-        };
-        Ok((v4, v6))
+    pub async fn open_dns(&self) -> Result<Vec<DnsSockets>> {
+        let mut services = vec![IpAddr::from(SERVICE_V4)];
+        if self.ipv6 != Ipv6::NotInKernel {
+            services.push(SERVICE_V6.into());
+        }
+        let mut sockets = Vec::new();
+        for service in services {
+            let address = SocketAddr::new(service, 53);
+            let udp = sockets::udp_in(&self.namespace, address).await?;
+            let tcp = sockets::tcp_in(&self.namespace, address).await?;
+            sockets.push(DnsSockets { udp, tcp });
+        }
+        Ok(sockets)
     }
 }
 

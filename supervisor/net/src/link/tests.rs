@@ -123,10 +123,15 @@ fn packets_go_through_and_nothing_else_does() {
             }
 
             // DNS answers come from the link's namespace.
-            let (dns4, dns6) = link.open_dns().await.unwrap();
-            for (client, server, address) in
-                [(&v4, &dns4, "100.100.100.100:53"), (&v6, &dns6.unwrap(), "[fd7a:115c:a1e0::53]:53")]
+            let dns = link.open_dns().await.unwrap();
+            for (client, sockets, address) in
+                [(&v4, &dns[0], "100.100.100.100:53"), (&v6, &dns[1], "[fd7a:115c:a1e0::53]:53")]
             {
+                let at = any(address);
+                let _connected =
+                    link.pod.run(move || std::net::TcpStream::connect(at)).await.unwrap().unwrap();
+                assert!(sockets.tcp.accept().is_ok());
+                let server = &sockets.udp;
                 client.send_to(b"q", address).unwrap();
                 server.set_nonblocking(false).unwrap();
                 server.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
