@@ -16,23 +16,23 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Outbox, RegionId};
-use podtether_core::dns::DnsAction;
 use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine};
 use podtether_proto::engine::Underlay;
 use podtether_proto::exit::EngineExit;
-use tokio::net::UdpSocket;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::control::{self, Control};
 use crate::derp::{self, Regions};
 use crate::dial::Dialer;
+use crate::fds::Names as NameFds;
+use crate::names::{self, Names};
 use crate::reason::Ending;
 use crate::rpc::Command;
 use crate::snapshot_file::SnapshotFile;
 use crate::status::Board;
 pub(crate) use drops::Drop;
-use drops::Drops;
+pub(crate) use drops::Drops;
 use report::Membership;
 use tun::Tun;
 use udp::Udp;
@@ -43,8 +43,7 @@ pub(crate) struct Link {
     pub(crate) tun: Option<OwnedFd>,
     pub(crate) udp4: Option<OwnedFd>,
     pub(crate) udp6: Option<OwnedFd>,
-    pub(crate) dns4: Option<OwnedFd>,
-    pub(crate) dns6: Option<OwnedFd>,
+    pub(crate) names: NameFds,
     pub(crate) snapshot: Option<OwnedFd>,
 }
 
@@ -56,8 +55,6 @@ const SNAPSHOT_DELAY: Duration = Duration::from_secs(1);
 const FIRST_SNAPSHOT_DELAY: Duration = Duration::from_millis(20);
 /// At most so often.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(3);
-/// Longest DNS query that is looked at.
-const MAX_QUERY: usize = 4096;
 /// Names being looked up at a time.
 const MAX_LOOKUPS: usize = 16;
 
@@ -116,12 +113,9 @@ struct Driver {
     tun: Tun,
     udp4: Option<Udp>,
     udp6: Option<Udp>,
-    dns4: Option<UdpSocket>,
-    dns6: Option<UdpSocket>,
+    names: Names,
     from_tun: Batch<()>,
     from_udp: Batch<SocketAddr>,
-    query: Box<[u8]>,
-    reply: Vec<u8>,
     drops: Drops,
     dialer: Dialer,
     control: Control,
@@ -144,7 +138,7 @@ struct Driver {
 enum Wake {
     Packets,
     Datagrams,
-    Query { v4: bool, length: usize, from: SocketAddr },
+    Names(names::Event),
     Control(control::Event),
     Derp(derp::Message),
     Resolved(String, Vec<IpAddr>),
@@ -196,7 +190,7 @@ impl Driver {
                 }
                 Err(error) => Wake::Ended(Ending::new(EngineExit::LinkLost, format!("a UDP socket failed: {error}"))),
             },
-            query = query(self.dns4.as_ref(), self.dns6.as_ref(), &mut self.query) => query,
+            event = self.names.event() => Wake::Names(event),
             event = self.control.event() => match event {
                 Some(event) => Wake::Control(event),
                 None => Wake::Time,
@@ -227,7 +221,7 @@ impl Driver {
                 self.engine.handle_udp(&mut self.from_udp, now, &mut self.outbox);
                 self.from_udp.clear();
             }
-            Wake::Query { v4, length, from } => self.answer_query(v4, length, from, now),
+            Wake::Names(event) => self.names.handle(event, &mut self.engine, now),
             Wake::Control(event) => self.handle_control(event, now),
             Wake::Derp(message) => self.handle_derp(message, now),
             Wake::Resolved(host, addresses) => {
@@ -249,6 +243,9 @@ impl Driver {
     async fn settle(&mut self) {
         while let Some(event) = self.engine.poll_event() {
             self.handle_event(event);
+        }
+        while let Some(action) = self.engine.poll_dns() {
+            self.names.act(action, &mut self.drops);
         }
         self.tun.write(&self.outbox.tun, &mut self.drops);
         if !self.outbox.udp.is_empty() {
@@ -393,20 +390,6 @@ impl Driver {
         }
     }
 
-    fn answer_query(&mut self, v4: bool, length: usize, from: SocketAddr, now: Instant) {
-        let socket = if v4 { &self.dns4 } else { &self.dns6 };
-        let Some((socket, query)) = socket.as_ref().zip(self.query.get(..length)) else { return };
-        self.reply.clear();
-        match self.engine.handle_dns(query, now, &mut self.reply) {
-            DnsAction::Reply => {
-                if socket.try_send_to(&self.reply, from).is_err() {
-                    self.drops.count(Drop::DnsReply);
-                }
-            }
-            DnsAction::Ignore => {}
-        }
-    }
-
     fn handle_command(&mut self, command: Command, now: Instant) {
         match command {
             Command::Start(_, answer) => {
@@ -497,27 +480,6 @@ async fn datagrams(udp: Option<&Udp>) -> std::io::Result<()> {
     match udp {
         Some(udp) => udp.ready().await,
         None => std::future::pending().await,
-    }
-}
-
-async fn queries(socket: Option<&UdpSocket>) {
-    match socket {
-        // An error shows again in the receive, which then has nothing.
-        Some(socket) => drop(socket.readable().await),
-        None => std::future::pending().await,
-    }
-}
-
-async fn query(dns4: Option<&UdpSocket>, dns6: Option<&UdpSocket>, buffer: &mut [u8]) -> Wake {
-    loop {
-        let v4 = tokio::select! {
-            () = queries(dns4) => true,
-            () = queries(dns6) => false,
-        };
-        let Some(socket) = (if v4 { dns4 } else { dns6 }) else { continue };
-        if let Ok((length, from)) = socket.try_recv_from(buffer) {
-            return Wake::Query { v4, length, from };
-        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The descriptors this process was born with, taken once and owned from then on.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use podtether_proto::fds;
 
@@ -12,10 +12,24 @@ pub(crate) struct Descriptors {
     pub(crate) tun: Option<OwnedFd>,
     pub(crate) udp4: Option<OwnedFd>,
     pub(crate) udp6: Option<OwnedFd>,
-    pub(crate) dns4: Option<OwnedFd>,
-    pub(crate) dns6: Option<OwnedFd>,
+    pub(crate) names: Names,
     pub(crate) snapshot: Option<OwnedFd>,
     pub(crate) reason: Option<OwnedFd>,
+}
+
+/// What questions for names come in by and go out by.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    pub(crate) dns: Vec<OwnedFd>,
+    pub(crate) dns_tcp: Vec<OwnedFd>,
+    pub(crate) stand_in: Vec<OwnedFd>,
+    pub(crate) stand_in_tcp: Vec<OwnedFd>,
+    pub(crate) ask_udp4: Vec<OwnedFd>,
+    pub(crate) ask_udp6: Vec<OwnedFd>,
+    pub(crate) ask_tcp4: Vec<OwnedFd>,
+    pub(crate) ask_tcp6: Vec<OwnedFd>,
+    /// Held to the end of the process, for the rules that end with it.
+    pub(crate) owner: Vec<OwnedFd>,
 }
 
 /// Why the descriptors cannot be taken.
@@ -44,32 +58,48 @@ impl Descriptors {
     pub(crate) unsafe fn take(names: Option<&str>) -> Result<Self, FdsError> {
         let names = names.ok_or(FdsError::NotSet)?;
         let order = parse(names)?;
-        let mut slots: [Option<OwnedFd>; NAMES.len()] = Default::default();
+        let mut slots: [Vec<OwnedFd>; NAMES.len()] = Default::default();
         let mut end = fds::FIRST_FD;
         for (number, slot) in (fds::FIRST_FD..).zip(&order) {
             // SAFETY: fcntl(F_GETFD) only looks at the number.
             if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
                 return Err(FdsError::NotOpen(NAMES[*slot], number));
             }
+            // SAFETY: sets a flag on a descriptor that is ours by this function's contract.
+            unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
             // SAFETY: open (just checked) and, by this function's contract, nobody else's.
-            slots[*slot] = Some(unsafe { OwnedFd::from_raw_fd(number) });
+            slots[*slot].push(unsafe { OwnedFd::from_raw_fd(number) });
             end = number + 1;
         }
-        let [rpc, tun, udp4, udp6, dns4, dns6, snapshot, reason] = slots;
-        let rpc = rpc.ok_or(FdsError::Missing(fds::RPC))?;
         close_from(end).map_err(|e| FdsError::Close(e.to_string()))?;
-        let all = Self { rpc, tun, udp4, udp6, dns4, dns6, snapshot, reason };
-        all.close_on_exec();
-        Ok(all)
-    }
-
-    fn close_on_exec(&self) {
-        let optional =
-            [&self.tun, &self.udp4, &self.udp6, &self.dns4, &self.dns6, &self.snapshot, &self.reason];
-        for fd in optional.into_iter().flatten().chain([&self.rpc]) {
-            // SAFETY: sets a flag on a descriptor that we own.
-            unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
-        }
+        let [
+            mut rpc,
+            mut tun,
+            mut udp4,
+            mut udp6,
+            mut snapshot,
+            mut reason,
+            dns,
+            dns_tcp,
+            stand_in,
+            stand_in_tcp,
+            ask_udp4,
+            ask_udp6,
+            ask_tcp4,
+            ask_tcp6,
+            owner,
+        ] = slots;
+        let names =
+            Names { dns, dns_tcp, stand_in, stand_in_tcp, ask_udp4, ask_udp6, ask_tcp4, ask_tcp6, owner };
+        Ok(Self {
+            rpc: rpc.pop().ok_or(FdsError::Missing(fds::RPC))?,
+            tun: tun.pop(),
+            udp4: udp4.pop(),
+            udp6: udp6.pop(),
+            names,
+            snapshot: snapshot.pop(),
+            reason: reason.pop(),
+        })
     }
 }
 
@@ -82,8 +112,25 @@ fn close_from(first: RawFd) -> std::io::Result<()> {
     }
 }
 
-const NAMES: [&str; 8] =
-    [fds::RPC, fds::TUN, fds::UDP4, fds::UDP6, fds::DNS4, fds::DNS6, fds::SNAPSHOT, fds::REASON];
+/// Those that there is at most one of, then those that there may be more of.
+const NAMES: [&str; 15] = [
+    fds::RPC,
+    fds::TUN,
+    fds::UDP4,
+    fds::UDP6,
+    fds::SNAPSHOT,
+    fds::REASON,
+    fds::DNS,
+    fds::DNS_TCP,
+    fds::STAND_IN,
+    fds::STAND_IN_TCP,
+    fds::ASK_UDP4,
+    fds::ASK_UDP6,
+    fds::ASK_TCP4,
+    fds::ASK_TCP6,
+    fds::DNS_OWNER,
+];
+const SINGLE: usize = 6;
 
 /// Indices into `NAMES`, in the order of the descriptors.
 fn parse(names: &str) -> Result<Vec<usize>, FdsError> {
@@ -91,7 +138,7 @@ fn parse(names: &str) -> Result<Vec<usize>, FdsError> {
     for name in names.split(':').filter(|n| !n.is_empty()) {
         let index =
             NAMES.iter().position(|n| *n == name).ok_or_else(|| FdsError::Unknown(name.to_owned()))?;
-        if order.contains(&index) {
+        if index < SINGLE && order.contains(&index) {
             return Err(FdsError::Twice(name.to_owned()));
         }
         order.push(index);
@@ -108,6 +155,7 @@ mod tests {
         assert_eq!(parse("rpc:tun:udp6"), Ok(vec![0, 1, 3]));
         assert_eq!(parse(""), Ok(vec![]));
         assert_eq!(parse("rpc:disk"), Err(FdsError::Unknown("disk".into())));
+        assert_eq!(parse("dns:dns:rpc"), Ok(vec![6, 6, 0]));
         assert_eq!(parse("rpc:rpc"), Err(FdsError::Twice("rpc".into())));
     }
 }

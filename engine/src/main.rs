@@ -12,6 +12,7 @@ mod driver;
 mod fds;
 mod http1;
 mod log;
+mod names;
 mod proxy;
 mod reason;
 mod resolve;
@@ -25,7 +26,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use podtether_proto::exit::EngineExit;
-use podtether_proto::fds as names;
+use podtether_proto::fds as descriptor;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
@@ -39,7 +40,7 @@ const LAST_ANSWER: Duration = Duration::from_millis(20);
 fn main() -> ExitCode {
     let parent = nix::unistd::getppid();
     let supervisor_uid = nix::unistd::getuid().as_raw();
-    let named = std::env::var(names::ENV).ok();
+    let named = std::env::var(descriptor::ENV).ok();
     // SAFETY: first thing in the process; nothing has opened a descriptor yet.
     let descriptors = unsafe { Descriptors::take(named.as_deref()) };
     log::init();
@@ -75,7 +76,7 @@ fn ids() -> Ids {
 }
 
 fn run(descriptors: Descriptors, supervisor_uid: u32) -> anyhow::Result<Ending> {
-    let Descriptors { rpc, tun, udp4, udp6, dns4, dns6, snapshot, reason: _ } = descriptors;
+    let Descriptors { rpc, tun, udp4, udp6, names, snapshot, reason: _ } = descriptors;
     let listener = rpc::listen(rpc).context("the RPC descriptor is unusable")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ending = runtime.block_on(async {
@@ -90,7 +91,7 @@ fn run(descriptors: Descriptors, supervisor_uid: u32) -> anyhow::Result<Ending> 
                 let _ = calls.send(rpc::Command::Stop(answer)).await;
             }
         });
-        let link = driver::Link { tun, udp4, udp6, dns4, dns6, snapshot };
+        let link = driver::Link { tun, udp4, udp6, names, snapshot };
         let ending = driver::run(link, board, commands).await;
         if ending.exit == EngineExit::Stopped {
             tokio::time::sleep(LAST_ANSWER).await;

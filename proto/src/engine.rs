@@ -98,6 +98,8 @@ pub struct StartRequest {
     pub proxy: Option<ProxySettings>,
     /// MTU of the TUN.
     pub mtu: u16,
+    /// The name servers that the stand-in descriptors stand in for, in their order.
+    pub name_servers: Vec<IpAddr>,
     /// The node's addresses and resolvers now.
     pub underlay: Underlay,
     /// What the pod uses of the routes that peers offer.

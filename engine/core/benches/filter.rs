@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use divan::{Bencher, black_box};
 use ipnet::IpNet;
-use podtether_core::dns::Magic;
+use podtether_core::dns::{Asked, Client, Dns};
 use podtether_core::filter::{Filter, FilterState};
 use podtether_core::packet::Parsed;
 use podtether_core::tailcfg::{DnsConfig, FilterRule, NetPortRange, Node, NodeId, PortRange};
@@ -59,21 +59,25 @@ fn last_rule(bencher: Bencher<'_, '_>, rules: u16) {
 
 #[divan::bench(args = [10, 10_000])]
 fn magic_name(bencher: Bencher<'_, '_>, nodes: u32) {
-    let mut magic = Magic::new();
+    let mut dns = Dns::new([0; 32]);
     let node = |n: u32| Node {
         id: NodeId(n.into()),
         name: format!("node-{n}.tail.example."),
         addresses: vec![IpAddr::V4((0x6440_0000 + n).into()).into()],
         ..Node::default()
     };
-    magic.configure(&node(0), &DnsConfig::default());
-    (0..nodes).for_each(|n| magic.upsert(&node(n)));
+    dns.configure(&node(0), &DnsConfig::default());
+    (0..nodes).for_each(|n| dns.upsert(&node(n)));
     let mut query = vec![0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
     for label in ["node-7", "tail", "example"] {
         query.extend(u8::try_from(label.len()));
         query.extend(label.bytes());
     }
     query.extend([0, 0, 1, 0, 1]);
-    let mut reply = Vec::new();
-    bencher.bench_local(|| magic.answer(black_box(&query), &mut reply));
+    let client = Client { listener: 0, from: ([100, 64, 0, 0], 4000).into(), stream: None };
+    let now = std::time::Instant::now();
+    bencher.bench_local(|| {
+        dns.handle_query(Asked { client, meant_for: None }, black_box(&query), now);
+        dns.poll_action()
+    });
 }

@@ -21,6 +21,7 @@ mod control;
 mod discovery;
 mod inbound;
 mod load;
+mod names;
 mod outbound;
 mod ping;
 mod relay;
@@ -46,7 +47,7 @@ pub use why::{Decision, Direction, Question, Why};
 use crate::batch::{Batch, Outbox, RegionId};
 use crate::budget::Bucket;
 use crate::disco;
-use crate::dns::{DnsAction, Magic};
+use crate::dns::Dns;
 use crate::filter::FilterState;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use crate::netcheck::{Netcheck, StunRequest};
@@ -113,7 +114,7 @@ pub struct Engine {
     /// The rules would let such a peer in, so none of them is in force.
     filter_discarded: bool,
     rejections: tsmp::Rejections,
-    names: Magic,
+    dns: Dns,
 
     peers: PeerTable,
     routing: routing::State,
@@ -154,6 +155,7 @@ impl Engine {
         let disco_key = config.snapshot.as_ref().map_or(config.disco_key, |s| s.disco.clone());
         let mut random = Random::new(config.random_seed);
         let load = load::Load::new(&mut random);
+        let dns = Dns::new(random.bytes());
         let mut engine = Self {
             identity: Identity::new(*config.node_key.expose()),
             node_key: config.node_key,
@@ -174,7 +176,7 @@ impl Engine {
             unsigned: BTreeSet::new(),
             filter_discarded: false,
             rejections: tsmp::Rejections::default(),
-            names: Magic::new(),
+            dns,
             peers: PeerTable::default(),
             routing: routing::State::default(),
             by_index: HashMap::new(),
@@ -205,11 +207,6 @@ impl Engine {
             engine.restore(snapshot.body, now);
         }
         engine
-    }
-
-    /// Answers a DNS query of the pod; what the answer is goes to `reply`.
-    pub fn handle_dns(&mut self, query: &[u8], _now: Instant, reply: &mut Vec<u8>) -> DnsAction {
-        self.names.answer(query, reply)
     }
 
     /// Sets how soon peers that become active from here on are doubted.

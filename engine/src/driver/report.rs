@@ -61,6 +61,7 @@ impl Driver {
         let counters = self.engine.counters();
         let gauges = self.engine.gauges(now);
         let core = counters.drops().filter(|(_, n)| *n > 0).map(|(why, n)| (why.name(), n));
+        let names = self.engine.dns_counts().filter(|(_, n)| *n > 0);
         let log = Some(("log_line", crate::log::dropped())).filter(|(_, n)| *n > 0);
         let status = self.engine.status();
         EngineMetrics {
@@ -68,7 +69,12 @@ impl Driver {
             tx_bytes: counters.tx_bytes,
             rx_packets: counters.rx_packets,
             rx_bytes: counters.rx_bytes,
-            drops: core.chain(self.drops.named()).chain(log).map(|(why, n)| (why.to_owned(), n)).collect(),
+            drops: core
+                .chain(self.drops.named())
+                .chain(names)
+                .chain(log)
+                .map(|(why, n)| (why.to_owned(), n))
+                .collect(),
             filter_passed: self.engine.filter_passed(),
             filter_rules: wide(gauges.filter_rules),
             filter_skipped: wide(gauges.filter_skipped),

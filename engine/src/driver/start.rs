@@ -10,17 +10,17 @@ use podtether_core::routes::Routing;
 use podtether_core::snapshot::Snapshot;
 use podtether_core::tailcfg::UnixTime;
 use podtether_proto::engine::StartRequest;
-use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 
 use super::drops::Drops;
 use super::report::Membership;
 use super::tun::Tun;
 use super::udp::Udp;
-use super::{Driver, Link, MAX_QUERY};
+use super::{Driver, Link};
 use crate::control::{Control, Identity, Timing};
 use crate::derp::Regions;
 use crate::dial::{ControlUrl, Dialer};
+use crate::names::Names;
 use crate::proxy::Proxy;
 use crate::resolve::Resolver;
 use crate::snapshot_file::SnapshotFile;
@@ -64,6 +64,10 @@ impl Checked {
         if link.udp4.is_none() && link.udp6.is_none() {
             return Err("this engine has no UDP socket".to_owned());
         }
+        let stand_ins = request.name_servers.len();
+        if link.names.stand_in.len() != stand_ins || link.names.stand_in_tcp.len() != stand_ins {
+            return Err(format!("this engine's descriptors do not stand in for {stand_ins} name servers"));
+        }
         if request.mtu < MIN_MTU {
             return Err(format!("an MTU of {} is below IPv6's minimum of {MIN_MTU}", request.mtu));
         }
@@ -106,10 +110,8 @@ impl Checked {
             fd.map(Udp::new).transpose().map_err(|e| format!("a UDP descriptor is unusable: {e}"))
         };
         let (udp4, udp6) = (udp(link.udp4)?, udp(link.udp6)?);
-        let dns = |fd: Option<_>| {
-            fd.map(dns_socket).transpose().map_err(|e| format!("a DNS descriptor is unusable: {e}"))
-        };
-        let (dns4, dns6) = (dns(link.dns4)?, dns(link.dns6)?);
+        let names = Names::start(link.names, &request.name_servers)
+            .map_err(|e| format!("a descriptor for names is unusable: {e}"))?;
         let opened = link.snapshot.map(|fd| SnapshotFile::open(fd, *self.node_key.public().as_bytes()));
         let (snapshot_file, left) = opened.unzip();
         let snapshot = left.flatten().and_then(|bytes| match Snapshot::from_bytes(&bytes) {
@@ -136,6 +138,7 @@ impl Checked {
         };
         let mut engine = Engine::new(config, Instant::now());
         engine.set_routing(routing(&request.routing));
+        engine.set_dns_capacity(names.capacity());
         let control = Control::start(
             self.dialer.clone(),
             self.identity,
@@ -150,12 +153,9 @@ impl Checked {
             tun,
             udp4,
             udp6,
-            dns4,
-            dns6,
+            names,
             from_tun: Batch::new(),
             from_udp: Batch::new(),
-            query: vec![0; MAX_QUERY].into(),
-            reply: Vec::new(),
             drops: Drops::default(),
             dialer: self.dialer,
             control,
@@ -184,12 +184,6 @@ pub(super) fn routing(wanted: &podtether_proto::engine::Routing) -> Routing {
         exit_node: wanted.exit_node.clone(),
         exclude: wanted.exclude.clone(),
     }
-}
-
-fn dns_socket(fd: std::os::fd::OwnedFd) -> std::io::Result<UdpSocket> {
-    let socket = std::net::UdpSocket::from(fd);
-    socket.set_nonblocking(true)?;
-    UdpSocket::from_std(socket)
 }
 
 fn wall_clock() -> UnixTime {

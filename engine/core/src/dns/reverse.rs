@@ -32,7 +32,7 @@ impl<'a> Reverse<'a> {
         let address = nibbles.as_deref().filter(|n| n.len() == 32).map(|nibbles| {
             Ipv6Addr::from(nibbles.iter().fold(0u128, |address, nibble| address << 4 | u128::from(*nibble)))
         });
-        let zone = super::is_within(name, ULA_ZONE).then_some(ULA_ZONE);
+        let zone = super::names::is_within(name, ULA_ZONE).then_some(ULA_ZONE);
         let odd = nibbles.is_none_or(|nibbles| nibbles.len() > 32);
         Some(Self { address: address.map(IpAddr::V6), zone, odd })
     }

@@ -1,24 +1,31 @@
-use hickory_proto::op::MessageType;
+mod forward;
+
+use std::net::IpAddr;
+
+use hickory_proto::op::{Edns, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::{DNSClass, Name, RData};
 use proptest::prelude::*;
 
+use super::names::CAP_PEER_AAAA;
+use super::wire::HEADER;
 use super::*;
 use crate::tailcfg::{DnsRecord, Resolver};
 
 #[test]
 fn nodes_are_found_by_name_in_any_case() {
-    let magic = tailnet();
+    let mut magic = tailnet();
     for name in ["web.tail1.ts.net.", "WEB.Tail1.TS.net.", "web.tail1.ts.net"] {
-        let reply = ask(&magic, name, RecordType::A);
+        let reply = ask(&mut magic, name, RecordType::A);
         assert_eq!(code(&reply), ResponseCode::NoError, "{name}");
         assert!(reply.metadata.authoritative);
         assert_eq!(addresses(&reply), ["100.64.0.2"]);
         assert_eq!(reply.answers[0].ttl, 5);
         assert_eq!(reply.answers[0].name, reply.queries[0].name);
     }
-    let asked = ask(&magic, "wEb.tail1.ts.net.", RecordType::A);
+    let asked = ask(&mut magic, "wEb.tail1.ts.net.", RecordType::A);
     assert_eq!(asked.queries[0].name.to_ascii(), "wEb.tail1.ts.net.", "the question comes back as it was");
-    assert_eq!(addresses(&ask(&magic, "me.tail1.ts.net.", RecordType::A)), ["100.64.0.1"]);
-    assert_eq!(addresses(&ask(&magic, "shared.tail2.ts.net.", RecordType::A)), ["100.64.0.9"]);
+    assert_eq!(addresses(&ask(&mut magic, "me.tail1.ts.net.", RecordType::A)), ["100.64.0.1"]);
+    assert_eq!(addresses(&ask(&mut magic, "shared.tail2.ts.net.", RecordType::A)), ["100.64.0.9"]);
 }
 
 #[test]
@@ -42,24 +49,24 @@ fn ipv6_is_told_where_it_can_be_relied_upon() {
             me.cap_map.insert(CAP_PEER_AAAA.into(), Vec::new());
         }
         let mut magic = tailnet();
-        magic.configure(&me, &DnsConfig::default());
+        magic.configure(&me, &DnsConfig { proxied: true, ..DnsConfig::default() });
         let name = format!("{host}.tail1.ts.net.");
         for (kind, expected) in [(RecordType::A, a), (RecordType::AAAA, aaaa)] {
-            let reply = ask(&magic, &name, kind);
+            let reply = ask(&mut magic, &name, kind);
             assert_eq!(code(&reply), ResponseCode::NoError);
             assert_eq!(addresses(&reply), expected, "{host} {kind} v4 {v4} cap {cap}");
             assert_eq!(reply.authorities.len(), usize::from(expected.is_empty()));
         }
-        assert_eq!(addresses(&ask(&magic, &name, RecordType::ANY)), [a, aaaa].concat());
+        assert_eq!(addresses(&ask(&mut magic, &name, RecordType::ANY)), [a, aaaa].concat());
     }
 }
 
 #[test]
 fn what_is_not_there_does_not_exist_in_our_zones() {
-    let magic = tailnet();
+    let mut magic = tailnet();
     for name in ["gone.tail1.ts.net.", "a.web.tail1.ts.net.", "x.local.example.", "sp ace.tail1.ts.net."] {
         for kind in [RecordType::A, RecordType::AAAA, RecordType::MX, RecordType::PTR] {
-            let reply = ask(&magic, name, kind);
+            let reply = ask(&mut magic, name, kind);
             assert_eq!(code(&reply), ResponseCode::NXDomain, "{name}");
             assert!(reply.metadata.authoritative && reply.answers.is_empty());
             let soa = &reply.authorities[0];
@@ -72,7 +79,7 @@ fn what_is_not_there_does_not_exist_in_our_zones() {
 
 #[test]
 fn a_name_without_the_type_asked_for_still_exists() {
-    let magic = tailnet();
+    let mut magic = tailnet();
     let table = [
         ("web.tail1.ts.net.", RecordType::MX),
         ("web.tail1.ts.net.", RecordType::Unknown(9824)),
@@ -86,7 +93,7 @@ fn a_name_without_the_type_asked_for_still_exists() {
         ("0.64.100.in-addr.arpa.", RecordType::PTR),
     ];
     for (name, kind) in table {
-        let reply = ask(&magic, name, kind);
+        let reply = ask(&mut magic, name, kind);
         assert_eq!(code(&reply), ResponseCode::NoError, "{name}");
         assert!(reply.answers.is_empty(), "{name}");
         assert_eq!(reply.authorities[0].ttl, 10, "{name}");
@@ -95,97 +102,97 @@ fn a_name_without_the_type_asked_for_still_exists() {
 
 #[test]
 fn further_records_are_answered_inside_and_outside_the_zones() {
-    let magic = tailnet();
-    assert_eq!(addresses(&ask(&magic, "db.tail1.ts.net.", RecordType::A)), ["100.64.0.3", "100.64.0.4"]);
-    assert_eq!(addresses(&ask(&magic, "intern.example.com.", RecordType::AAAA)), ["2001:db8::1"]);
-    assert_eq!(addresses(&ask(&magic, "x.below.tail1.ts.net.", RecordType::A)), ["100.64.0.5"]);
+    let mut magic = tailnet();
+    assert_eq!(addresses(&ask(&mut magic, "db.tail1.ts.net.", RecordType::A)), ["100.64.0.3", "100.64.0.4"]);
+    assert_eq!(addresses(&ask(&mut magic, "intern.example.com.", RecordType::AAAA)), ["2001:db8::1"]);
+    assert_eq!(addresses(&ask(&mut magic, "x.below.tail1.ts.net.", RecordType::A)), ["100.64.0.5"]);
     assert_eq!(
-        addresses(&ask(&magic, "web.tail1.ts.net.", RecordType::ANY)),
+        addresses(&ask(&mut magic, "web.tail1.ts.net.", RecordType::ANY)),
         ["100.64.0.2", "fd7a:115c:a1e0::99"],
         "beside a node's own"
     );
-    assert_eq!(code(&ask(&magic, "other.example.com.", RecordType::A)), ResponseCode::Refused);
-    let reply = ask(&magic, "intern.example.com.", RecordType::A);
+    assert_eq!(code(&ask(&mut magic, "other.example.com.", RecordType::A)), ResponseCode::Refused);
+    let reply = ask(&mut magic, "intern.example.com.", RecordType::A);
     assert_eq!((code(&reply), reply.authorities.len()), (ResponseCode::NoError, 0), "no zone of ours");
     for odd in ["bad1", "bad2", "bad3"] {
-        let reply = ask(&magic, &format!("{odd}.tail1.ts.net."), RecordType::A);
+        let reply = ask(&mut magic, &format!("{odd}.tail1.ts.net."), RecordType::A);
         assert_eq!(code(&reply), ResponseCode::NXDomain, "{odd}");
     }
 }
 
 #[test]
 fn addresses_have_names() {
-    let magic = tailnet();
+    let mut magic = tailnet();
     let v6 = "2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa.";
     for name in ["2.0.64.100.in-addr.arpa.", v6, "2.0.64.100.IN-ADDR.arpa."] {
         for kind in [RecordType::PTR, RecordType::ANY] {
-            let reply = ask(&magic, name, kind);
+            let reply = ask(&mut magic, name, kind);
             assert_eq!(reply.answers[0].data.to_string(), "web.tail1.ts.net.", "{name}");
             assert!(reply.metadata.authoritative);
         }
     }
     for name in ["77.0.64.100.in-addr.arpa.", "x.0.64.100.in-addr.arpa.", &v6.replacen('2', "7", 1)] {
-        assert_eq!(code(&ask(&magic, name, RecordType::PTR)), ResponseCode::NXDomain, "{name}");
+        assert_eq!(code(&ask(&mut magic, name, RecordType::PTR)), ResponseCode::NXDomain, "{name}");
     }
     for name in ["8.8.8.8.in-addr.arpa.", "in-addr.arpa.", "100.in-addr.arpa."] {
-        assert_eq!(code(&ask(&magic, name, RecordType::PTR)), ResponseCode::Refused, "{name}");
+        assert_eq!(code(&ask(&mut magic, name, RecordType::PTR)), ResponseCode::Refused, "{name}");
     }
 }
 
 #[test]
 fn everything_else_is_refused() {
-    let magic = tailnet();
+    let mut magic = tailnet();
     for name in
         ["example.com.", ".", "xtail1.ts.net.", "ts.net.", "web.", "kubernetes.default.svc.cluster.local."]
     {
-        let reply = ask(&magic, name, RecordType::A);
+        let reply = ask(&mut magic, name, RecordType::A);
         assert_eq!(code(&reply), ResponseCode::Refused, "{name}");
         assert!(!reply.metadata.authoritative);
         assert_eq!(reply.queries.len(), 1);
     }
     let mut chaos = query("web.tail1.ts.net.", RecordType::A);
     chaos.queries[0].query_class = DNSClass::CH;
-    assert_eq!(code(&exchange(&magic, &chaos)), ResponseCode::Refused);
-    assert_eq!(code(&ask(&Magic::new(), "web.tail1.ts.net.", RecordType::A)), ResponseCode::Refused);
+    assert_eq!(code(&exchange(&mut magic, &chaos)), ResponseCode::Refused);
+    assert_eq!(code(&ask(&mut Dns::new([7; 32]), "web.tail1.ts.net.", RecordType::A)), ResponseCode::Refused);
 }
 
 #[test]
 fn changes_of_nodes_show_at_once() {
     let mut magic = tailnet();
     let a =
-        |magic: &Magic, name: &str| addresses(&ask(magic, &format!("{name}.tail1.ts.net."), RecordType::A));
+        |magic: &mut Dns, name: &str| addresses(&ask(magic, &format!("{name}.tail1.ts.net."), RecordType::A));
     magic.upsert(&node(2, "www.tail1.ts.net.", &["100.64.0.22"]));
-    assert!(a(&magic, "web").is_empty(), "only the further AAAA record is left");
-    assert_eq!(a(&magic, "www"), ["100.64.0.22"]);
-    assert_eq!(code(&ask(&magic, "2.0.64.100.in-addr.arpa.", RecordType::PTR)), ResponseCode::NXDomain);
-    assert_eq!(code(&ask(&magic, "22.0.64.100.in-addr.arpa.", RecordType::PTR)), ResponseCode::NoError);
+    assert!(a(&mut magic, "web").is_empty(), "only the further AAAA record is left");
+    assert_eq!(a(&mut magic, "www"), ["100.64.0.22"]);
+    assert_eq!(code(&ask(&mut magic, "2.0.64.100.in-addr.arpa.", RecordType::PTR)), ResponseCode::NXDomain);
+    assert_eq!(code(&ask(&mut magic, "22.0.64.100.in-addr.arpa.", RecordType::PTR)), ResponseCode::NoError);
 
     // A name and an address that move between nodes, in the order that could lose them.
     magic.upsert(&node(3, "www.tail1.ts.net.", &["100.64.0.22"]));
     magic.upsert(&node(2, "old.tail1.ts.net.", &["100.64.0.23"]));
-    assert_eq!(a(&magic, "www"), ["100.64.0.22"]);
-    assert_eq!(a(&magic, "old"), ["100.64.0.23"]);
+    assert_eq!(a(&mut magic, "www"), ["100.64.0.22"]);
+    assert_eq!(a(&mut magic, "old"), ["100.64.0.23"]);
     magic.remove(NodeId(2));
-    assert_eq!(code(&ask(&magic, "old.tail1.ts.net.", RecordType::A)), ResponseCode::NXDomain);
-    assert_eq!(a(&magic, "www"), ["100.64.0.22"]);
+    assert_eq!(code(&ask(&mut magic, "old.tail1.ts.net.", RecordType::A)), ResponseCode::NXDomain);
+    assert_eq!(a(&mut magic, "www"), ["100.64.0.22"]);
 
     magic.upsert(&node(3, "not a name", &["100.64.0.22"]));
-    assert_eq!(code(&ask(&magic, "www.tail1.ts.net.", RecordType::A)), ResponseCode::NXDomain);
+    assert_eq!(code(&ask(&mut magic, "www.tail1.ts.net.", RecordType::A)), ResponseCode::NXDomain);
     magic.clear_nodes();
-    assert!(magic.is_empty() && magic.names.is_empty() && magic.addresses.is_empty());
-    assert_eq!(a(&magic, "db").len(), 2, "further records stay");
+    assert!(magic.is_empty());
+    assert_eq!(a(&mut magic, "db").len(), 2, "further records stay");
 }
 
 #[test]
 fn edns_is_answered_in_kind() {
-    let magic = tailnet();
-    assert!(ask(&magic, "web.tail1.ts.net.", RecordType::A).edns.is_none());
+    let mut magic = tailnet();
+    assert!(ask(&mut magic, "web.tail1.ts.net.", RecordType::A).edns.is_none());
     for dnssec_ok in [false, true] {
         let mut asked = query("web.tail1.ts.net.", RecordType::A);
         let mut edns = Edns::new();
         edns.set_max_payload(4096).set_dnssec_ok(dnssec_ok);
         asked.set_edns(edns);
-        let reply = exchange(&magic, &asked);
+        let reply = exchange(&mut magic, &asked);
         let edns = reply.edns.as_ref().unwrap();
         assert_eq!((edns.max_payload(), edns.version(), edns.flags().dnssec_ok), (1232, 0, dnssec_ok));
         assert_eq!(addresses(&reply), ["100.64.0.2"]);
@@ -194,64 +201,115 @@ fn edns_is_answered_in_kind() {
     let mut edns = Edns::new();
     edns.set_version(1);
     asked.set_edns(edns);
-    let reply = exchange(&magic, &asked);
+    let reply = exchange(&mut magic, &asked);
     assert_eq!(u16::from(code(&reply)), u16::from(ResponseCode::BADVERS));
     assert!(reply.answers.is_empty());
 }
 
 #[test]
 fn an_answer_too_long_for_the_asker_is_cut_and_says_so() {
-    let mut magic = Magic::new();
+    let mut magic = Dns::new([7; 32]);
     let extra_records = (0..60)
         .map(|n| DnsRecord { name: "many.example.".into(), r#type: "A".into(), value: format!("10.0.0.{n}") })
         .collect();
     magic.configure(&Node::default(), &DnsConfig { extra_records, ..DnsConfig::default() });
     let mut asked = query("many.example.", RecordType::A);
-    let reply = exchange(&magic, &asked);
+    let reply = exchange(&mut magic, &asked);
     assert!(reply.metadata.truncation && reply.answers.is_empty());
     let mut edns = Edns::new();
     edns.set_max_payload(1232);
     asked.set_edns(edns);
-    let reply = exchange(&magic, &asked);
+    let reply = exchange(&mut magic, &asked);
     assert!(!reply.metadata.truncation);
     assert_eq!(reply.answers.len(), 60);
 }
 
 #[test]
-fn what_is_no_query_gets_no_answer_or_an_error() {
-    let magic = tailnet();
+fn what_is_no_query_gets_no_answer_or_an_error_and_is_counted() {
+    let mut magic = tailnet();
     let good = query("web.tail1.ts.net.", RecordType::A).to_vec().unwrap();
-    let mut reply = vec![9; 40];
+    let count = |magic: &Dns, name: &str| magic.counts().find(|(n, _)| *n == name).unwrap().1;
     for short in 0..HEADER {
-        assert_eq!(magic.answer(&good[..short], &mut reply), DnsAction::Ignore);
-        assert!(reply.is_empty());
+        assert_eq!(answer(&mut magic, &good[..short]), None);
     }
+    assert_eq!(count(&magic, "dns_short"), 12);
     let mut response = good.clone();
     response[2] |= 0x80;
-    assert_eq!(magic.answer(&response, &mut reply), DnsAction::Ignore);
+    assert_eq!(answer(&mut magic, &response), None);
+    assert_eq!(count(&magic, "dns_not_a_question"), 1);
 
-    let failed = |bytes: &[u8]| {
-        let mut reply = Vec::new();
-        assert_eq!(magic.answer(bytes, &mut reply), DnsAction::Reply);
+    let failed = |magic: &mut Dns, bytes: &[u8]| {
+        let reply = answer(magic, bytes).unwrap();
         assert_eq!((reply.len(), &reply[..2], reply[2] & 0x80), (HEADER, &bytes[..2], 0x80));
         reply[3] & 0x0f
     };
     for cut in HEADER..good.len() {
-        assert_eq!(failed(&good[..cut]), 1, "cut at {cut}");
+        assert_eq!(failed(&mut magic, &good[..cut]), 1, "cut at {cut}");
     }
-    for count in [[0, 0], [0, 2], [255, 255]] {
+    for questions in [[0, 0], [0, 2], [255, 255]] {
         let mut bytes = good.clone();
-        bytes[4..6].copy_from_slice(&count);
-        assert_eq!(failed(&bytes), 1, "{count:?} questions");
-    }
-    for op_code in [1, 2, 4, 5, 15] {
-        let mut bytes = good.clone();
-        bytes[2] = bytes[2] & 0x87 | op_code << 3;
-        assert_eq!(failed(&bytes), 4, "opcode {op_code}");
+        bytes[4..6].copy_from_slice(&questions);
+        assert_eq!(failed(&mut magic, &bytes), 1, "{questions:?} questions");
     }
     let mut endless = good.clone();
     endless[HEADER..HEADER + 2].copy_from_slice(&[0xc0, 12]);
-    assert_eq!(failed(&endless), 1, "a name that points to itself");
+    assert_eq!(failed(&mut magic, &endless), 1, "a name that points to itself");
+    let malformed = u64::try_from(good.len() - HEADER).unwrap() + 4;
+    assert_eq!(count(&magic, "dns_malformed"), malformed);
+    for op_code in [1, 2, 4, 5, 15] {
+        let mut bytes = good.clone();
+        bytes[2] = bytes[2] & 0x87 | op_code << 3;
+        assert_eq!(failed(&mut magic, &bytes), 4, "opcode {op_code}");
+    }
+    assert_eq!(count(&magic, "dns_operation"), 5);
+}
+
+#[test]
+fn of_two_nodes_with_one_name_or_address_the_other_takes_over() {
+    let mut magic = tailnet();
+    let a = |magic: &mut Dns| addresses(&ask(magic, "twin.tail1.ts.net.", RecordType::A));
+    let ptr = |magic: &mut Dns| addresses(&ask(magic, "40.0.64.100.in-addr.arpa.", RecordType::PTR));
+    let twin = |id: u64, ip: &str| node(id, "twin.tail1.ts.net.", &[ip, "100.64.0.40"]);
+    for (id, ip) in [(21, "100.64.0.21"), (22, "100.64.0.22"), (23, "100.64.0.23")] {
+        magic.upsert(&twin(id, ip));
+    }
+    assert_eq!(a(&mut magic), ["100.64.0.23", "100.64.0.40"], "the one told about last");
+    magic.upsert(&twin(21, "100.64.0.21"));
+    assert_eq!(a(&mut magic)[0], "100.64.0.23", "no news is no change");
+    magic.remove(NodeId(22));
+    assert_eq!(a(&mut magic)[0], "100.64.0.23");
+    magic.upsert(&node(23, "else.tail1.ts.net.", &["100.64.0.23"]));
+    assert_eq!(a(&mut magic)[0], "100.64.0.21");
+    assert_eq!(ptr(&mut magic), ["twin.tail1.ts.net."]);
+    magic.remove(NodeId(21));
+    assert_eq!(code(&ask(&mut magic, "twin.tail1.ts.net.", RecordType::A)), ResponseCode::NXDomain);
+    assert!(ptr(&mut magic).is_empty());
+    assert_eq!(addresses(&ask(&mut magic, "else.tail1.ts.net.", RecordType::A)), ["100.64.0.23"]);
+}
+
+#[test]
+fn without_magicdns_nothing_is_said_about_names_that_are_not_there() {
+    let mut magic = tailnet();
+    let me = node(1, "me.tail1.ts.net.", &["100.64.0.1"]);
+    magic.configure(&me, &DnsConfig { proxied: false, ..config() });
+    assert_eq!(addresses(&ask(&mut magic, "me.tail1.ts.net.", RecordType::A)), ["100.64.0.1"]);
+    for (name, kind) in [("gone.tail1.ts.net.", RecordType::A), ("9.9.64.100.in-addr.arpa.", RecordType::PTR)]
+    {
+        assert_eq!(code(&ask(&mut magic, name, kind)), ResponseCode::Refused, "{name}");
+    }
+    assert_eq!(code(&ask(&mut magic, "x.local.example.", RecordType::A)), ResponseCode::NXDomain);
+}
+
+#[test]
+fn names_of_special_use() {
+    let mut magic = tailnet();
+    let service = "magicdns.localhost-tailscale-daemon.";
+    assert_eq!(addresses(&ask(&mut magic, service, RecordType::A)), ["100.100.100.100"]);
+    let ptr = ask(&mut magic, "100.100.100.100.in-addr.arpa.", RecordType::PTR);
+    assert_eq!(addresses(&ptr), [service]);
+    let onion = ask(&mut magic, "facebookcorewwwi.onion.", RecordType::A);
+    assert_eq!(code(&onion), ResponseCode::NXDomain);
+    assert_eq!(code(&ask(&mut magic, "xonion.", RecordType::A)), ResponseCode::Refused);
 }
 
 proptest! {
@@ -289,28 +347,61 @@ proptest! {
             magic.upsert(&node(id, name, &["100.64.7.7"]));
             magic.configure(&node(id, name, &["100.64.7.7"]), &config());
             id += 1;
-            let _ = ask(&magic, "7.7.64.100.in-addr.arpa.", RecordType::PTR);
+            let _ = ask(&mut magic, "7.7.64.100.in-addr.arpa.", RecordType::PTR);
         }
         for id in 100..id {
             magic.remove(NodeId(id));
         }
-        prop_assert_eq!(magic.names.len(), magic.hosts.len());
         prop_assert_eq!(magic.len(), tailnet().len());
     }
 }
 
 fn check_reply(bytes: &[u8]) -> Result<(), TestCaseError> {
-    let mut reply = Vec::new();
-    match tailnet().answer(bytes, &mut reply) {
-        DnsAction::Ignore => prop_assert!(reply.is_empty()),
-        DnsAction::Reply => {
-            prop_assert!(reply.len() >= HEADER && reply.len() <= 1232);
-            prop_assert_eq!(&reply[..2], &bytes[..2]);
-            let parsed = Message::from_vec(&reply).expect("a reply is a DNS message");
-            prop_assert_eq!(parsed.metadata.message_type, MessageType::Response);
+    // Told apart by the address that they come from: passed on where a name server was meant, or answered.
+    let mut magic = tailnet();
+    magic.set_capacity(Capacity { udp4: 1, udp6: 1, tcp4: 1, tcp6: 1 });
+    for meant_for in [None, Some("10.96.0.10:53".parse().unwrap())] {
+        magic.handle_query(Asked { client: client(), meant_for }, bytes, Instant::now());
+        while let Some(action) = magic.poll_action() {
+            match action {
+                Action::Reply { to, message: reply } => {
+                    prop_assert_eq!(to, client());
+                    prop_assert!(reply.len() >= HEADER && reply.len() <= 1232);
+                    prop_assert_eq!(&reply[..2], &bytes[..2]);
+                    let parsed = Message::from_vec(&reply).expect("a reply is a DNS message");
+                    prop_assert_eq!(parsed.metadata.message_type, MessageType::Response);
+                    if let (Ok(asked), false) = (Message::from_vec(bytes), parsed.queries.is_empty()) {
+                        prop_assert_eq!(asked.queries, parsed.queries);
+                    }
+                }
+                Action::Ask { server, message, .. } => {
+                    prop_assert_eq!(
+                        Some(server),
+                        meant_for,
+                        "a route's resolver is asked for its names alone"
+                    );
+                    prop_assert_eq!(message, bytes);
+                }
+                Action::Stop { .. } => {}
+            }
         }
     }
     Ok(())
+}
+
+fn client() -> Client {
+    Client { listener: 3, from: "100.64.0.1:4711".parse().unwrap(), stream: None }
+}
+
+/// What a query to the service address is answered at once.
+fn answer(dns: &mut Dns, query: &[u8]) -> Option<Vec<u8>> {
+    dns.handle_query(Asked { client: client(), meant_for: None }, query, Instant::now());
+    let action = dns.poll_action();
+    assert_eq!(dns.poll_action(), None);
+    action.map(|action| match action {
+        Action::Reply { to, message } if to == client() => message,
+        other => panic!("{other:?}"),
+    })
 }
 
 fn node(id: u64, name: &str, addresses: &[&str]) -> Node {
@@ -340,12 +431,13 @@ fn config() -> DnsConfig {
             ("corp.example.".to_owned(), vec![Resolver { addr: "10.0.0.1".into(), ..Resolver::default() }]),
         ]
         .into(),
+        proxied: true,
         ..DnsConfig::default()
     }
 }
 
-fn tailnet() -> Magic {
-    let mut magic = Magic::new();
+fn tailnet() -> Dns {
+    let mut magic = Dns::new([7; 32]);
     let me = node(1, "me.tail1.ts.net.", &["100.64.0.1", "fd7a:115c:a1e0::1"]);
     magic.configure(&me, &config());
     magic.upsert(&me);
@@ -365,16 +457,15 @@ fn query(name: &str, kind: RecordType) -> Message {
     message
 }
 
-fn exchange(magic: &Magic, query: &Message) -> Message {
-    let mut reply = b"left over".to_vec();
-    assert_eq!(magic.answer(&query.to_vec().unwrap(), &mut reply), DnsAction::Reply);
+fn exchange(dns: &mut Dns, query: &Message) -> Message {
+    let reply = answer(dns, &query.to_vec().unwrap()).unwrap();
     let reply = Message::from_vec(&reply).unwrap();
     assert_eq!((reply.metadata.id, reply.metadata.message_type), (4711, MessageType::Response));
     assert!(reply.metadata.recursion_desired && reply.metadata.recursion_available);
     reply
 }
 
-fn ask(magic: &Magic, name: &str, kind: RecordType) -> Message {
+fn ask(magic: &mut Dns, name: &str, kind: RecordType) -> Message {
     exchange(magic, &query(name, kind))
 }
 

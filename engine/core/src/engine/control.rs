@@ -46,12 +46,12 @@ impl Engine {
                 self.deactivate(slot);
                 self.peers.remove(node.id);
             }
-            self.names.remove(node.id);
+            self.dns.remove(node.id);
             unsigned_changed |= self.unsigned.remove(&node.id);
         }
         for id in &change.changed {
             let Some(node) = self.netmap.peer(*id) else { continue };
-            self.names.upsert(node);
+            self.dns.upsert(node);
             let expired = node.is_expired(wall);
             unsigned_changed |= if node.unsigned_peer_api_only {
                 self.unsigned.insert(*id);
@@ -76,8 +76,8 @@ impl Engine {
             && let Some(node) = self.netmap.self_node()
         {
             let none = crate::tailcfg::DnsConfig::default();
-            self.names.configure(node, self.netmap.dns().unwrap_or(&none));
-            self.names.upsert(node);
+            self.dns.configure(node, self.netmap.dns().unwrap_or(&none));
+            self.dns.upsert(node);
         }
         if change.self_changed || change.filter_changed || unsigned_changed {
             self.apply_filter();

@@ -25,6 +25,7 @@ impl Engine {
             self.snapshot_at,
             self.key_expiry(),
             self.pings.deadline(),
+            self.dns.poll_timeout(),
         ]
         .into_iter()
         .flatten()
@@ -60,6 +61,9 @@ impl Engine {
             self.events.push_back(Event::SnapshotDirty);
         }
         self.pings_timeout(now);
+        if self.dns.poll_timeout().is_some_and(|at| at <= now) {
+            self.dns.handle_timeout(now);
+        }
         if self.key_expiry().is_some_and(|at| at <= now) {
             self.key_expired = true;
             self.events.push_back(Event::KeyExpired);

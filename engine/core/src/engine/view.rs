@@ -35,6 +35,7 @@ impl Engine {
                 .chain(
                     self.routing_health().into_iter().map(|text| HealthMessage::new(Severity::Medium, text)),
                 )
+                .chain(self.dns.problems().map(|text| HealthMessage::new(Severity::Low, text)))
                 .chain(self.clock_health())
                 .chain(self.lock_health())
                 .collect(),
