@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -71,6 +72,8 @@ pub(crate) struct Config {
     /// A pod that cannot join starts without a tailnet.
     pub(crate) fail_open: bool,
     pub(crate) annotations: BTreeMap<String, String>,
+    /// What the pod's resolv.conf names, when the runtime tells.
+    pub(crate) name_servers: Vec<IpAddr>,
     pub(crate) prev_result: Option<Value>,
     valid_attachments: Option<Value>,
 }
@@ -173,6 +176,7 @@ impl Config {
             timeout: Duration::from_secs(timeout_s),
             fail_open: policy == "open",
             annotations: fields.annotations()?,
+            name_servers: name_servers(&object),
             valid_attachments: object.get(VALID_ATTACHMENTS).cloned(),
             prev_result: object.get("prevResult").filter(|value| !value.is_null()).cloned(),
         })
@@ -200,6 +204,12 @@ impl Config {
         };
         list.iter().map(|value| attachment(value).ok_or_else(|| wrong("has an odd element"))).collect()
     }
+}
+
+/// `runtimeConfig.dns.servers`. What is no address there is no name server that anybody could ask.
+fn name_servers(object: &Map<String, Value>) -> Vec<IpAddr> {
+    let servers = || object.get("runtimeConfig")?.get("dns")?.get("servers")?.as_array();
+    servers().into_iter().flatten().filter_map(|server| server.as_str()?.parse().ok()).collect()
 }
 
 fn is_known(key: &str) -> bool {
@@ -315,7 +325,8 @@ mod tests {
                 "cniVersion": "0.4.0", "name": "net", "type": "podtether-cni", "socket": "/x.sock",
                 "tailnet": "prod", "timeoutSeconds": 5, "failurePolicy": "open", "ifName": "ts1",
                 "capabilities": {ANNOTATIONS: true}, "cni.dev/anything": 1, "args": {},
-                "runtimeConfig": {ANNOTATIONS: {"tailscale.com/tags": "tag:web"}, "portMappings": []},
+                "runtimeConfig": {ANNOTATIONS: {"tailscale.com/tags": "tag:web"}, "portMappings": [],
+                    "dns": {"servers": ["10.96.0.10", "odd", 7, "fd00::a"], "searches": ["svc"]}},
                 "prevResult": {"cniVersion": "0.4.0"},
             }),
         )
@@ -324,6 +335,8 @@ mod tests {
         assert_eq!((config.ifname.as_str(), config.tailnet.as_str()), ("ts1", "prod"));
         assert_eq!((config.timeout, config.fail_open), (Duration::from_secs(5), true));
         assert_eq!(config.annotations["tailscale.com/tags"], "tag:web");
+        let servers: Vec<String> = config.name_servers.iter().map(ToString::to_string).collect();
+        assert_eq!(servers, ["10.96.0.10", "fd00::a"]);
         assert!(config.prev_result.is_some());
     }
 

@@ -158,6 +158,7 @@ async fn add(params: &Params, config: &Config, deadline: Instant) -> Result<Said
             tailnet: config.tailnet.clone(),
             timeout_ms: supervisor.budget_ms(),
             annotations: config.annotations.clone(),
+            name_servers: config.name_servers.clone(),
         };
         let call = supervisor.client.add(supervisor.context(), request);
         supervisor.wait(call).await.map_err(|why| no_answer(config, &why))?

@@ -51,6 +51,8 @@ pub struct AddRequest {
     pub timeout_ms: u64,
     /// `io.kubernetes.cri.pod-annotations`, empty where the runtime passes none.
     pub annotations: BTreeMap<String, String>,
+    /// The pod's name servers as the runtime's `dns` capability tells them, empty where it does not.
+    pub name_servers: Vec<IpAddr>,
 }
 
 /// What ADD made. The default, without an interface name, says that the pod joins nothing (an exempt

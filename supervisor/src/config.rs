@@ -10,7 +10,7 @@ mod value;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,6 +22,7 @@ pub use value::{SecretSource, parse_duration};
 
 use podtether_proto::secret::SecretString;
 
+use crate::dns::DnsMode;
 use keys::{CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, NO_PROXY_VALUE, PROXY_VALUE, Section};
 use sources::Values;
 
@@ -57,6 +58,10 @@ pub struct Tailnet {
     pub ca_file: Option<PathBuf>,
     /// Whether control may forget a pod that is away.
     pub ephemeral: bool,
+    /// What is done about names that pods ask their own name servers for.
+    pub dns: DnsMode,
+    /// Name servers of pods whose runtime does not tell them.
+    pub dns_servers: Vec<IpAddr>,
     /// How its devices get in.
     pub credentials: Credentials,
 }
@@ -172,6 +177,14 @@ fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
     }
     let hostname_template = at.text("hostname_template")?.unwrap_or("{cluster}-{namespace}-{pod}").to_owned();
     crate::hostname::check_template(&hostname_template).map_err(|e| at.error("hostname_template", &e))?;
+    let dns = at.text("dns")?.unwrap_or("off");
+    let dns = DnsMode::parse(dns)
+        .ok_or_else(|| at.error("dns", &format!("`{dns}` is neither off nor intercept")))?;
+    let mut dns_servers = Vec::new();
+    for text in at.list("dns_servers")?.unwrap_or_default() {
+        let server = text.parse().map_err(|_| at.error("dns_servers", &format!("`{text}` is no address")))?;
+        dns_servers.push(server);
+    }
     let credentials = credentials(values, name)?;
     if tags.is_empty() && matches!(credentials, Credentials::OAuth { .. }) {
         return Err(at.error("tags", "an OAuth client mints keys for tags only: name at least one"));
@@ -182,6 +195,8 @@ fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
         hostname_template,
         ca_file: at.path("ca_file")?,
         ephemeral: at.bool("ephemeral")?.unwrap_or(false),
+        dns,
+        dns_servers,
         credentials,
     })
 }
@@ -335,12 +350,14 @@ impl fmt::Display for Config {
         for (name, t) in &self.tailnets {
             write!(
                 f,
-                "[tailnet.{name}] control_url={:?} tags={:?} hostname_template={:?} ca_file={:?} ephemeral={} ",
+                "[tailnet.{name}] control_url={:?} tags={:?} hostname_template={:?} ca_file={:?} ephemeral={} dns={} dns_servers={:?} ",
                 t.control_url,
                 t.tags,
                 t.hostname_template,
                 t.ca_file.clone().unwrap_or_default(),
-                t.ephemeral
+                t.ephemeral,
+                t.dns.name(),
+                t.dns_servers
             )?;
             match &t.credentials {
                 Credentials::OAuth { api_url, client_id, client_secret, auth_key_ttl } => write!(

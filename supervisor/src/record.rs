@@ -60,6 +60,9 @@ pub struct Attachment {
     pub addresses: Vec<IpNet>,
     /// Hardware address of ts0, empty before the link exists.
     pub mac: String,
+    /// Name servers whose answers are intercepted; empty for none.
+    #[serde(default)]
+    pub name_servers: Vec<IpAddr>,
 }
 
 /// One identity: a device in a tailnet.

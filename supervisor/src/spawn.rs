@@ -22,7 +22,7 @@ use tokio::process::{Child, Command};
 use crate::restart::Ended;
 
 /// Room for the descriptors an engine is born with.
-const MAX_FDS: usize = 12;
+const MAX_FDS: usize = 64;
 
 /// What a new engine is given.
 #[derive(Debug)]

@@ -54,6 +54,8 @@ pub struct CniCall {
     pub timeout_s: u32,
     /// Pod annotations, passed as the runtime capability.
     pub annotations: Vec<(String, String)>,
+    /// The pod's name servers, passed as the runtime capability.
+    pub name_servers: Vec<IpAddr>,
 }
 
 impl CniCall {
@@ -66,6 +68,7 @@ impl CniCall {
             tailnet: "default".into(),
             timeout_s: 30,
             annotations: Vec::new(),
+            name_servers: Vec::new(),
         }
     }
 }
@@ -165,8 +168,11 @@ impl Pod {
             "socket": node.socket(),
             "tailnet": call.tailnet,
             "timeoutSeconds": call.timeout_s,
-            "capabilities": { "io.kubernetes.cri.pod-annotations": true },
-            "runtimeConfig": { "io.kubernetes.cri.pod-annotations": annotations },
+            "capabilities": { "io.kubernetes.cri.pod-annotations": true, "dns": true },
+            "runtimeConfig": {
+                "io.kubernetes.cri.pod-annotations": annotations,
+                "dns": { "servers": call.name_servers, "searches": [], "options": [] },
+            },
         });
         if call.verb == "GC" {
             config["cni.dev/valid-attachments"] = json!([]);

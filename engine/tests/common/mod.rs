@@ -33,8 +33,7 @@ pub struct Pod {
     tun: OwnedFd,
     udp4: UdpSocket,
     udp6: Option<UdpSocket>,
-    dns4: UdpSocket,
-    dns6: Option<UdpSocket>,
+    dns: Vec<link::DnsSockets>,
     snapshot: File,
     reason: PathBuf,
     dir: PathBuf,
@@ -102,7 +101,7 @@ impl Pod {
         let spec = LinkSpec { id: name.to_owned(), netns_dir, pod_netns, ifname: "ts0".into(), mtu: 1280 };
         let mut link = link::ensure_link(&spec).await.unwrap();
         let tun = link.open_tun().await.unwrap();
-        let (dns4, dns6) = link.open_dns().await.unwrap();
+        let dns = link.open_dns().await.unwrap();
         let sockets = || {
             let udp = |family| underlay(family, &PortChoice::default()).unwrap();
             (udp(Family::V4).unwrap(), udp(Family::V6))
@@ -127,8 +126,7 @@ impl Pod {
             tun,
             udp4,
             udp6,
-            dns4,
-            dns6,
+            dns,
             snapshot,
             reason: dir.join(format!("{name}.reason")),
             dir: dir.to_owned(),
@@ -161,6 +159,7 @@ impl Pod {
             login_url: None,
             proxy: None,
             mtu: 1280,
+            name_servers: Vec::new(),
             underlay: Underlay { addresses: join.addresses.clone(), ..Underlay::default() },
             routing: podtether_proto::engine::Routing::default(),
         }
@@ -177,12 +176,12 @@ impl Pod {
             (fds::RPC, rpc.as_fd()),
             (fds::TUN, self.tun.as_fd()),
             (fds::UDP4, self.udp4.as_fd()),
-            (fds::DNS4, self.dns4.as_fd()),
             (fds::SNAPSHOT, self.snapshot.as_fd()),
             (fds::REASON, reason.as_fd()),
         ];
         named.extend(self.udp6.as_ref().map(|s| (fds::UDP6, s.as_fd())));
-        named.extend(self.dns6.as_ref().map(|s| (fds::DNS6, s.as_fd())));
+        named.extend(self.dns.iter().map(|s| (fds::DNS, s.udp.as_fd())));
+        named.extend(self.dns.iter().map(|s| (fds::DNS_TCP, s.tcp.as_fd())));
         let child = spawn(Path::new(ENGINE), &named, self.node.as_ref(), self.ids);
         let deadline = Instant::now() + PATIENCE;
         let transport = loop {

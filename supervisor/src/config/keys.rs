@@ -66,6 +66,13 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(Section::Tailnet, "ca_file", Kind::Text, "extra roots for control, DERP and API, PEM"),
     key(Section::Tailnet, "ephemeral", Kind::Bool, "let the server forget a pod that is away for long"),
+    key(Section::Tailnet, "dns", Kind::Text, "off, or intercept: answer tailnet names in the pods' own DNS"),
+    key(
+        Section::Tailnet,
+        "dns_servers",
+        Kind::List,
+        "name servers of the pods, where the runtime does not tell them",
+    ),
     key(Section::Credentials, "kind", Kind::Text, "oauth, auth-key, headscale or interactive"),
     key(Section::Credentials, "api_url", Kind::Text, "admin API of the tailnet"),
     key(Section::Credentials, "client_id_file", Kind::Text, "oauth: file with the client id"),

@@ -37,6 +37,7 @@ fn a_small_file_gets_the_defaults() {
     let tailnet = &config.tailnets["default"];
     assert_eq!(tailnet.hostname_template, "{cluster}-{namespace}-{pod}");
     assert!(!tailnet.ephemeral);
+    assert_eq!((tailnet.dns, tailnet.dns_servers.len()), (crate::dns::DnsMode::Off, 0));
     let Credentials::OAuth { api_url, auth_key_ttl, .. } = &tailnet.credentials else { panic!() };
     assert_eq!(api_url, "https://api.tailscale.com");
     assert_eq!(auth_key_ttl.as_secs(), 300);

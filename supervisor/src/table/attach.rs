@@ -103,6 +103,7 @@ impl Table {
         if self.pods.len() >= MAX_PODS {
             return Err(error(code::TRY_AGAIN, "this node has too many pods", "remove some"));
         }
+        let name_servers = crate::dns::intercepted(tailnet, request)?;
         let key = IdentityKey {
             tailnet: request.tailnet.clone(),
             pod_uid: request.pod.uid.clone(),
@@ -145,6 +146,7 @@ impl Table {
             uid: self.context.uid(slot),
             addresses: Vec::new(),
             mac: String::new(),
+            name_servers,
         };
         Ok(Pod { had_device, ..Pod::new(record, key, false) })
     }

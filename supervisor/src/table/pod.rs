@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
-use podtether_net::link::{Configured, Link as NetLink};
+use podtether_net::link::{Configured, DnsSockets, Link as NetLink};
 use podtether_proto::engine::{EngineClient, EngineStatus, NodeState};
 use podtether_proto::fds;
 use podtether_proto::node::{AddRequest, Attached, AttachedRoute, CniError};
@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 use super::identities::Identity;
 use crate::context::MTU;
 use crate::credentials::Key;
+use crate::dns::Interception;
 use crate::plan::{self, Observed, Records, Step, Wanted};
 use crate::record::{self, IdentityKey};
 use crate::restart::History;
@@ -26,8 +27,7 @@ use crate::spawn::Process;
 pub(super) struct Fds {
     pub(super) link: NetLink,
     pub(super) tun: OwnedFd,
-    pub(super) dns4: UdpSocket,
-    pub(super) dns6: Option<UdpSocket>,
+    pub(super) dns: Vec<DnsSockets>,
     pub(super) underlay: Underlay,
 }
 
@@ -40,8 +40,9 @@ pub(super) struct Underlay {
 
 impl Fds {
     pub(super) fn named(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
-        let mut named = vec![(fds::TUN, self.tun.as_fd()), (fds::DNS4, self.dns4.as_fd())];
-        named.extend(self.dns6.as_ref().map(|s| (fds::DNS6, s.as_fd())));
+        let mut named = vec![(fds::TUN, self.tun.as_fd())];
+        named.extend(self.dns.iter().map(|s| (fds::DNS, s.udp.as_fd())));
+        named.extend(self.dns.iter().map(|s| (fds::DNS_TCP, s.tcp.as_fd())));
         named.extend(self.underlay.udp4.as_ref().map(|s| (fds::UDP4, s.as_fd())));
         named.extend(self.underlay.udp6.as_ref().map(|s| (fds::UDP6, s.as_fd())));
         named
@@ -61,6 +62,8 @@ pub(super) struct Running {
     pub(super) asked: bool,
     /// When it replaced one that died.
     pub(super) replaces_since: Option<Instant>,
+    /// Waits for its first answer: only then does anybody answer the pod.
+    pub(super) interception: Option<Interception>,
 }
 
 impl Running {

@@ -14,6 +14,7 @@ use super::pod::{Pod, Running};
 use super::{Message, Table, random};
 use crate::context::{Context, MTU};
 use crate::credentials::Credential;
+use crate::dns::Sockets;
 use crate::engine::{self, Event, Home, Reports};
 use crate::plan::{Link, Wanted};
 use crate::restart::{self, Ended, Next};
@@ -27,9 +28,10 @@ impl Table {
     pub(super) fn start_engine(&mut self, id: &AttachmentId) -> bool {
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
-        let request = start_request(&self.context, pod, identity, &self.underlay);
+        let mut request = start_request(&self.context, pod, identity, &self.underlay);
         match spawn_engine(&self.context, pod) {
-            Ok((process, child, home)) => {
+            Ok((process, child, home, names)) => {
+                request.name_servers = names.servers();
                 self.epochs += 1;
                 let (epoch, of) = (self.epochs, id.clone());
                 let wrap = Box::new(move |event| Message::Engine(of.clone(), epoch, event));
@@ -45,6 +47,7 @@ impl Table {
                     status: None,
                     asked: false,
                     replaces_since: pod.died_at.take(),
+                    interception: names.interception(&pod.record),
                 });
                 tokio::spawn(engine::attend(process, child, home, request, reports));
                 true
@@ -69,6 +72,9 @@ impl Table {
                 let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
                 let pid = running.process.pid();
                 running.client = Some(client);
+                if let Some(interception) = running.interception.take() {
+                    interception.begin(&pod.record);
+                }
                 if let Some(since) = running.replaces_since {
                     let took = since.elapsed();
                     self.counters.recovery_seconds.observe(took.as_secs_f64());
@@ -287,6 +293,7 @@ fn start_request(
             .as_ref()
             .map(|proxy| ProxySettings { url: proxy.url.clone(), bypass: proxy.bypass.clone() }),
         mtu: MTU,
+        name_servers: Vec::new(),
         underlay: underlay.clone(),
         routing: podtether_proto::engine::Routing::default(),
     }
@@ -295,15 +302,17 @@ fn start_request(
 fn spawn_engine(
     context: &Context,
     pod: &Pod,
-) -> std::io::Result<(spawn::Process, tokio::process::Child, Home)> {
+) -> std::io::Result<(spawn::Process, tokio::process::Child, Home, Sockets)> {
     let kept = pod.fds.as_ref().ok_or_else(|| std::io::Error::other("the link is not there"))?;
     let home = Home::make(&context.config.node.run_dir, &pod.record.id)?;
     let (rpc, snapshot, reason) = (home.listen()?, home.snapshot()?, home.reason()?);
+    let names = Sockets::open(&kept.link.pod, &pod.record);
     let mut named: Vec<(&'static str, BorrowedFd<'_>)> = vec![(fds::RPC, rpc.as_fd())];
     named.extend(kept.named());
+    named.extend(names.named());
     named.push((fds::SNAPSHOT, snapshot.as_fd()));
     named.push((fds::REASON, reason.as_fd()));
     let birth = Birth { program: &context.engine, fds: &named, uid: pod.record.uid };
     let (process, child) = spawn::spawn(&birth)?;
-    Ok((process, child, home))
+    Ok((process, child, home, names))
 }

@@ -79,7 +79,7 @@ async fn build_link(
     let spec = context.link_spec(record);
     let mut link = link::ensure_link(&spec).await?;
     let tun = open_tun(&mut link).await?;
-    let (dns4, dns6) = link.open_dns().await?;
+    let dns = link.open_dns().await?;
     let range = context.config.node.udp_port_range.clone();
     let port = |recorded: u16| Some(recorded).filter(|p| *p != 0);
     let udp4 = match kept.udp4 {
@@ -97,7 +97,7 @@ async fn build_link(
             sockets::underlay(Family::V6, &choice)?.map(Arc::new)
         }
     };
-    Ok(Fds { link, tun, dns4, dns6, underlay: Underlay { udp4, udp6 } })
+    Ok(Fds { link, tun, dns, underlay: Underlay { udp4, udp6 } })
 }
 
 /// The TUN, waiting for a killed holder's descriptor to be closed by the kernel.

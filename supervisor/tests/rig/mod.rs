@@ -127,6 +127,7 @@ impl Rig {
             pod: PodRef { uid: format!("uid-{name}"), namespace: "default".into(), name: name.into() },
             tailnet: "default".into(),
             timeout_ms: 20_000,
+            name_servers: Vec::new(),
             annotations: Default::default(),
         }
     }
