@@ -16,6 +16,8 @@ pub struct DevnetConfig {
     pub tls_names: Vec<String>,
     /// MagicDNS suffix, without dots at its ends.
     pub base_domain: String,
+    /// What nodes are told about names beside those of the tailnet.
+    pub dns: DnsSettings,
     /// First IPv4 address to hand out; two devnets with the same start hand out the same ones.
     pub ipv4_start: Ipv4Addr,
     /// First IPv6 address to hand out.
@@ -49,6 +51,7 @@ impl Default for DevnetConfig {
             https_listen: vec![SocketAddr::from(([127, 0, 0, 1], 0))],
             tls_names: Vec::new(),
             base_domain: "tailnet.test".into(),
+            dns: DnsSettings::default(),
             ipv4_start: Ipv4Addr::new(100, 64, 0, 1),
             ipv6_start: Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 1),
             regions: vec![RegionConfig::new(1, vec![IpAddr::V4(Ipv4Addr::LOCALHOST)])],
@@ -63,6 +66,17 @@ impl Default for DevnetConfig {
             max_nodes: 20_000,
         }
     }
+}
+
+/// Name resolution beyond the tailnet's own names.
+#[derive(Clone, Debug, Default)]
+pub struct DnsSettings {
+    /// Resolvers for everything else.
+    pub resolvers: Vec<String>,
+    /// Resolvers by suffix; none for a suffix means that nodes answer it themselves.
+    pub routes: Vec<(String, Vec<String>)>,
+    /// Further names and their addresses.
+    pub extra_records: Vec<(String, IpAddr)>,
 }
 
 /// The two servers whose error texts are known.

@@ -40,7 +40,7 @@ mod start;
 mod stun;
 mod sync;
 
-pub use config::{DevnetConfig, Dialect, OauthConfig, RegionConfig};
+pub use config::{DevnetConfig, Dialect, DnsSettings, OauthConfig, RegionConfig};
 pub use control::state::AuthKeyOptions;
 pub use derp::{Mode, RelayStats};
 pub use devnet::{AuthKeyInfo, Devnet, NodeInfo};

@@ -161,7 +161,8 @@ impl Session {
         let shared = &*self.shared;
         let compress = request.compress == "zstd";
         let base_domain = shared.config.base_domain.clone();
-        let mut view = View::new(self.node, self.number, request.version, base_domain);
+        let mut view =
+            View::new(self.node, self.number, request.version, base_domain, shared.config.dns.clone());
         let mut changed = shared.changed.subscribe();
         let mut stalled = shared.stalled.subscribe();
         let mut keep_alive = tokio::time::interval(shared.config.keep_alive);

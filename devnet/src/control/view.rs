@@ -8,6 +8,7 @@ use serde_json::json;
 use super::state::{Node, NodeId, State};
 use super::wire::{self, MapResponse, PeerChange, Timestamp3339};
 use crate::acl::{self, FilterRule};
+use crate::config::DnsSettings;
 
 /// Of one session: whom it serves and what was sent.
 pub(crate) struct View {
@@ -15,6 +16,7 @@ pub(crate) struct View {
     session: u64,
     version: u32,
     base_domain: String,
+    dns: DnsSettings,
     sent: Option<Sent>,
 }
 
@@ -36,8 +38,14 @@ pub(crate) enum Update {
 }
 
 impl View {
-    pub(crate) fn new(node: NodeId, session: u64, version: u32, base_domain: String) -> Self {
-        Self { node, session, version, base_domain, sent: None }
+    pub(crate) fn new(
+        node: NodeId,
+        session: u64,
+        version: u32,
+        base_domain: String,
+        dns: DnsSettings,
+    ) -> Self {
+        Self { node, session, version, base_domain, dns, sent: None }
     }
 
     /// Compares and remembers: what is returned counts as sent.
@@ -126,7 +134,7 @@ impl View {
             node: Some(own_node.clone()),
             derp_map: Some(state.derp_map.clone()),
             peers: peers.values().map(|(_, node)| node.clone()).collect(),
-            dns_config: Some(dns_config(&self.base_domain)),
+            dns_config: Some(dns_config(&self.base_domain, &self.dns)),
             domain: self.base_domain.clone(),
             collect_services: Some(false),
             packet_filters: Some(chunk(filter.clone())),
@@ -196,12 +204,22 @@ impl View {
 }
 
 /// Names below the suffix and the reverse zones of the tailnet's ranges are answered by the node itself.
-fn dns_config(base_domain: &str) -> wire::DnsConfig {
+fn dns_config(base_domain: &str, dns: &DnsSettings) -> wire::DnsConfig {
+    let resolvers = |list: &[String]| list.iter().map(|addr| json!({ "Addr": addr })).collect::<Vec<_>>();
     let reverse_v4 = (64..128).map(|octet| format!("{octet}.100.in-addr.arpa"));
     let reverse_v6 = "0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned();
     let zones = reverse_v4.chain([reverse_v6, base_domain.to_owned()]);
     wire::DnsConfig {
-        routes: zones.map(|zone| (zone, Vec::new())).collect(),
+        resolvers: resolvers(&dns.resolvers),
+        routes: zones
+            .map(|zone| (zone, Vec::new()))
+            .chain(dns.routes.iter().map(|(suffix, list)| (suffix.clone(), resolvers(list))))
+            .collect(),
+        extra_records: dns
+            .extra_records
+            .iter()
+            .map(|(name, ip)| json!({ "Name": name, "Value": ip.to_string() }))
+            .collect(),
         domains: vec![base_domain.to_owned()],
         proxied: true,
     }

@@ -277,7 +277,11 @@ pub(crate) struct PeerChange {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct DnsConfig {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) resolvers: Vec<Value>,
     pub(crate) routes: BTreeMap<String, Vec<Value>>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) extra_records: Vec<Value>,
     pub(crate) domains: Vec<String>,
     pub(crate) proxied: bool,
 }

@@ -7,6 +7,7 @@
 mod cni;
 mod kills;
 mod leave;
+mod names;
 mod pairs;
 mod paths;
 mod rules;

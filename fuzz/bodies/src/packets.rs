@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
 use podtether_core::batch::{Batch, Outbox, RegionId};
+use podtether_core::dns::{Action, Asked, Capacity, Client};
 use podtether_core::engine::{Config, ControlEvent, DerpEvent, Engine};
 use podtether_core::key::{DiscoPrivate, NodePrivate};
 use podtether_core::packet::Parsed;
 use podtether_core::snapshot::Snapshot;
 use podtether_core::tailcfg::{
-    DnsConfig, FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime,
+    DnsConfig, FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, Resolver, UnixTime,
 };
 
 const PEER: u8 = 2;
@@ -67,11 +68,17 @@ fn running(now: Instant, out: &mut Outbox) -> Engine {
         dst_ports: vec![NetPortRange { ip: "*".into(), ports }],
         ..FilterRule::default()
     };
+    let resolver = Resolver { addr: "192.0.2.54".into(), ..Resolver::default() };
     let map = MapResponse {
         node: Some(node(1)),
         peers: vec![node(PEER)],
         packet_filter: Some(vec![rule]),
-        dns_config: Some(DnsConfig { proxied: true, domains: vec!["test".into()], ..DnsConfig::default() }),
+        dns_config: Some(DnsConfig {
+            proxied: true,
+            domains: vec!["test".into()],
+            routes: [("corp".to_owned(), vec![resolver])].into(),
+            ..DnsConfig::default()
+        }),
         ..MapResponse::default()
     };
     engine.handle_control(ControlEvent::Map(Box::new(map)), now, out);
@@ -160,15 +167,35 @@ pub fn peer(data: &[u8]) {
     }
 }
 
-/// A query of the pod.
+/// A query of the pod, to the node itself and to a name server it stands in for, and the same bytes as that
+/// server's answer.
 pub fn dns(data: &[u8]) {
-    let (now, mut out) = (Instant::now(), Outbox::default());
+    const QUESTION: &[u8] = b"\0\x07\x01\0\0\x01\0\0\0\0\0\0\x01a\x04corp\0\0\x01\0\x01";
+    let (mut now, mut out) = (Instant::now(), Outbox::default());
     let mut engine = running(now, &mut out);
-    let mut reply = Vec::new();
-    engine.handle_dns(data, now, &mut reply);
-    if !reply.is_empty() {
-        assert_eq!(reply.get(..2), data.get(..2), "an answer has its question's number");
-        assert!(reply[2] & 0x80 != 0, "an answer says that it is one");
+    engine.set_dns_capacity(Capacity { udp4: 2, udp6: 2, tcp4: 2, tcp6: 2 });
+    let client = Client { listener: 0, from: SocketAddr::from(([100, 64, 0, 1], 4000)), stream: None };
+    let server = SocketAddr::from(([192, 0, 2, 53], 53));
+    for (meant_for, query) in
+        [(None, data), (Some(server), data), (None, QUESTION), (Some(server), QUESTION), (None, QUESTION)]
+    {
+        engine.handle_dns(Asked { client, meant_for }, query, now);
+        while let Some(action) = engine.poll_dns() {
+            match action {
+                Action::Reply { message, .. } => {
+                    assert_eq!(message.get(..2), query.get(..2), "an answer has its question's number");
+                    assert!(meant_for.is_some() || message[2] & 0x80 != 0, "an answer says that it is one");
+                }
+                Action::Ask { ask, message, .. } => {
+                    let right =
+                        message.get(..2).into_iter().chain(data.get(2..)).collect::<Vec<_>>().concat();
+                    engine.handle_dns_answer(ask, Ok(data), now);
+                    engine.handle_dns_answer(ask, Ok(&right), now);
+                }
+                Action::Stop { .. } => {}
+            }
+        }
+        drain(&mut engine, &mut now, &mut out);
     }
 }
 

@@ -366,10 +366,11 @@ impl Forwarder {
                     None => answer.get(..2) == exchange.query.get(..2),
                 };
                 // The later messages of a transfer may leave the question out.
-                if !right && !(*many && answer.get(..2) == exchange.query.get(..2)) {
+                let many = *many;
+                let continues = many && answer.get(..2) == exchange.query.get(..2);
+                if !(right || continues) {
                     return counts.add(Count::WrongAnswer);
                 }
-                let many = *many;
                 if many {
                     exchange.deadline = now + PASSED_ON_PATIENCE;
                 }

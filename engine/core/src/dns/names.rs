@@ -255,9 +255,10 @@ impl Names {
             let host = holder.and_then(|id| self.hosts.get(id)).map(|host| &*host.name);
             let service = (reverse.address == Some(SERVICE)).then_some(SERVICE_NAME);
             if let Some(name) = host.or(service).and_then(wire_name) {
-                return match kind {
-                    RecordType::PTR | RecordType::ANY => Found::Records(vec![RData::PTR(PTR(name))]),
-                    _ => Found::NoData(reverse.zone.map(str::to_owned)),
+                return if matches!(kind, RecordType::PTR | RecordType::ANY) {
+                    Found::Records(vec![RData::PTR(PTR(name))])
+                } else {
+                    Found::NoData(reverse.zone.map(str::to_owned))
                 };
             }
         }

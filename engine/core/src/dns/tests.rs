@@ -398,9 +398,10 @@ fn answer(dns: &mut Dns, query: &[u8]) -> Option<Vec<u8>> {
     dns.handle_query(Asked { client: client(), meant_for: None }, query, Instant::now());
     let action = dns.poll_action();
     assert_eq!(dns.poll_action(), None);
-    action.map(|action| match action {
-        Action::Reply { to, message } if to == client() => message,
-        other => panic!("{other:?}"),
+    action.map(|action| {
+        let Action::Reply { to, message } = action else { panic!("{action:?}") };
+        assert_eq!(to, client());
+        message
     })
 }
 
