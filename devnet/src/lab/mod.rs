@@ -12,6 +12,7 @@
 //! Runs as root of a process of its own ([`podtether_net::isolate`]): then whatever the lab leaves goes with
 //! the process. Calls block; each uses a short-lived runtime of its own.
 
+mod nat;
 mod node;
 mod pod;
 mod programs;
@@ -26,6 +27,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use podtether_net::netlink::{Blackhole, Netlink, Route, VethEnd};
 use podtether_net::{Netns, netns, sysctl};
 
+pub use self::nat::{Gateway, Inside, Nat};
 pub use self::node::{Node, Tailnet};
 pub use self::pod::{CniCall, CniOutcome, Pod};
 pub use self::programs::Programs;
@@ -43,6 +45,7 @@ pub struct Lab {
     router: Netns,
     devnets: u8,
     nodes: u8,
+    gateways: u8,
 }
 
 impl Lab {
@@ -56,7 +59,7 @@ impl Lab {
         router.run_blocking(|| {
             sysctl::write("net/ipv4/ip_forward", "1").and(sysctl::write("net/ipv6/conf/all/forwarding", "1"))
         })??;
-        Ok(Self { dir: dir.to_owned(), programs, router, devnets: 0, nodes: 0 })
+        Ok(Self { dir: dir.to_owned(), programs, router, devnets: 0, nodes: 0, gateways: 0 })
     }
 
     /// Where the lab's files live.
@@ -145,6 +148,38 @@ impl Lab {
         Node::new(name, n, ns, &self.dir, &self.programs)
     }
 
+    /// How many nodes there are: the number of the newest.
+    #[must_use]
+    pub fn nodes(&self) -> u8 {
+        self.nodes
+    }
+
+    /// Gives node `n` other addresses, as if it had moved to another network: 10.N.1.2 and fd10:N:1::2.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn move_node(&self, n: u8, node: &Netns) -> Result<()> {
+        let port = format!("node{n}");
+        block_on(async {
+            let router = Netlink::open(&self.router).await?;
+            let node = Netlink::open(node).await?;
+            let (outside, inside) = (index_of(&router, &port).await?, index_of(&node, "eth0").await?);
+            for ((old_gateway, old), (gateway, new)) in
+                uplink_addresses(n).into_iter().zip(moved_addresses(n))
+            {
+                node.delete_route(default_route(old_gateway.addr(), inside)).await?;
+                node.delete_address(inside, old).await?;
+                router.delete_address(outside, old_gateway).await?;
+                router.add_address(outside, gateway).await?;
+                node.add_address(inside, new).await?;
+                router.wait_local(&[gateway.addr()]).await?;
+                node.wait_local(&[new.addr()]).await?;
+                node.add_route(default_route(gateway.addr(), inside)).await?;
+            }
+            Ok(())
+        })
+    }
+
     /// Drops all UDP between nodes, in both directions and families. TCP between them, and everything to
     /// the devnets (DERP, STUN, control), goes on.
     ///
@@ -198,6 +233,14 @@ fn uplink_addresses(n: u8) -> [(IpNet, IpNet); 2] {
     let v4 = |host| IpNet::from(Ipv4Net::new_assert(Ipv4Addr::new(10, n, 0, host), 24));
     let v6 =
         |host| IpNet::from(Ipv6Net::new_assert(Ipv6Addr::new(0xfd10, n.into(), 0, 0, 0, 0, 0, host), 64));
+    [(v4(1), v4(2)), (v6(1), v6(2))]
+}
+
+/// The same after [`Lab::move_node`].
+fn moved_addresses(n: u8) -> [(IpNet, IpNet); 2] {
+    let v4 = |host| IpNet::from(Ipv4Net::new_assert(Ipv4Addr::new(10, n, 1, host), 24));
+    let v6 =
+        |host| IpNet::from(Ipv6Net::new_assert(Ipv6Addr::new(0xfd10, n.into(), 1, 0, 0, 0, 0, host), 64));
     [(v4(1), v4(2)), (v6(1), v6(2))]
 }
 

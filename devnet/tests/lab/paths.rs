@@ -18,6 +18,64 @@ fn path(node: &Node, pod: &Pod, name: &str) -> Option<String> {
 }
 
 #[test]
+fn a_node_that_gets_other_addresses_is_followed_within_seconds() {
+    lab_test("paths::a_node_that_gets_other_addresses_is_followed_within_seconds", |dir| {
+        let mut rig = Rig::start(dir, 2, DevnetConfig::default());
+        let pods = rig.join(&[(0, "one"), (1, "two")]);
+        let [one, two] = &pods[..] else { panic!("two pods") };
+        wait_reachable(one, two.v4().unwrap());
+        let direct_to = |net: &str| {
+            wait_for(net, || {
+                let report = rig.nodes[0].pod_report("one").ok()?;
+                let text = report["peers"].to_string();
+                (text.contains(net)).then_some(())
+            });
+        };
+        wait_for("direct", || path(&rig.nodes[0], one, "two").filter(|found| found == "direct"));
+        let pings = Pinging::start(&one.netns, two.v4().unwrap(), Duration::from_millis(20), None).unwrap();
+        assert!(pings.wait_for_replies(20, PATIENCE));
+        let moved = pings.elapsed();
+        rig.lab.move_node(2, &rig.nodes[1].netns).unwrap();
+        direct_to(":2:1::2]");
+        assert!(pings.wait_for_replies(20, PATIENCE));
+        let end = pings.elapsed();
+        let report = pings.stop(Duration::from_secs(1)).unwrap();
+        let gap = report.longest_gap(moved, end);
+        println!("the node moved: {gap:?} without a reply");
+        assert!(gap < Duration::from_secs(8), "{gap:?}");
+    });
+}
+
+#[test]
+fn path_changes_lose_few_pings() {
+    lab_test("paths::path_changes_lose_few_pings", |dir| {
+        let mut rig = Rig::start(dir, 2, DevnetConfig::default());
+        let pods = rig.join(&[(0, "one"), (1, "two")]);
+        let [one, two] = &pods[..] else { panic!("two pods") };
+        wait_reachable(one, two.v4().unwrap());
+        let is = |kind: &'static str| {
+            wait_for(kind, || path(&rig.nodes[0], one, "two").filter(|found| found == kind));
+        };
+        is("direct");
+        for (step, after) in [("downgrade", "relay"), ("upgrade", "direct")] {
+            // 1,000 pings, and the change after the first fifth.
+            let target = two.v4().unwrap();
+            let pings = Pinging::start(&one.netns, target, Duration::from_millis(20), Some(1000)).unwrap();
+            assert!(pings.wait_for_replies(200, PATIENCE));
+            match step {
+                "downgrade" => rig.lab.block_udp().unwrap(),
+                _ => rig.lab.unblock_udp().unwrap(),
+            }
+            is(after);
+            let report = pings.finish(Duration::from_secs(2)).unwrap();
+            println!("{step}: {} of {} lost", report.lost(), report.sent);
+            // One in a hundred, and as many again for what a loaded machine adds.
+            assert!(report.lost() <= 20, "{step}: {} of {} lost", report.lost(), report.sent);
+        }
+    });
+}
+
+#[test]
 fn blocked_udp_means_relay_and_unblocked_means_direct_again() {
     lab_test("paths::blocked_udp_means_relay_and_unblocked_means_direct_again", |dir| {
         let mut rig = Rig::start(dir, 2, DevnetConfig::default());

@@ -196,6 +196,11 @@ impl Pod {
         client
     }
 
+    /// The UDP port of the engine's IPv4 socket.
+    pub fn port(&self) -> u16 {
+        self.udp4.local_addr().unwrap().port()
+    }
+
     pub fn client(&self) -> EngineClient {
         self.engine.as_ref().unwrap().client.clone()
     }

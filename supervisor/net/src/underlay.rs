@@ -106,18 +106,48 @@ pub async fn addresses(netlink: &Netlink) -> Result<Vec<IpAddr>> {
     Ok(choose(&links, &netlink.addresses().await?, &routes))
 }
 
+/// Kinds of links that carry other networks over the node's own: a peer that reached the node through one
+/// would do so inside the cluster's network, a VPN or another tailnet, or (dummies) not at all. kube-proxy's
+/// and the local DNS cache's service addresses lie on dummies.
+const OVERLAYS: [&str; 13] = [
+    "tun",
+    "wireguard",
+    "vxlan",
+    "geneve",
+    "gre",
+    "gretap",
+    "ip6gre",
+    "ipip",
+    "sit",
+    "ip6tnl",
+    "dummy",
+    "ifb",
+    "openvswitch",
+];
+
+/// Whether the link leads to other machines by itself, whatever its name.
+fn may_be_uplink(link: &Link, has_default: bool) -> bool {
+    let kind = link.kind.as_deref().unwrap_or_default();
+    if OVERLAYS.contains(&kind) {
+        return false;
+    }
+    // A bridge or a veth with the default route is the uplink of a hypervisor, or of a node that is a
+    // container. Without it a bridge is the one between pods, a port of a bridge has no address to reach,
+    // and a veth pair with both ends here joins two parts of a CNI.
+    let inner = kind == "bridge" || link.master.is_some() || kind == "veth" && !link.peer_elsewhere;
+    has_default || !inner
+}
+
 /// Addresses of the interfaces that have a default route: those are the node's own way out, and a CNI's
 /// bridges and tunnels have none. On a node without one, every address that is not a CNI's.
 fn choose(links: &[Link], addresses: &[Address], routes: &[Route]) -> Vec<IpAddr> {
-    let uplinks: BTreeSet<u32> = routes.iter().filter(|r| r.dst.prefix_len() == 0).map(|r| r.link).collect();
+    let has_default = |link: &Link| routes.iter().any(|r| r.dst.prefix_len() == 0 && r.link == link.index);
+    let uplinks: BTreeSet<u32> =
+        links.iter().filter(|l| has_default(l) && may_be_uplink(l, true)).map(|l| l.index).collect();
     let usable = |address: &&Address| {
         let Some(link) = links.iter().find(|l| l.index == address.link) else { return false };
-        let on_uplink = if uplinks.is_empty() {
-            !matches!(link.kind.as_deref(), Some("bridge" | "tun" | "vxlan" | "dummy" | "wireguard"))
-                && link.master.is_none()
-        } else {
-            uplinks.contains(&link.index)
-        };
+        let on_uplink =
+            if uplinks.is_empty() { may_be_uplink(link, false) } else { uplinks.contains(&link.index) };
         let ip = address.net.addr();
         // Of another tailnet node on this machine.
         let tailnet = tailnet_ranges().iter().any(|range| range.contains(&ip));
@@ -183,6 +213,61 @@ mod tests {
         assert_eq!(texts(&chosen), ["10.0.0.5", "2001:db8::5"]);
         let without = choose(&links, &addresses, &[]);
         assert_eq!(texts(&without), ["10.0.0.5", "192.168.7.1", "2001:db8::5"]);
+    }
+
+    #[test]
+    fn no_address_of_a_cni_a_vpn_or_a_service_is_offered() {
+        let veth = |index, peer_elsewhere| Link { peer_elsewhere, ..link(index, Some("veth"), None) };
+        let links = [
+            link(1, None, None),                                              // eth0
+            link(2, Some("bridge"), None),                                    // cni0, docker0
+            link(3, Some("vxlan"), None),                                     // flannel.1, vxlan.calico
+            link(4, Some("ipip"), None),                                      // tunl0
+            link(5, Some("dummy"), None),                                     // kube-ipvs0, nodelocaldns
+            link(6, Some("tun"), None),                                       // tailscale0
+            link(7, Some("wireguard"), None),                                 // wireguard.cali, cilium_wg0
+            veth(8, false),                                                   // cilium_host
+            link(9, Some("geneve"), None),                                    // genev_sys
+            link(10, Some("openvswitch"), None),                              // ovn-k8s-mp0, antrea-gw0
+            Link { peer_elsewhere: true, ..link(11, Some("veth"), Some(2)) }, // a pod's
+        ];
+        let addresses: Vec<Address> =
+            links.iter().map(|l| address(l.index, &format!("10.0.{}.5/24", l.index))).collect();
+        let default = |link| Route { dst: "0.0.0.0/0".parse().unwrap(), gateway: None, link, onlink: false };
+        assert_eq!(texts(&choose(&links, &addresses, &[default(1)])), ["10.0.1.5"]);
+        assert_eq!(texts(&choose(&links, &addresses, &[])), ["10.0.1.5"]);
+        // A VPN that takes the default route is not the way to be reached.
+        assert_eq!(texts(&choose(&links, &addresses, &[default(1), default(6)])), ["10.0.1.5"]);
+        assert_eq!(texts(&choose(&links, &addresses, &[default(7)])), ["10.0.1.5"]);
+        // A node in a container, and a hypervisor's bridge.
+        let node = [veth(1, true), link(2, Some("bridge"), None)];
+        assert_eq!(texts(&choose(&node, &addresses, &[default(1)])), ["10.0.1.5"]);
+        assert_eq!(texts(&choose(&node, &addresses, &[])), ["10.0.1.5"]);
+        assert_eq!(texts(&choose(&node, &addresses, &[default(2)])), ["10.0.2.5"]);
+    }
+
+    #[test]
+    fn links_of_the_kernel_are_told_apart_by_kind() {
+        in_namespaces("underlay::tests::links_of_the_kernel_are_told_apart_by_kind", |_| {
+            block_on(async {
+                let netlink = Netlink::open(&Netns::current().unwrap()).await.unwrap();
+                let inner = Netns::create().await.unwrap();
+                let end = |name| VethEnd { namespace: None, name, mac: None, mtu: 1500 };
+                let away = VethEnd { namespace: Some(&inner), ..end("far") };
+                // Names say nothing: the uplink is called as a CNI's bridge is.
+                netlink.add_veth(end("cni0"), away).await.unwrap();
+                netlink.add_veth(end("eth7"), end("eth8")).await.unwrap();
+                netlink.add_bridge("eth0").await.unwrap();
+                for (name, net) in [("cni0", "10.1.0.1/24"), ("eth7", "10.2.0.1/24"), ("eth0", "10.3.0.1/24")]
+                {
+                    let index = netlink.link(name).await.unwrap().unwrap().index;
+                    netlink.set_up(index).await.unwrap();
+                    netlink.add_address(index, net.parse().unwrap()).await.unwrap();
+                }
+                let offered = addresses(&netlink).await.unwrap();
+                assert_eq!(texts(&offered), ["10.1.0.1"]);
+            });
+        });
     }
 
     #[test]
