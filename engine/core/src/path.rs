@@ -5,7 +5,7 @@
 //! is younger than [`TRUST`]. The relay is used when there is no best address, and together with it while
 //! it is not trusted.
 //!
-//! Trust is lost early: when packets go out and nothing is heard on the best address for 60 ms,
+//! Trust is lost early: when packets go out and nothing is heard on the best address for 50 ms,
 //! it is pinged, and when that stays unanswered the path is in doubt: packets go both
 //! ways ([`PathAgent::route`]) until a pong ends the doubt. So a path that breaks silently costs about
 //! 150 ms of traffic. A peer that pings us may have become suspicious itself, because only the way from us
@@ -31,11 +31,11 @@ const GOOD_ENOUGH: Duration = Duration::from_millis(5);
 /// Candidates are looked for at most so often while there is no trusted path.
 const SEARCH_EVERY: Duration = Duration::from_secs(1);
 /// Packets go out and nothing was heard on the best address for so long: it is asked before its heartbeat.
-const SILENCE: Duration = Duration::from_millis(60);
+const SILENCE: Duration = Duration::from_millis(50);
 /// Pings because of silence are so far apart at least: what a flow in one direction costs.
 const PROBE_EVERY: Duration = Duration::from_millis(300);
 /// How long a probe may stay unanswered: five quarters of a round trip and [`PATIENCE_SLACK`].
-const PATIENCE_MIN: Duration = Duration::from_millis(60);
+const PATIENCE_MIN: Duration = Duration::from_millis(50);
 const PATIENCE_SLACK: Duration = Duration::from_millis(20);
 const PATIENCE_MAX: Duration = Duration::from_secs(2);
 /// The same for a heartbeat while packets come in: a lost pong then says little.
