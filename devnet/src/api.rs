@@ -1,4 +1,7 @@
-//! The admin API, with the hosted service's paths and JSON: OAuth token, auth keys, devices.
+//! The admin API, with the hosted service's paths and JSON: OAuth token, auth keys, devices. Headscale's
+//! second API is the same with an API key and sentences of its own; its first is in [`headscale`].
+
+pub(crate) mod headscale;
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -19,6 +22,7 @@ use crate::random;
 use crate::shared::Shared;
 use crate::sync::lock;
 
+const NO_PAGE: &str = "page not found";
 const MAX_TOKENS: usize = 1024;
 const MAX_DESCRIPTION: usize = 50;
 const DEFAULT_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
@@ -27,9 +31,28 @@ const DEFAULT_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3600);
 #[derive(Default)]
 pub(crate) struct Tokens {
     valid_until: Mutex<HashMap<String, Instant>>,
+    /// Headscale's API key, empty when there is none.
+    api_key: Mutex<String>,
 }
 
 impl Tokens {
+    pub(crate) fn new(api_key: String) -> Self {
+        Self { valid_until: Mutex::default(), api_key: Mutex::new(api_key) }
+    }
+
+    pub(crate) fn api_key(&self) -> String {
+        lock(&self.api_key).clone()
+    }
+
+    pub(crate) fn set_api_key(&self, key: &str) {
+        key.clone_into(&mut lock(&self.api_key));
+    }
+
+    fn is_api_key(&self, token: &str) -> bool {
+        let key = lock(&self.api_key);
+        !key.is_empty() && *key == token
+    }
+
     fn mint(&self, lifetime: Duration) -> String {
         let token = format!("tskey-api-{}", random::token(32));
         let now = Instant::now();
@@ -59,19 +82,27 @@ impl Tokens {
 struct ApiError {
     status: StatusCode,
     message: String,
+    /// As Headscale adds them.
+    causes: Vec<String>,
     refusal: Option<Refusal>,
 }
 
 impl ApiError {
     fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), refusal: None }
+        Self { status, message: message.into(), causes: Vec::new(), refusal: None }
+    }
+
+    fn because(mut self, cause: impl Into<String>) -> Self {
+        self.causes.push(cause.into());
+        self
     }
 }
 
 impl From<Refusal> for ApiError {
     fn from(refusal: Refusal) -> Self {
-        let message = refusal.status.canonical_reason().unwrap_or("fault").to_lowercase();
-        Self { status: refusal.status, message, refusal: Some(refusal) }
+        let status = refusal.status;
+        let message = status.canonical_reason().unwrap_or("fault").to_lowercase();
+        Self { refusal: Some(refusal), ..Self::new(status, message) }
     }
 }
 
@@ -79,16 +110,24 @@ type Answer = Result<Value, ApiError>;
 
 /// Answers one request below `/api/v2/`.
 pub(crate) async fn handle(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
+    let is_headscale = shared.config.headscale.is_some();
+    if shared.config.headscale.as_ref().is_some_and(|api| !api.v2) {
+        return http_server::text(StatusCode::NOT_FOUND, "404 page not found");
+    }
     if request.uri().path() == "/api/v2/oauth/token" {
         return token(shared, request).await;
     }
     match call(shared, request).await {
         Ok(value) => http_server::json(StatusCode::OK, &value),
+        Err(error) if is_headscale && error.message == NO_PAGE => {
+            http_server::text(StatusCode::NOT_FOUND, "404 page not found")
+        }
         Err(error) => {
-            let mut response = http_server::json(
-                error.status,
-                &json!({"message": error.message, "status": error.status.as_u16()}),
-            );
+            let mut value = json!({"message": error.message, "status": error.status.as_u16()});
+            if !error.causes.is_empty() {
+                value["data"] = json!([{"errors": error.causes}]);
+            }
+            let mut response = http_server::json(error.status, &value);
             if let Some(refusal) = &error.refusal {
                 add_retry_after(response.headers_mut(), refusal);
             }
@@ -99,8 +138,12 @@ pub(crate) async fn handle(shared: &Shared, request: Request<Incoming>) -> Respo
 
 async fn call(shared: &Shared, request: Request<Incoming>) -> Answer {
     shared.faults.pass(Target::Api).await?;
-    if !bearer(request.headers()).is_some_and(|token| shared.tokens.is_valid(&token)) {
-        return Err(ApiError::new(StatusCode::UNAUTHORIZED, "API token invalid"));
+    let is_headscale = shared.config.headscale.is_some();
+    let token = bearer(request.headers()).unwrap_or_default();
+    let is_admin = shared.tokens.is_api_key(&token);
+    if !is_admin && !shared.tokens.is_valid(&token) {
+        let text = if is_headscale { "unauthorized" } else { "API token invalid" };
+        return Err(ApiError::new(StatusCode::UNAUTHORIZED, text));
     }
     let path = request.uri().path().trim_start_matches("/api/v2/").to_owned();
     let parts: Vec<&str> = path.split('/').collect();
@@ -111,7 +154,7 @@ async fn call(shared: &Shared, request: Request<Incoming>) -> Answer {
         (&Method::POST, ["tailnet", _, "keys"]) => {
             let body =
                 body(request).await.map_err(|response| ApiError::new(response.status(), "body too large"))?;
-            create_key(shared, &body)
+            create_key(shared, &body, is_admin)
         }
         (&Method::GET, ["tailnet", _, "keys"]) => Ok(shared.with_state(
             |state| json!({"keys": state.keys.values().map(|key| key_json(key, false)).collect::<Vec<_>>()}),
@@ -121,14 +164,20 @@ async fn call(shared: &Shared, request: Request<Incoming>) -> Answer {
             .ok_or_else(|| not_found("key")),
         (&Method::DELETE, ["tailnet", _, "keys", id]) => {
             let revoked = shared.with_state(|state| revoke_key(state, id));
-            if revoked { Ok(json!({})) } else { Err(not_found("key")) }
+            match (revoked, is_headscale) {
+                (true, _) => Ok(json!({})),
+                (false, false) => Err(not_found("key")),
+                (false, true) if id.parse::<u64>().is_err() => Err(not_found("auth key")),
+                (false, true) => Err(ApiError::new(StatusCode::NOT_FOUND, "revoking auth key")
+                    .because("auth-key not found: record not found")),
+            }
         }
         (&Method::GET, ["tailnet", _, "devices"]) => {
             let all = parameter(request.uri().query(), "fields") == Some("all");
             let domain = shared.config.base_domain.as_str();
             Ok(shared.with_state(|state| {
                 let devices: Vec<_> =
-                    state.nodes.values().map(|node| device_json(node, domain, all)).collect();
+                    state.nodes.values().map(|node| device_json(state, node, domain, all)).collect();
                 json!({ "devices": devices })
             }))
         }
@@ -136,7 +185,7 @@ async fn call(shared: &Shared, request: Request<Incoming>) -> Answer {
             let all = parameter(request.uri().query(), "fields") == Some("all");
             shared
                 .with_state(|state| {
-                    find(state, id).map(|node| device_json(node, &shared.config.base_domain, all))
+                    find(state, id).map(|node| device_json(state, node, &shared.config.base_domain, all))
                 })
                 .ok_or_else(|| not_found("device"))
         }
@@ -147,7 +196,7 @@ async fn call(shared: &Shared, request: Request<Incoming>) -> Answer {
             });
             if removed { Ok(json!({})) } else { Err(not_found("device")) }
         }
-        _ => Err(not_found("page")),
+        _ => Err(ApiError::new(StatusCode::NOT_FOUND, NO_PAGE)),
     }
 }
 
@@ -166,7 +215,8 @@ async fn token(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
         return problem(StatusCode::METHOD_NOT_ALLOWED, "invalid_request", "method not allowed");
     }
     if let Err(refusal) = shared.faults.pass(Target::OauthToken).await {
-        let message = refusal.status.canonical_reason().unwrap_or("fault");
+        let status = refusal.status;
+        let message = status.canonical_reason().unwrap_or("fault");
         let mut response = http_server::json(refusal.status, &json!({ "message": message }));
         add_retry_after(response.headers_mut(), &refusal);
         return response;
@@ -221,7 +271,7 @@ async fn token(shared: &Shared, request: Request<Incoming>) -> Response<Body> {
     response
 }
 
-fn create_key(shared: &Shared, body: &[u8]) -> Answer {
+fn create_key(shared: &Shared, body: &[u8], is_admin: bool) -> Answer {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct CreateKey {
@@ -254,10 +304,18 @@ fn create_key(shared: &Shared, body: &[u8]) -> Answer {
     let order: CreateKey = serde_json::from_slice(body).map_err(|error| bad(error.to_string()))?;
     let create = order.capabilities.devices.create;
     let tags = create.tags.unwrap_or_default();
-    if tags.is_empty() {
+    if is_admin {
+        if tags.is_empty() {
+            return Err(bad("an auth key without tags must be created with a user-owned API key".into()));
+        }
+        if let Some(tag) = tags.iter().find(|tag| !tag.starts_with("tag:")) {
+            let cause = format!("auth-key tag is invalid: '{tag}' did not begin with 'tag:'");
+            return Err(bad("creating auth key".into()).because(cause));
+        }
+    } else if tags.is_empty() {
         return Err(bad("tailnet-owned auth key must have tags set".into()));
     }
-    if let Some(tag) = tags.iter().find(|tag| !shared.config.oauth.tags.contains(tag)) {
+    if let Some(tag) = tags.iter().find(|tag| !is_admin && !shared.config.oauth.tags.contains(tag)) {
         return Err(ApiError::new(
             StatusCode::FORBIDDEN,
             format!("requested tags [{tag}] are invalid or not permitted"),
@@ -278,6 +336,7 @@ fn create_key(shared: &Shared, body: &[u8]) -> Answer {
         tags,
         lifetime,
         description: order.description,
+        user: None,
     };
     let key = shared.with_state(|state| state.create_key(options, Timestamp::now()));
     Ok(key_json(&key, true))
@@ -325,12 +384,12 @@ fn key_json(key: &AuthKey, with_secret: bool) -> Value {
     value
 }
 
-fn device_json(node: &Node, base_domain: &str, all: bool) -> Value {
+fn device_json(state: &State, node: &Node, base_domain: &str, all: bool) -> Value {
     let mut value = json!({
         "addresses": node.addresses,
         "id": node.id.to_string(),
         "nodeId": node.stable_id,
-        "user": crate::control::wire::owner_names(node.owner()).0,
+        "user": state.owner_names(node.owner()).0,
         "name": format!("{}.{base_domain}", node.name),
         "hostname": node.hostname,
         "clientVersion": text(&node.hostinfo, "IPNVersion"),

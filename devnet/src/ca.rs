@@ -1,15 +1,35 @@
-//! The devnet's own certificate authority: one root and one server certificate, made at start.
+//! A certificate authority for a devnet or a test: one root and one server certificate.
 
 use std::sync::Arc;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,
 };
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio_rustls::TlsAcceptor;
 
 use crate::StartError;
+
+/// A server certificate, its key and its root, all PEM: for another server that a test starts.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// The root, for clients' trust stores.
+    pub root: String,
+    /// The server's certificate.
+    pub certificate: String,
+    /// The server's private key.
+    pub key: String,
+}
+
+/// Makes a root and a server certificate for `names`, DNS names and textual addresses alike.
+///
+/// # Errors
+/// When a name does not fit a certificate.
+pub fn issue(names: Vec<String>) -> Result<Issued, StartError> {
+    let (root, certificate, key) = make(names)?;
+    Ok(Issued { root: root.pem(), certificate: certificate.pem(), key: key.serialize_pem() })
+}
 
 /// A root certificate and the TLS acceptor that serves under it.
 pub(crate) struct Authority {
@@ -25,21 +45,7 @@ impl Authority {
     /// # Errors
     /// When a name does not fit a certificate.
     pub(crate) fn new(names: Vec<String>) -> Result<Self, StartError> {
-        let root_key = KeyPair::generate()?;
-        let mut root = CertificateParams::new(Vec::new())?;
-        root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        root.distinguished_name.push(DnType::CommonName, "podtether devnet root");
-        let root_certificate = root.self_signed(&root_key)?;
-
-        let leaf_key = KeyPair::generate()?;
-        let mut leaf = CertificateParams::new(names)?;
-        leaf.distinguished_name.push(DnType::CommonName, "podtether devnet");
-        leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        leaf.use_authority_key_identifier_extension = true;
-        let leaf_certificate = leaf.signed_by(&leaf_key, &Issuer::from_params(&root, &root_key))?;
-
+        let (root_certificate, leaf_certificate, leaf_key) = make(names)?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
@@ -50,4 +56,22 @@ impl Authority {
             )?;
         Ok(Self { root_pem: root_certificate.pem(), acceptor: TlsAcceptor::from(Arc::new(config)) })
     }
+}
+
+fn make(names: Vec<String>) -> Result<(Certificate, Certificate, KeyPair), StartError> {
+    let root_key = KeyPair::generate()?;
+    let mut root = CertificateParams::new(Vec::new())?;
+    root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    root.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    root.distinguished_name.push(DnType::CommonName, "podtether devnet root");
+    let root_certificate = root.self_signed(&root_key)?;
+
+    let leaf_key = KeyPair::generate()?;
+    let mut leaf = CertificateParams::new(names)?;
+    leaf.distinguished_name.push(DnType::CommonName, "podtether devnet");
+    leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    leaf.use_authority_key_identifier_extension = true;
+    let leaf_certificate = leaf.signed_by(&leaf_key, &Issuer::from_params(&root, &root_key))?;
+    Ok((root_certificate, leaf_certificate, leaf_key))
 }

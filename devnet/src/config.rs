@@ -42,6 +42,32 @@ pub struct DevnetConfig {
     pub dialect: Dialect,
     /// Most nodes the tailnet holds.
     pub max_nodes: usize,
+    /// Whether the relays serve everybody, for another control server's nodes.
+    pub open_relays: bool,
+    /// Which addresses its nodes get.
+    pub families: Families,
+    /// The admin API is Headscale's; `None` for the hosted service's.
+    pub headscale: Option<HeadscaleApi>,
+}
+
+/// Address families of a tailnet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Families {
+    /// IPv4 and IPv6.
+    Both,
+    /// IPv4 alone.
+    V4,
+    /// IPv6 alone.
+    V6,
+}
+
+/// An admin API as Headscale has it: ids are numbers, and there are users.
+#[derive(Clone, Debug)]
+pub struct HeadscaleApi {
+    /// The API key; a random one when empty.
+    pub api_key: String,
+    /// Whether the second API, which has the hosted service's shape, is there beside the first.
+    pub v2: bool,
 }
 
 impl Default for DevnetConfig {
@@ -64,6 +90,9 @@ impl Default for DevnetConfig {
             write_timeout: Duration::from_secs(10),
             dialect: Dialect::Headscale,
             max_nodes: 20_000,
+            open_relays: false,
+            families: Families::Both,
+            headscale: None,
         }
     }
 }

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use podtether_core::key::{DiscoPublic, NodePublic};
+use podtether_core::key::{DiscoPublic, MachinePublic, NodePublic};
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::acl::Policy;
 use crate::api;
 use crate::config::RegionConfig;
-use crate::control::state::{AuthKeyOptions, Node, NodeId};
+use crate::control::state::{AuthKey, AuthKeyOptions, NewNode, Node, NodeId};
+use crate::control::wire::{self, Hostinfo};
 use crate::control::{map, register};
 use crate::derp::{Mode, Relay, RelayStats};
 use crate::fault::{Fault, Target};
@@ -107,6 +108,23 @@ pub struct AuthKeyInfo {
     pub used: bool,
     /// It was revoked.
     pub revoked: bool,
+    /// Its time is over.
+    pub expired: bool,
+    /// Who made it, or owns its nodes when it has no tags.
+    pub user: Option<u64>,
+}
+
+impl From<&AuthKey> for AuthKeyInfo {
+    fn from(key: &AuthKey) -> Self {
+        Self {
+            id: key.id.clone(),
+            secret: key.secret.clone(),
+            used: key.used,
+            revoked: key.revoked.is_some(),
+            expired: key.expires <= Timestamp::now(),
+            user: key.user,
+        }
+    }
 }
 
 impl Devnet {
@@ -173,26 +191,47 @@ impl Devnet {
     #[must_use]
     pub fn create_auth_key(&self, options: AuthKeyOptions) -> AuthKeyInfo {
         let key = self.shared().with_state(|state| state.create_key(options, Timestamp::now()));
-        AuthKeyInfo { id: key.id, secret: key.secret, used: false, revoked: false }
+        AuthKeyInfo::from(&key)
     }
 
     /// All auth keys, made here or through the API.
     #[must_use]
     pub fn auth_keys(&self) -> Vec<AuthKeyInfo> {
-        self.shared().with_state(|state| {
-            let info = |key: &crate::control::state::AuthKey| AuthKeyInfo {
-                id: key.id.clone(),
-                secret: key.secret.clone(),
-                used: key.used,
-                revoked: key.revoked.is_some(),
-            };
-            state.keys.values().map(info).collect()
-        })
+        self.shared().with_state(|state| state.keys.values().map(AuthKeyInfo::from).collect())
     }
 
     /// Revokes an auth key; false when it is not there or was revoked before.
     pub fn revoke_auth_key(&self, id: &str) -> bool {
         self.shared().with_state(|state| api::revoke_key(state, id))
+    }
+
+    /// The admin API's key, empty unless it is Headscale's.
+    #[must_use]
+    pub fn api_key(&self) -> String {
+        self.shared().tokens.api_key()
+    }
+
+    /// Gives the admin API another key; the one before it is refused from then on.
+    pub fn set_api_key(&self, key: &str) {
+        self.shared().tokens.set_api_key(key);
+    }
+
+    /// Adds a user and gives its number.
+    pub fn add_user(&self, name: &str, display_name: &str) -> u64 {
+        let (name, display_name) = (name.to_owned(), display_name.to_owned());
+        self.shared().with_state(|state| state.add_user(name, display_name, Timestamp::now()))
+    }
+
+    /// Gives a user other names; false when there is none of this number.
+    pub fn rename_user(&self, id: u64, name: &str, display_name: &str) -> bool {
+        let (name, display_name) = (name.to_owned(), Some(display_name.to_owned()));
+        self.shared().with_state(|state| state.rename_user(id, name, display_name))
+    }
+
+    /// Forgets nodes, keys and logins, as a server whose database was removed; users stay.
+    pub fn wipe(&self) {
+        let shared = self.shared();
+        shared.with_state(|state| state.wipe(&shared.config));
     }
 
     /// Makes every admin API token invalid.
@@ -294,6 +333,30 @@ impl Devnet {
     pub fn expire_node(&self, id: NodeId) {
         let now = Timestamp::now();
         self.shared().with_state(|state| state.set_expiry(id, Some(now), now));
+    }
+
+    /// Adds a node that no client runs, and gives its stable id; empty when the tailnet is full.
+    #[must_use]
+    pub fn add_node(&self, hostname: &str) -> String {
+        let mut hostinfo = Hostinfo::new();
+        hostinfo.insert("Hostname".into(), hostname.into());
+        let (machine_key, node_key) = (random::bytes(32), random::bytes(32));
+        let key = |bytes: Vec<u8>| <[u8; 32]>::try_from(bytes).unwrap_or_default();
+        let new = NewNode {
+            machine_key: MachinePublic::from_bytes(key(machine_key)),
+            node_key: NodePublic::from_bytes(key(node_key)),
+            hostinfo,
+            tags: Vec::new(),
+            ephemeral: false,
+            preauthorized: true,
+            user: wire::USER,
+            expiry: None,
+            version: wire::MIN_VERSION,
+        };
+        self.shared().with_state(|state| {
+            let id = state.add_node(new, Timestamp::now()).unwrap_or_default();
+            state.nodes.get(&id).map(|node| node.stable_id.clone()).unwrap_or_default()
+        })
     }
 
     /// Removes a node: its stream ends, and it is unknown from then on.

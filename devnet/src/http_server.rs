@@ -60,6 +60,9 @@ async fn route(shared: Arc<Shared>, token: CancellationToken, request: Request<I
         (_, path) if path.starts_with("/api/v2/") => {
             return api::handle(&shared, request).await;
         }
+        (_, path) if path.starts_with("/api/v1/") && shared.config.headscale.is_some() => {
+            return api::headscale::handle(&shared, request).await;
+        }
         _ => Ok(text(StatusCode::NOT_FOUND, "404 page not found")),
     };
     result.unwrap_or_else(|refusal| refused(&refusal))

@@ -25,7 +25,7 @@
 
 pub mod acl;
 mod api;
-mod ca;
+pub mod ca;
 mod config;
 pub mod control;
 mod derp;
@@ -40,7 +40,7 @@ mod start;
 mod stun;
 mod sync;
 
-pub use config::{DevnetConfig, Dialect, DnsSettings, OauthConfig, RegionConfig};
+pub use config::{DevnetConfig, Dialect, DnsSettings, Families, HeadscaleApi, OauthConfig, RegionConfig};
 pub use control::state::AuthKeyOptions;
 pub use derp::{Mode, RelayStats};
 pub use devnet::{AuthKeyInfo, Devnet, NodeInfo};

@@ -6,6 +6,11 @@ pub(crate) fn token(length: usize) -> String {
     bytes(length).iter().map(|byte| char::from(ALPHABET[usize::from(byte % 64)])).collect()
 }
 
+/// `length` random bytes as hex digits.
+pub(crate) fn hex(length: usize) -> String {
+    hex::encode(bytes(length))
+}
+
 /// `length` random bytes.
 pub(crate) fn bytes(length: usize) -> Vec<u8> {
     let mut buffer = vec![0; length];

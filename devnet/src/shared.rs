@@ -39,11 +39,12 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(config: DevnetConfig, noise_key: MachinePrivate) -> Self {
+        let api_key = config.headscale.as_ref().map(|api| api.api_key.clone()).unwrap_or_default();
         Self {
             state: Mutex::new(State::new(&config)),
             config,
             noise_key,
-            tokens: Tokens::default(),
+            tokens: Tokens::new(api_key),
             faults: Switchboard::default(),
             changed: watch::Sender::new(1),
             gate: watch::Sender::new(Gate::OPEN),

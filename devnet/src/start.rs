@@ -68,6 +68,9 @@ impl Devnet {
                 *secret = random::token(16);
             }
         }
+        if let Some(headscale) = config.headscale.as_mut().filter(|api| api.api_key.is_empty()) {
+            headscale.api_key = format!("hskey-api-{}-{}", random::hex(6), random::hex(32));
+        }
         let authority = Authority::new(certificate_names(&config))?;
         let http = bind(&config.http_listen).await?;
         let https = bind(&config.https_listen).await?;

@@ -98,7 +98,7 @@ fn decide(
             return logout(state, id, expiry, now).map(Step::Answer);
         }
         if request.auth.is_none() {
-            return Ok(Step::Answer(success(&state.nodes[&id])));
+            return Ok(Step::Answer(success(state, id)));
         }
     }
     if !request.followup.is_empty() {
@@ -108,7 +108,7 @@ fn decide(
         return Ok(Step::Answer(new_login(shared, state, request, machine_key)));
     };
     let id = with_key(&shared.config, state, request, machine_key, key, expiry, now)?;
-    Ok(Step::Answer(success(&state.nodes[&id])))
+    Ok(Step::Answer(success(state, id)))
 }
 
 fn is_expired(state: &State, id: NodeId) -> bool {
@@ -133,7 +133,7 @@ fn logout(
         return Ok(expired);
     }
     state.set_expiry(id, Some(now), now);
-    Ok(success(&state.nodes[&id]))
+    Ok(success(state, id))
 }
 
 fn follow_up(
@@ -151,7 +151,7 @@ fn follow_up(
         Some(_) => {
             state.pending.remove(id);
             match state.node_by_key(&request.node_key) {
-                Some(node) if node.machine_key == machine_key => Ok(Step::Answer(success(node))),
+                Some(node) if node.machine_key == machine_key => Ok(Step::Answer(success(state, node.id))),
                 _ => Ok(Step::Answer(new_login(shared, state, request, machine_key))),
             }
         }
@@ -200,6 +200,7 @@ pub(crate) fn approve(
         tags: Vec::new(),
         ephemeral: false,
         preauthorized: false,
+        user: wire::USER,
         expiry,
         version: 0,
     };
@@ -239,6 +240,7 @@ fn with_key(
                 tags: key.tags.clone(),
                 ephemeral: key.ephemeral,
                 preauthorized: key.preauthorized,
+                user: key.user.unwrap_or(wire::USER),
                 expiry: if tagged { None } else { expiry.or_else(|| default_expiry(config, now)) },
                 version: request.version,
             };
@@ -277,8 +279,9 @@ fn rejoin(
         state.touch_topology();
     }
     let expiry = if tagged {
-        // A tagged node keeps what it has, but joining again ends an expiry that has passed.
-        node.expiry.filter(|at| *at > now)
+        // Headscale leaves a tagged node's expiry alone, also one that has passed: such a node cannot come
+        // back. The hosted service lets it.
+        node.expiry.filter(|at| !converted && (config.dialect == Dialect::Headscale || *at > now))
     } else {
         expiry.or_else(|| default_expiry(config, now))
     };
@@ -326,12 +329,13 @@ fn default_expiry(config: &DevnetConfig, now: Timestamp) -> Option<Timestamp> {
     now.checked_add(lifetime).ok()
 }
 
-fn success(node: &Node) -> RegisterResponse {
-    let id = node.owner();
-    let (login_name, display_name) = wire::owner_names(id);
+fn success(state: &State, id: NodeId) -> RegisterResponse {
+    let Some(node) = state.nodes.get(&id) else { return refusal("node not found".into()) };
+    let owner = node.owner();
+    let (login_name, display_name) = state.owner_names(owner);
     RegisterResponse {
-        user: wire::User { id, display_name },
-        login: wire::Login { id, provider: "", login_name, display_name },
+        user: wire::User { id: owner, display_name: display_name.clone() },
+        login: wire::Login { id: owner, provider: "", login_name, display_name },
         node_key_expired: node.expired,
         machine_authorized: node.authorized,
         ..RegisterResponse::default()

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::wire::{self, Hostinfo};
 use crate::acl::{Policy, Subject};
-use crate::config::DevnetConfig;
+use crate::config::{DevnetConfig, Families};
 use crate::random;
 
 pub(crate) type NodeId = u64;
@@ -35,6 +35,8 @@ pub(crate) struct Node {
     pub(crate) ephemeral: bool,
     /// An administrator has approved it, or nobody has to.
     pub(crate) authorized: bool,
+    /// Who owns it while it has no tags.
+    pub(crate) user: u64,
     pub(crate) created: Timestamp,
     pub(crate) expiry: Option<Timestamp>,
     pub(crate) expired: bool,
@@ -61,7 +63,7 @@ impl Node {
     }
 
     pub(crate) fn owner(&self) -> u64 {
-        if self.tags.is_empty() { wire::USER } else { wire::TAGGED_DEVICES }
+        if self.tags.is_empty() { self.user } else { wire::TAGGED_DEVICES }
     }
 }
 
@@ -75,10 +77,20 @@ pub(crate) struct AuthKey {
     pub(crate) ephemeral: bool,
     pub(crate) preauthorized: bool,
     pub(crate) tags: Vec<String>,
+    /// Who made it, or owns its nodes when it has no tags.
+    pub(crate) user: Option<u64>,
     pub(crate) created: Timestamp,
     pub(crate) expires: Timestamp,
     pub(crate) used: bool,
     pub(crate) revoked: Option<Timestamp>,
+}
+
+/// Somebody who can own nodes.
+#[derive(Clone, Debug)]
+pub(crate) struct User {
+    pub(crate) name: String,
+    pub(crate) display_name: String,
+    pub(crate) created: Timestamp,
 }
 
 /// Why an auth key is refused.
@@ -120,6 +132,8 @@ pub struct AuthKeyOptions {
     pub lifetime: Duration,
     /// Free text.
     pub description: String,
+    /// Who owns its nodes when it has no tags; none for the devnet's first user.
+    pub user: Option<u64>,
 }
 
 impl Default for AuthKeyOptions {
@@ -131,6 +145,7 @@ impl Default for AuthKeyOptions {
             tags: Vec::new(),
             lifetime: Duration::from_secs(3600),
             description: String::new(),
+            user: None,
         }
     }
 }
@@ -152,6 +167,9 @@ pub(crate) struct State {
     by_machine_key: HashMap<MachinePublic, NodeId>,
     pub(crate) keys: BTreeMap<String, AuthKey>,
     pub(crate) pending: BTreeMap<String, PendingLogin>,
+    pub(crate) users: BTreeMap<u64, User>,
+    /// Revision of the last change of a user.
+    pub(crate) users_revision: u64,
     pub(crate) policy: Option<Policy>,
     /// New nodes have to be approved.
     pub(crate) device_approval: bool,
@@ -163,6 +181,10 @@ pub(crate) struct State {
     next_session: u64,
     next_v4: Ipv4Addr,
     next_v6: Ipv6Addr,
+    next_key: u64,
+    families: Families,
+    /// As Headscale gives them: nodes and keys are numbered.
+    numeric_ids: bool,
     max_nodes: usize,
 }
 
@@ -175,6 +197,7 @@ pub(crate) struct NewNode {
     pub(crate) ephemeral: bool,
     /// Whatever the tailnet asks of others.
     pub(crate) preauthorized: bool,
+    pub(crate) user: u64,
     pub(crate) expiry: Option<Timestamp>,
     pub(crate) version: u32,
 }
@@ -196,6 +219,8 @@ impl State {
             by_machine_key: HashMap::new(),
             keys: BTreeMap::new(),
             pending: BTreeMap::new(),
+            users: BTreeMap::from([(wire::USER, wire::first_user())]),
+            users_revision: 1,
             policy: config.policy.clone(),
             device_approval: false,
             derp_map: wire::DerpMap::default(),
@@ -206,7 +231,82 @@ impl State {
             next_session: 1,
             next_v4: config.ipv4_start,
             next_v6: config.ipv6_start,
+            next_key: 1,
+            families: config.families,
+            numeric_ids: config.headscale.is_some(),
             max_nodes: config.max_nodes,
+        }
+    }
+
+    /// Forgets nodes, keys and logins, and counts from the start again, as a server whose database was
+    /// removed. Users, policy and relays stay.
+    pub(crate) fn wipe(&mut self, config: &DevnetConfig) {
+        let empty = State {
+            policy: self.policy.take(),
+            device_approval: self.device_approval,
+            derp_map: std::mem::take(&mut self.derp_map),
+            derp_revision: self.derp_revision,
+            users: std::mem::take(&mut self.users),
+            users_revision: self.users_revision,
+            revision: self.revision,
+            // A session of before must not take a new node of the same number for its own.
+            next_session: self.next_session,
+            ..State::new(config)
+        };
+        *self = empty;
+        self.touch_topology();
+    }
+
+    /// Login and display name of an owner.
+    pub(crate) fn owner_names(&self, id: u64) -> (String, String) {
+        if id == wire::TAGGED_DEVICES {
+            return ("tagged-devices".into(), "Tagged Devices".into());
+        }
+        self.users.get(&id).map(|user| (user.name.clone(), user.display_name.clone())).unwrap_or_default()
+    }
+
+    /// The profiles of everybody who can own a node.
+    pub(crate) fn user_profiles(&self) -> Vec<wire::UserProfile> {
+        let owners = self.users.keys().copied().chain([wire::TAGGED_DEVICES]);
+        let profile = |id| {
+            let (login_name, display_name) = self.owner_names(id);
+            wire::UserProfile { id, login_name, display_name }
+        };
+        owners.map(profile).collect()
+    }
+
+    /// Adds a user and gives its number.
+    pub(crate) fn add_user(&mut self, name: String, display_name: String, now: Timestamp) -> u64 {
+        let id = self.users.keys().next_back().map_or(wire::USER, |last| last + 1);
+        self.users.insert(id, User { name, display_name, created: now });
+        self.touch_users();
+        id
+    }
+
+    /// Gives a user other names; false when there is none of this number.
+    pub(crate) fn rename_user(&mut self, id: u64, name: String, display_name: Option<String>) -> bool {
+        let Some(user) = self.users.get_mut(&id) else { return false };
+        user.name = name;
+        if let Some(display_name) = display_name {
+            user.display_name = display_name;
+        }
+        self.touch_users();
+        true
+    }
+
+    fn touch_users(&mut self) {
+        self.revision += 1;
+        self.users_revision = self.revision;
+    }
+
+    /// Gives a node tags; it belongs to nobody then.
+    pub(crate) fn set_tags(&mut self, id: NodeId, tags: Vec<String>) {
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.tags = tags;
+            node.expiry = None;
+            node.expired = false;
+            self.touch(id);
+            self.touch_topology();
         }
     }
 
@@ -243,7 +343,13 @@ impl State {
         if self.nodes.len() >= self.max_nodes {
             return Err(NodeError::Full);
         }
-        let addresses = vec![IpAddr::V4(self.allocate_v4()?), IpAddr::V6(self.allocate_v6()?)];
+        let mut addresses = Vec::new();
+        if self.families != Families::V6 {
+            addresses.push(IpAddr::V4(self.allocate_v4()?));
+        }
+        if self.families != Families::V4 {
+            addresses.push(IpAddr::V6(self.allocate_v6()?));
+        }
         let id = self.next_id;
         self.next_id += 1;
         let hostname = text(&new.hostinfo, "Hostname").to_owned();
@@ -254,7 +360,11 @@ impl State {
             id,
             Node {
                 id,
-                stable_id: format!("n{}CNTRL", random::token(11)),
+                stable_id: if self.numeric_ids {
+                    id.to_string()
+                } else {
+                    format!("n{}CNTRL", random::token(11))
+                },
                 name,
                 hostname,
                 machine_key: new.machine_key,
@@ -264,6 +374,7 @@ impl State {
                 tags: new.tags,
                 ephemeral: new.ephemeral,
                 authorized: new.preauthorized || !self.device_approval,
+                user: new.user,
                 created: now,
                 expiry: new.expiry,
                 expired: false,
@@ -411,16 +522,25 @@ impl State {
     }
 
     pub(crate) fn create_key(&mut self, options: AuthKeyOptions, now: Timestamp) -> AuthKey {
-        let id = format!("k{}CNTRL", random::token(10));
+        let number = self.next_key;
+        self.next_key += 1;
+        let (id, secret) = if self.numeric_ids {
+            (number.to_string(), format!("hskey-auth-{}-{}", random::hex(6), random::hex(32)))
+        } else {
+            let id = format!("k{}CNTRL", random::token(10));
+            let secret = format!("tskey-auth-{id}-{}", random::token(32));
+            (id, secret)
+        };
         let lifetime = SignedDuration::try_from(options.lifetime).unwrap_or(SignedDuration::MAX);
         let key = AuthKey {
-            secret: format!("tskey-auth-{id}-{}", random::token(32)),
+            secret,
             id: id.clone(),
             description: options.description,
             reusable: options.reusable,
             ephemeral: options.ephemeral,
             preauthorized: options.preauthorized,
             tags: options.tags,
+            user: options.user,
             created: now,
             expires: now.saturating_add(lifetime).unwrap_or(Timestamp::MAX),
             used: false,
@@ -531,6 +651,7 @@ mod tests {
             tags: Vec::new(),
             ephemeral: false,
             preauthorized: false,
+            user: wire::USER,
             expiry: None,
             version: 113,
         }

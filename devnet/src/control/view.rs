@@ -23,6 +23,7 @@ pub(crate) struct View {
 struct Sent {
     topology: u64,
     derp_revision: u64,
+    users_revision: u64,
     own: wire::Node,
     own_revision: u64,
     filter: Vec<FilterRule>,
@@ -72,6 +73,11 @@ impl View {
             message.derp_map = Some(state.derp_map.clone());
             news = true;
         }
+        if state.users_revision != sent.users_revision {
+            sent.users_revision = state.users_revision;
+            message.user_profiles = state.user_profiles();
+            news = true;
+        }
         if state.topology != sent.topology {
             sent.topology = state.topology;
             let filter = filter_for(state, own);
@@ -111,7 +117,7 @@ impl View {
             || !message.peers_removed.is_empty();
         if !message.peers_changed.is_empty() {
             // Clients forget the profile of an owner whose last node left.
-            message.user_profiles = wire::user_profiles();
+            message.user_profiles = state.user_profiles();
         }
         self.sent = Some(sent);
         if !news {
@@ -138,7 +144,7 @@ impl View {
             domain: self.base_domain.clone(),
             collect_services: Some(false),
             packet_filters: Some(chunk(filter.clone())),
-            user_profiles: wire::user_profiles(),
+            user_profiles: state.user_profiles(),
             control_time: Some(Timestamp3339(now)),
             debug: Some(wire::Debug { disable_log_tail: true }),
             ..MapResponse::default()
@@ -146,6 +152,7 @@ impl View {
         self.sent = Some(Sent {
             topology: state.topology,
             derp_revision: state.derp_revision,
+            users_revision: state.users_revision,
             own: own_node,
             own_revision: own.revision,
             filter,

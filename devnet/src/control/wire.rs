@@ -15,7 +15,7 @@ use crate::acl::FilterRule;
 pub(crate) const MIN_VERSION: u32 = 113;
 /// The pseudo user that owns every tagged node.
 pub(crate) const TAGGED_DEVICES: u64 = 2_147_455_555;
-/// The one user of a devnet.
+/// The first user of a devnet.
 pub(crate) const USER: u64 = 1;
 
 pub(crate) type Hostinfo = Map<String, Value>;
@@ -73,7 +73,7 @@ pub(crate) struct User {
     #[serde(rename = "ID")]
     pub(crate) id: u64,
     #[serde(rename = "DisplayName")]
-    pub(crate) display_name: &'static str,
+    pub(crate) display_name: String,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -82,8 +82,8 @@ pub(crate) struct Login {
     #[serde(rename = "ID")]
     pub(crate) id: u64,
     pub(crate) provider: &'static str,
-    pub(crate) login_name: &'static str,
-    pub(crate) display_name: &'static str,
+    pub(crate) login_name: String,
+    pub(crate) display_name: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -91,27 +91,16 @@ pub(crate) struct Login {
 pub(crate) struct UserProfile {
     #[serde(rename = "ID")]
     pub(crate) id: u64,
-    pub(crate) login_name: &'static str,
-    pub(crate) display_name: &'static str,
+    pub(crate) login_name: String,
+    pub(crate) display_name: String,
 }
 
-/// The profiles of everybody who can own a node.
-pub(crate) fn user_profiles() -> Vec<UserProfile> {
-    [USER, TAGGED_DEVICES]
-        .map(|id| {
-            let (login_name, display_name) = owner_names(id);
-            UserProfile { id, login_name, display_name }
-        })
-        .into()
-}
-
-/// Login and display name of an owner.
-pub(crate) fn owner_names(id: u64) -> (&'static str, &'static str) {
-    // The ampersand checks that clients undo Go's JSON escapes.
-    if id == TAGGED_DEVICES {
-        ("tagged-devices", "Tagged Devices")
-    } else {
-        ("dev@tailnet.test", "Dev & Net")
+/// The user every devnet begins with. The ampersand checks that clients undo Go's JSON escapes.
+pub(crate) fn first_user() -> super::state::User {
+    super::state::User {
+        name: "dev@tailnet.test".into(),
+        display_name: "Dev & Net".into(),
+        created: Timestamp::UNIX_EPOCH,
     }
 }
 

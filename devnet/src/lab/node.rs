@@ -69,6 +69,25 @@ impl Tailnet {
         Self::new(name, devnet, ca_file, credentials)
     }
 
+    /// Joins `devnet`, whose admin API is Headscale's, with keys minted with its API key.
+    #[must_use]
+    pub fn headscale(name: &str, devnet: &Devnet, ca_file: &Path) -> Self {
+        let credentials = vec![("kind", "headscale".into()), ("api_key_file", devnet.api_key())];
+        Self::new(name, devnet, ca_file, credentials)
+    }
+
+    /// Joins any Headscale at `control_url` with keys minted with `api_key`.
+    #[must_use]
+    pub fn other_headscale(name: &str, control_url: &str, ca_file: &Path, api_key: &str) -> Self {
+        let credentials = vec![("kind", "headscale".into()), ("api_key_file", api_key.to_owned())];
+        Self {
+            name: name.to_owned(),
+            control_url: control_url.to_owned(),
+            ca_file: ca_file.to_owned(),
+            credentials,
+        }
+    }
+
     fn new(name: &str, devnet: &Devnet, ca: &Path, credentials: Vec<(&'static str, String)>) -> Self {
         let (name, control_url, ca_file) = (name.to_owned(), devnet.https_url(), ca.to_owned());
         Self { name, control_url, ca_file, credentials }
