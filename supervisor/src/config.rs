@@ -87,6 +87,34 @@ pub enum Credentials {
         /// The key.
         key: SecretSource,
     },
+    /// Headscale's API key: mints single-use keys and deletes nodes.
+    Headscale {
+        /// Headscale.
+        api_url: String,
+        /// API key.
+        api_key: SecretSource,
+        /// Owner of the nodes, by name or number.
+        user: Option<String>,
+        /// Life of a minted key.
+        auth_key_ttl: Duration,
+    },
+}
+
+impl Credentials {
+    /// Its secrets, each with the key that names its file.
+    pub(crate) fn secrets(&self) -> Vec<(&'static str, &SecretSource)> {
+        match self {
+            Credentials::OAuth { client_id, client_secret, .. } => {
+                vec![
+                    ("credentials.client_id_file", client_id),
+                    ("credentials.client_secret_file", client_secret),
+                ]
+            }
+            Credentials::AuthKey { key } => vec![("credentials.auth_key_file", key)],
+            Credentials::Interactive => Vec::new(),
+            Credentials::Headscale { api_key, .. } => vec![("credentials.api_key_file", api_key)],
+        }
+    }
 }
 
 /// The node.
@@ -155,6 +183,17 @@ impl Config {
         Ok(Config { tailnets, node: node(&values)? })
     }
 
+    /// What is wrong with the files of the tailnets as they are now, one sentence each.
+    #[must_use]
+    pub fn unusable_files(&self) -> Vec<ConfigError> {
+        let tailnets = self.tailnets.iter();
+        let wrong = tailnets.flat_map(|(name, tailnet)| {
+            let files = crate::credentials::unusable_files(tailnet).into_iter();
+            files.map(move |(key, e)| ConfigError(format!("tailnet.{name}.{key}: {e}")))
+        });
+        wrong.collect()
+    }
+
     /// The engine's binary.
     #[must_use]
     pub fn engine_path(&self) -> PathBuf {
@@ -185,7 +224,13 @@ fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
         let server = text.parse().map_err(|_| at.error("dns_servers", &format!("`{text}` is no address")))?;
         dns_servers.push(server);
     }
-    let credentials = credentials(values, name)?;
+    let credentials = credentials(values, name, &control_url)?;
+    if tags.is_empty() && matches!(credentials, Credentials::Headscale { user: None, .. }) {
+        return Err(values.at(Section::Credentials, name).error(
+            "user",
+            "is missing: without tags Headscale's nodes belong to a user, by name or number",
+        ));
+    }
     if tags.is_empty() && matches!(credentials, Credentials::OAuth { .. }) {
         return Err(at.error("tags", "an OAuth client mints keys for tags only: name at least one"));
     }
@@ -201,7 +246,7 @@ fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
     })
 }
 
-fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> {
+fn credentials(values: &Values, name: &str, control_url: &str) -> Result<Credentials, ConfigError> {
     let at = values.at(Section::Credentials, name);
     let kind = match at.text("kind")? {
         Some(kind) => kind,
@@ -209,10 +254,10 @@ fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> 
         None if at.text(CLIENT_SECRET_VALUE)?.is_some() => "oauth",
         // No table at all: nobody but a person can let devices in.
         None if at.is_empty() => "interactive",
-        None => return Err(at.error("kind", "is missing: write oauth, auth-key or interactive")),
+        None => return Err(at.error("kind", "is missing: write oauth, auth-key, headscale or interactive")),
     };
     let only = |allowed: &[&str]| -> Result<(), ConfigError> {
-        for key in ["client_id_file", "client_secret_file", "auth_key_file", "api_key_file"] {
+        for key in ["client_id_file", "client_secret_file", "auth_key_file", "api_key_file", "user"] {
             if at.text(key)?.is_some() && !allowed.contains(&key) {
                 return Err(at.error(key, &format!("does not belong to kind = \"{kind}\"")));
             }
@@ -228,20 +273,26 @@ fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> 
         }
         Err(at.error(file, &format!("is missing: kind = \"{kind}\" needs it")))
     };
+    let api_url = |default: &str| -> Result<String, ConfigError> {
+        let url = at.text("api_url")?.unwrap_or(default);
+        check_url(url).map_err(|e| at.error("api_url", &e))?;
+        Ok(url.trim_end_matches('/').to_owned())
+    };
+    let auth_key_ttl = || -> Result<Duration, ConfigError> {
+        let ttl = at.duration("auth_key_ttl")?.unwrap_or(Duration::from_secs(300));
+        if ttl < Duration::from_secs(10) {
+            return Err(at.error("auth_key_ttl", "is shorter than a join takes: at least 10s"));
+        }
+        Ok(ttl)
+    };
     match kind {
         "oauth" => {
             only(&["client_id_file", "client_secret_file"])?;
-            let api_url = at.text("api_url")?.unwrap_or("https://api.tailscale.com").to_owned();
-            check_url(&api_url).map_err(|e| at.error("api_url", &e))?;
-            let auth_key_ttl = at.duration("auth_key_ttl")?.unwrap_or(Duration::from_secs(300));
-            if auth_key_ttl < Duration::from_secs(10) {
-                return Err(at.error("auth_key_ttl", "is shorter than a join takes: at least 10s"));
-            }
             Ok(Credentials::OAuth {
-                api_url: api_url.trim_end_matches('/').to_owned(),
+                api_url: api_url("https://api.tailscale.com")?,
                 client_id: secret("client_id_file", Some(CLIENT_ID_VALUE))?,
                 client_secret: secret("client_secret_file", Some(CLIENT_SECRET_VALUE))?,
-                auth_key_ttl,
+                auth_key_ttl: auth_key_ttl()?,
             })
         }
         "auth-key" => {
@@ -252,10 +303,15 @@ fn credentials(values: &Values, name: &str) -> Result<Credentials, ConfigError> 
             only(&[])?;
             Ok(Credentials::Interactive)
         }
-        "headscale" => Err(at.error(
-            "kind",
-            "headscale API keys are not supported yet: use auth-key with a reusable pre-auth key",
-        )),
+        "headscale" => {
+            only(&["api_key_file", "user"])?;
+            Ok(Credentials::Headscale {
+                api_url: api_url(&origin(control_url))?,
+                api_key: secret("api_key_file", None)?,
+                user: at.text("user")?.map(str::to_owned),
+                auth_key_ttl: auth_key_ttl()?,
+            })
+        }
         other => {
             Err(at.error("kind", &format!("`{other}` is none of oauth, auth-key, headscale, interactive")))
         }
@@ -325,6 +381,11 @@ fn proxy(at: &sources::At<'_>) -> Result<Option<Proxy>, ConfigError> {
     Ok(Some(Proxy { url: SecretString::new(url.to_owned()), bypass }))
 }
 
+/// Scheme, host and port of a URL that was checked.
+fn origin(url: &str) -> String {
+    reqwest::Url::parse(url).map_or_else(|_| url.to_owned(), |url| url.origin().ascii_serialization())
+}
+
 fn check_url(text: &str) -> Result<(), String> {
     let url = reqwest::Url::parse(text).map_err(|e| format!("`{text}` is no URL: {e}"))?;
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
@@ -367,6 +428,12 @@ impl fmt::Display for Config {
                 )?,
                 Credentials::AuthKey { key } => write!(f, "kind=\"auth-key\" key={key:?} ")?,
                 Credentials::Interactive => write!(f, "kind=\"interactive\" ")?,
+                Credentials::Headscale { api_url, api_key, user, auth_key_ttl } => write!(
+                    f,
+                    "kind=\"headscale\" api_url={api_url:?} api_key={api_key:?} user={:?} \
+                     auth_key_ttl={auth_key_ttl:?} ",
+                    user.as_deref().unwrap_or_default()
+                )?,
             }
         }
         write!(f, "[node] {:?}", self.node)

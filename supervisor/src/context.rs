@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use podtether_net::link::{LinkSpec, tailnet_routes};
 use tokio::sync::Semaphore;
 
 use crate::config::Config;
-use crate::credentials::{self, Credential};
+use crate::credentials::{Credential, Roots};
 use crate::record::{Attachment, Store};
 
 /// MTU of every link.
@@ -23,8 +24,8 @@ pub struct Context {
     pub store: Store,
     /// By tailnet.
     pub credentials: BTreeMap<String, Credential>,
-    /// Extra roots (PEM) by tailnet.
-    pub roots: BTreeMap<String, String>,
+    /// Extra roots by tailnet.
+    pub roots: BTreeMap<String, Arc<Roots>>,
     /// The engine's binary.
     pub engine: PathBuf,
     /// Whether engines get uids of their own.
@@ -46,9 +47,10 @@ impl Context {
         let mut roots = BTreeMap::new();
         for (name, tailnet) in &config.tailnets {
             let at = |e: String| format!("tailnet.{name}: {e}");
-            let extra = credentials::extra_roots(tailnet.ca_file.as_deref());
-            roots.insert(name.clone(), extra.map_err(|e| format!("tailnet.{name}.ca_file: {e}"))?);
-            credentials.insert(name.clone(), Credential::new(tailnet).map_err(at)?);
+            let extra = Roots::new(tailnet.ca_file.as_deref());
+            let extra = Arc::new(extra.map_err(|e| format!("tailnet.{name}.ca_file: {e}"))?);
+            credentials.insert(name.clone(), Credential::new(tailnet, &extra).map_err(at)?);
+            roots.insert(name.clone(), extra);
         }
         let engine = config.engine_path();
         if !engine.is_file() {
@@ -77,18 +79,27 @@ impl Context {
         }
     }
 
-    /// What a pod routes into its link.
+    /// What a pod with these addresses routes into its link. A tailnet may have one family alone; what the
+    /// pod sends to the other's range would have no source to come from.
     #[must_use]
-    pub fn routes(&self) -> Vec<IpNet> {
-        tailnet_routes(&self.config.node.exclude_cidrs)
+    pub fn routes(&self, addresses: &[IpNet]) -> Vec<IpNet> {
+        let mut routes = tailnet_routes(&self.config.node.exclude_cidrs);
+        let same_family = |a: &IpNet, b: &IpNet| a.addr().is_ipv4() == b.addr().is_ipv4();
+        routes.retain(|route| addresses.iter().any(|address| same_family(address, route)));
+        routes
     }
 
     /// True when a device of `tailnet` needs nothing more after its engine has logged out: the server
     /// forgets it, or there is no API that could delete it.
     #[must_use]
     pub fn forgets_who_logs_out(&self, tailnet: &str) -> bool {
-        self.config.tailnets.get(tailnet).is_some_and(|t| t.ephemeral)
-            || !self.credentials.get(tailnet).is_some_and(Credential::deletes_devices)
+        self.config.tailnets.get(tailnet).is_some_and(|t| t.ephemeral) || !self.deletes_devices(tailnet)
+    }
+
+    /// True when `tailnet` has an API that deletes devices.
+    #[must_use]
+    pub fn deletes_devices(&self, tailnet: &str) -> bool {
+        self.credentials.get(tailnet).is_some_and(Credential::deletes_devices)
     }
 
     /// Uid for the engine in `slot`.

@@ -1,15 +1,22 @@
 //! How devices get into a tailnet, and out of it when no engine can log out.
 
+mod caller;
+mod headscale;
 mod http;
 mod limiter;
 mod oauth;
+mod roots;
+mod token;
+mod v2;
 
-use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podtether_proto::secret::SecretString;
 
 use crate::config::{self, SecretSource};
+
+pub use roots::Roots;
 
 /// Why there is no key, or a deletion did not happen. The sentence holds no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -33,13 +40,30 @@ pub struct Key {
     pub ttl: Duration,
 }
 
+/// How the keys of a tailnet are to be.
+#[derive(Debug, Clone)]
+struct Wish {
+    ttl: Duration,
+    tags: Vec<String>,
+    ephemeral: bool,
+}
+
 /// What a tailnet's device is known by.
 #[derive(Debug, Clone)]
 pub struct Device {
     /// `nodekey:…`
     pub node_key: String,
+    /// `mkey:…`; it outlives a rotation of the node key.
+    pub machine_key: String,
     /// Stable id, empty when unknown.
     pub stable_id: String,
+}
+
+impl Device {
+    /// Headscale numbers its nodes, and begins again with an empty database.
+    fn has_numeric_id(&self) -> bool {
+        (1..=20).contains(&self.stable_id.len()) && self.stable_id.bytes().all(|b| b.is_ascii_digit())
+    }
 }
 
 /// The credential of one tailnet.
@@ -51,30 +75,29 @@ pub enum Credential {
     AuthKey(SecretSource),
     /// A person opens a URL for each device.
     Person,
+    /// Mints through Headscale's API.
+    Headscale(headscale::Api),
 }
 
 impl Credential {
-    /// Prepares the credential of `tailnet`.
+    /// Prepares the credential of `tailnet`, whose extra roots are `roots`.
     ///
     /// # Errors
-    /// `ca_file` cannot be used.
-    pub fn new(tailnet: &config::Tailnet) -> Result<Credential, String> {
+    /// The roots cannot be used.
+    pub fn new(tailnet: &config::Tailnet, roots: &Arc<Roots>) -> Result<Credential, String> {
+        let http = || http::Http::new(Arc::clone(roots));
+        let wish = |ttl| Wish { ttl, tags: tailnet.tags.clone(), ephemeral: tailnet.ephemeral };
         match &tailnet.credentials {
             config::Credentials::AuthKey { key } => Ok(Credential::AuthKey(key.clone())),
             config::Credentials::Interactive => Ok(Credential::Person),
             config::Credentials::OAuth { api_url, client_id, client_secret, auth_key_ttl } => {
-                let client = http::client(tailnet.ca_file.as_deref())?;
-                Ok(Credential::OAuth(oauth::Api::new(
-                    client,
-                    oauth::Settings {
-                        api_url: api_url.clone(),
-                        client_id: client_id.clone(),
-                        client_secret: client_secret.clone(),
-                        ttl: *auth_key_ttl,
-                        tags: tailnet.tags.clone(),
-                        ephemeral: tailnet.ephemeral,
-                    },
-                )))
+                let client = token::Client { id: client_id.clone(), secret: client_secret.clone() };
+                let wish = wish(*auth_key_ttl);
+                Ok(Credential::OAuth(oauth::Api::new(http()?, api_url.clone(), client, wish)))
+            }
+            config::Credentials::Headscale { api_url, api_key, user, auth_key_ttl } => {
+                let (url, key, wish) = (api_url.clone(), api_key.clone(), wish(*auth_key_ttl));
+                Ok(Credential::Headscale(headscale::Api::new(http()?, url, key, user.clone(), wish)))
             }
         }
     }
@@ -86,6 +109,7 @@ impl Credential {
     pub async fn mint(&self, hostname: &str, deadline: Instant) -> Result<Key, CredentialError> {
         match self {
             Credential::OAuth(api) => api.mint(hostname, deadline).await,
+            Credential::Headscale(api) => api.mint(hostname, deadline).await,
             Credential::AuthKey(source) => {
                 let secret = source.read().map_err(CredentialError::Refused)?;
                 Ok(Key { secret, id: None, ttl: Duration::MAX })
@@ -103,6 +127,7 @@ impl Credential {
     pub async fn delete_key(&self, id: &str, deadline: Instant) -> Result<(), CredentialError> {
         match self {
             Credential::OAuth(api) => api.delete_key(id, deadline).await,
+            Credential::Headscale(api) => api.delete_key(id, deadline).await,
             Credential::AuthKey(_) | Credential::Person => Ok(()),
         }
     }
@@ -114,6 +139,7 @@ impl Credential {
     pub async fn delete_device(&self, device: &Device, deadline: Instant) -> Result<(), CredentialError> {
         match self {
             Credential::OAuth(api) => api.delete_device(device, deadline).await,
+            Credential::Headscale(api) => api.delete_device(device, deadline).await,
             Credential::AuthKey(_) | Credential::Person => Err(CredentialError::Refused(
                 "an auth key, or a person's login, cannot delete devices: remove it in the admin console, or let it expire".into(),
             )),
@@ -124,7 +150,7 @@ impl Credential {
     #[must_use]
     pub fn deletes_devices(&self) -> bool {
         match self {
-            Credential::OAuth(_) => true,
+            Credential::OAuth(_) | Credential::Headscale(_) => true,
             Credential::AuthKey(_) | Credential::Person => false,
         }
     }
@@ -143,13 +169,16 @@ impl Credential {
     }
 }
 
-/// Text of a tailnet's extra roots, empty when there are none.
-///
-/// # Errors
-/// One sentence that names the file.
-pub fn extra_roots(ca_file: Option<&Path>) -> Result<String, String> {
-    let Some(path) = ca_file else { return Ok(String::new()) };
-    let text = std::fs::read_to_string(path).map_err(|e| format!("cannot read {}: {e}", path.display()))?;
-    http::roots(&text).map_err(|e| format!("{}: {e}", path.display()))?;
-    Ok(text)
+/// What is wrong with the files that the configuration of a tailnet names, as they are now: each with the
+/// name of its key. Secrets are read late, so a file may also come later.
+#[must_use]
+pub fn unusable_files(tailnet: &config::Tailnet) -> Vec<(&'static str, String)> {
+    let mut wrong = Vec::new();
+    if let Some(Err(e)) = tailnet.ca_file.as_deref().map(roots::read) {
+        wrong.push(("ca_file", e));
+    }
+    for (key, source) in tailnet.credentials.secrets() {
+        wrong.extend(source.read().err().map(|e| (key, e)));
+    }
+    wrong
 }

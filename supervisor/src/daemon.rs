@@ -41,6 +41,10 @@ pub async fn run(config: Config) -> Result<()> {
     let socket = node::bind(&run_dir)
         .with_context(|| format!("cannot bind {}", run_dir.join("supervisor.sock").display()))?;
 
+    // Pods that have joined need no credential, so one whose file is missing stops nothing.
+    for e in context.config.unusable_files() {
+        tracing::error!("{e}; until then no pod can join that tailnet");
+    }
     let counters = Counters::new()?;
     let watch = underlay::Watch::open().await;
     let table =

@@ -23,7 +23,11 @@ fn main() -> ExitCode {
     };
     if matches.get_flag("check-config") {
         let _ = writeln!(std::io::stdout(), "{config}");
-        return ExitCode::SUCCESS;
+        let wrong = config.unusable_files();
+        for e in &wrong {
+            tracing::error!("bad configuration: {e}");
+        }
+        return if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIG) };
     }
     // One thread: engines are its children, and their parent-death signal is tied to the thread that
     // made them.

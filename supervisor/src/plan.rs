@@ -78,6 +78,8 @@ pub struct Observed {
     pub key: Key,
     /// The node key has expired.
     pub rotate: bool,
+    /// It expired, and control does not renew it for an auth key: only another device can join.
+    pub device_spent: bool,
     /// ts0 carries exactly the addresses that the netmap gives.
     pub configured: bool,
     /// Control may know the device.
@@ -145,6 +147,9 @@ fn attach(at: &Observed) -> Vec<Step> {
         if !at.identity_free || at.engine == Engine::Held {
             return steps;
         }
+        if at.device_spent {
+            steps.push(Step::DeleteDevice);
+        }
         if at.rotate {
             steps.push(Step::RotateKey);
         }
@@ -203,6 +208,7 @@ mod tests {
         engine: Engine::None,
         key: Key::Needed,
         rotate: false,
+        device_spent: false,
         configured: false,
         device: false,
         logout_tried: false,
@@ -245,6 +251,11 @@ mod tests {
                 "node key expired",
                 Observed { key: Key::Needed, rotate: true, ..crashed },
                 &[RotateKey, MintKey, StartEngine],
+            ),
+            (
+                "expired for good",
+                Observed { key: Key::Needed, rotate: true, device_spent: true, ..crashed },
+                &[DeleteDevice, RotateKey, MintKey, StartEngine],
             ),
             ("link lost", Observed { link: Link::Broken, ..crashed }, &[BuildLink, StartEngine]),
             (
@@ -301,7 +312,7 @@ mod tests {
             Just(Engine::Running)
         ];
         let key = prop_oneof![Just(Key::NotNeeded), Just(Key::Needed), Just(Key::InHand)];
-        let flags = proptest::array::uniform6(any::<bool>());
+        let flags = proptest::array::uniform7(any::<bool>());
         (records, link, engine, key, flags).prop_map(|(records, link, engine, key, f)| Observed {
             records,
             link,
@@ -313,6 +324,7 @@ mod tests {
             device: f[3],
             logout_tried: f[4],
             delete_failed: f[5],
+            device_spent: f[6],
         })
     }
 
@@ -325,7 +337,8 @@ mod tests {
             MintKey => at.key = Key::InHand,
             StartEngine => at.engine = Engine::Running,
             Configure => at.configured = true,
-            Logout | DeleteDevice => at.device = false,
+            Logout => at.device = false,
+            DeleteDevice => (at.device, at.device_spent) = (false, false),
             StopEngine => at.engine = Engine::None,
             RemoveLink => at.link = Link::Absent,
             DeleteKey => at.key = Key::Needed,

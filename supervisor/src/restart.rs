@@ -49,6 +49,8 @@ pub enum Next {
     NewKey,
     /// With a new node key that names the old one, and a new auth key.
     RotateNodeKey,
+    /// As another device: with a new node key that names none, and a new auth key.
+    NewNodeKey,
     /// Make the link again first.
     RebuildLink,
     /// Nothing until a person or the runtime acts; reported.
@@ -81,9 +83,13 @@ pub fn decide(
     match ended {
         Ended::Exit(EngineExit::Stopped) if asked => (Next::Stop, Duration::ZERO),
         Ended::Exit(EngineExit::BadConfig) => (Next::Stop, Duration::ZERO),
-        Ended::Exit(EngineExit::KeyRejected | EngineExit::NodeUnknown) => {
+        Ended::Exit(EngineExit::KeyRejected) => {
             let delay = key_delay(history, after_death);
             (Next::NewKey, delay)
+        }
+        Ended::Exit(EngineExit::NodeUnknown) => {
+            let delay = key_delay(history, after_death);
+            (Next::NewNodeKey, delay)
         }
         Ended::Exit(EngineExit::NodeKeyExpired) => {
             let delay = key_delay(history, after_death);
@@ -144,7 +150,7 @@ mod tests {
             (Ended::Exit(Stopped), false, 5000, Next::Restart, 0),
             (Ended::Exit(BadConfig), false, 0, Next::Stop, 0),
             (Ended::Exit(KeyRejected), false, 0, Next::NewKey, 0),
-            (Ended::Exit(NodeUnknown), false, 100_000, Next::NewKey, 0),
+            (Ended::Exit(NodeUnknown), false, 100_000, Next::NewNodeKey, 0),
             (Ended::Exit(NodeKeyExpired), false, 100_000, Next::RotateNodeKey, 0),
             (Ended::Exit(Sandbox), false, 0, Next::Restart, 100),
             (Ended::Exit(Sandbox), false, 5000, Next::Restart, 100),

@@ -308,7 +308,8 @@ impl Table {
             Step::Configure => {
                 let addresses = pod.engine.as_ref().and_then(Running::addresses).map(<[_]>::to_vec);
                 let (Some(fds), Some(addresses)) = (pod.fds.clone(), addresses) else { return false };
-                let config = PodConfig { addresses, routes: context.routes(), ..PodConfig::default() };
+                let routes = context.routes(&addresses);
+                let config = PodConfig { addresses, routes, ..PodConfig::default() };
                 let spec = context.link_spec(&pod.record);
                 self.run_step(id, step, steps::configure(spec, fds, config));
             }
@@ -318,7 +319,7 @@ impl Table {
                 let online =
                     engine.and_then(|e| e.status.as_ref()).is_some_and(|status| status.control_connected);
                 // An engine that does not reach control is not worth waiting for where the API can do it.
-                let api = context.credentials.get(&tailnet).is_some_and(Credential::deletes_devices);
+                let api = context.deletes_devices(&tailnet);
                 let process = engine.map(|e| Arc::clone(&e.process));
                 let (Some(client), Some(process)) = (client.filter(|_| online || !api), process) else {
                     pod.logout_tried = true;
@@ -343,6 +344,19 @@ impl Table {
                 pod.configured = None;
                 let spec = context.link_spec(&pod.record);
                 self.run_step(id, step, steps::remove_link(context, spec));
+            }
+            Step::DeleteDevice if pod.wanted == Wanted::Attached && !context.deletes_devices(&tailnet) => {
+                if let Err(e) = identity.become_another() {
+                    pod.reason = e;
+                    return self.step_failed(id);
+                }
+                tracing::warn!(
+                    namespace = pod.record.pod.namespace,
+                    pod = pod.record.pod.name,
+                    "the expired device cannot be renewed or deleted: it stays, and the pod joins as another"
+                );
+                pod.device_spent = false;
+                return true;
             }
             Step::DeleteDevice => {
                 let device = identity.device();

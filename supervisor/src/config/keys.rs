@@ -79,6 +79,7 @@ pub(super) const KEYS: &[Key] = &[
     key(Section::Credentials, "client_secret_file", Kind::Text, "oauth: file with the client secret"),
     key(Section::Credentials, "auth_key_file", Kind::Text, "auth-key: file with a reusable key"),
     key(Section::Credentials, "api_key_file", Kind::Text, "headscale: file with an API key"),
+    key(Section::Credentials, "user", Kind::Text, "headscale: owner of the nodes, a name or a number"),
     key(Section::Credentials, "auth_key_ttl", Kind::Text, "life of a minted key, for example 5m"),
     key(Section::Node, "cluster_name", Kind::Text, "{cluster} in device names"),
     key(Section::Node, "state_dir", Kind::Text, "records and keys, 0700"),

@@ -44,6 +44,52 @@ fn a_small_file_gets_the_defaults() {
 }
 
 #[test]
+fn headscale_is_asked_where_control_is() {
+    let file = r#"
+        [tailnet.default]
+        control_url = "https://hs.example:8443/some/path"
+        [tailnet.default.credentials]
+        kind = "headscale"
+        api_key_file = "/etc/podtether/key"
+        user = "ref"
+    "#;
+    let config = load(file).unwrap();
+    let Credentials::Headscale { api_url, user, auth_key_ttl, .. } = &config.tailnets["default"].credentials
+    else {
+        panic!()
+    };
+    assert_eq!((api_url.as_str(), user.as_deref()), ("https://hs.example:8443", Some("ref")));
+    assert_eq!(auth_key_ttl.as_secs(), 300);
+    let elsewhere = [("tailnet.default.credentials.api_url", "http://127.0.0.1:8080/")];
+    let config = with(&[], &elsewhere, file).unwrap();
+    let Credentials::Headscale { api_url, .. } = &config.tailnets["default"].credentials else { panic!() };
+    assert_eq!(api_url, "http://127.0.0.1:8080");
+    assert!(config.to_string().contains("kind=\"headscale\""), "{config}");
+}
+
+#[test]
+fn files_that_cannot_be_used_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = with(
+        &[],
+        &[
+            ("tailnet.default.ca_file", dir.path().join("ca").to_str().unwrap()),
+            ("tailnet.default.credentials.client_secret_file", dir.path().join("empty").to_str().unwrap()),
+            ("tailnet.default.credentials.client_id_file", dir.path().join("id").to_str().unwrap()),
+        ],
+        MINIMAL,
+    )
+    .unwrap();
+    std::fs::write(dir.path().join("empty"), "\n").unwrap();
+    std::fs::write(dir.path().join("id"), "id").unwrap();
+    let wrong: Vec<String> = config.unusable_files().iter().map(ToString::to_string).collect();
+    assert_eq!(wrong.len(), 2, "{wrong:?}");
+    assert!(wrong[0].starts_with("tailnet.default.ca_file: cannot read "), "{wrong:?}");
+    assert!(wrong[1].starts_with("tailnet.default.credentials.client_secret_file: "), "{wrong:?}");
+    assert!(wrong[1].ends_with("is empty"), "{wrong:?}");
+}
+
+#[test]
 fn mistakes_are_named() {
     let table = [
         // appended to MINIMAL, the message holds
@@ -71,7 +117,19 @@ fn mistakes_are_named() {
             "[tailnet.b.credentials]\nkind = \"interactive\"\nauth_key_file = \"/k\"",
             "does not belong to kind = \"interactive\"",
         ),
-        ("[tailnet.b.credentials]\nkind = \"headscale\"", "not supported yet"),
+        ("[tailnet.b.credentials]\nkind = \"headscale\"", "tailnet.b.credentials.api_key_file"),
+        (
+            "[tailnet.b.credentials]\nkind = \"headscale\"\napi_key_file = \"/k\"",
+            "tailnet.b.credentials.user: is missing",
+        ),
+        (
+            "[tailnet.b.credentials]\nkind = \"headscale\"\nauth_key_file = \"/k\"",
+            "does not belong to kind = \"headscale\"",
+        ),
+        (
+            "[tailnet.b.credentials]\nkind = \"auth-key\"\nauth_key_file = \"/k\"\nuser = \"x\"",
+            "does not belong to kind = \"auth-key\"",
+        ),
         ("[tailnet.b.credentials]\nkind = \"magic\"", "`magic` is none of"),
         ("[tailnet.b.credentials]\nkind = \"auth-key\"", "tailnet.b.credentials.auth_key_file: is missing"),
         (

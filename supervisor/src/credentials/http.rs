@@ -1,18 +1,19 @@
 //! The HTTP client of the admin APIs: rustls with ring, the public roots and a tailnet's own.
 
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use super::roots::Roots;
+
 /// Largest answer that is read: a list of a large tailnet's devices.
 const MAX_BODY: usize = 32 << 20;
 
 /// Public roots and those of `extra_pem`.
-pub(super) fn roots(extra_pem: &str) -> Result<RootCertStore, String> {
+pub(super) fn root_store(extra_pem: &str) -> Result<RootCertStore, String> {
     let mut store = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     let mut found = extra_pem.is_empty();
     for certificate in CertificateDer::pem_slice_iter(extra_pem.as_bytes()) {
@@ -26,14 +27,41 @@ pub(super) fn roots(extra_pem: &str) -> Result<RootCertStore, String> {
     Ok(store)
 }
 
-/// A client that trusts the public roots and those in `ca_file`.
-pub(super) fn client(ca_file: Option<&Path>) -> Result<reqwest::Client, String> {
-    let pem = super::extra_roots(ca_file)?;
+/// A client that is made anew when the roots change.
+#[derive(Debug)]
+pub(super) struct Http {
+    roots: Arc<Roots>,
+    made: Mutex<(u64, reqwest::Client)>,
+}
+
+impl Http {
+    pub(super) fn new(roots: Arc<Roots>) -> Result<Http, String> {
+        let (version, pem) = roots.now();
+        let made = Mutex::new((version, client(&pem)?));
+        Ok(Http { roots, made })
+    }
+
+    /// The client for the roots as they are now.
+    pub(super) fn now(&self) -> reqwest::Client {
+        let (version, pem) = self.roots.now();
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if made.0 != version {
+            match client(&pem) {
+                Ok(client) => *made = (version, client),
+                Err(e) => tracing::error!("{e}"),
+            }
+        }
+        made.1.clone()
+    }
+}
+
+/// A client that trusts the public roots and those in `pem`.
+fn client(pem: &str) -> Result<reqwest::Client, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|e| e.to_string())?
-        .with_root_certificates(roots(&pem)?)
+        .with_root_certificates(root_store(pem)?)
         .with_no_client_auth();
     reqwest::Client::builder()
         .tls_backend_preconfigured(tls)

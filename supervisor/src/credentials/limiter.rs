@@ -1,8 +1,10 @@
 //! What a server said about its rate limit, obeyed by everyone who talks to it.
 
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use podtether_core::retry_after;
+use podtether_core::tailcfg::UnixTime;
 use tokio::sync::Semaphore;
 
 /// Calls at a time to one API.
@@ -33,11 +35,9 @@ impl Limiter {
     }
 
     /// Notes a 429 and returns the pause it asks for, jitter included.
-    pub(super) fn limited(&self, retry_after: Option<&str>, now: Instant, random: u64) -> Duration {
-        let asked = retry_after
-            .and_then(|text| text.trim().parse::<u64>().ok())
-            .map_or(DEFAULT_PAUSE, Duration::from_secs)
-            .min(MAX_PAUSE);
+    pub(super) fn limited(&self, header: Option<&str>, now: Instant, random: u64) -> Duration {
+        let asked = header.and_then(|text| retry_after::parse(text, wall_clock()));
+        let asked = asked.unwrap_or(DEFAULT_PAUSE).min(MAX_PAUSE);
         // Never earlier than asked, and not everybody at the same moment.
         let jitter = asked / 4 * u32::try_from(random % 1000).unwrap_or(0) / 1000;
         let pause = asked + jitter;
@@ -50,6 +50,12 @@ impl Limiter {
     pub(super) async fn place(&self) -> Option<tokio::sync::SemaphorePermit<'_>> {
         self.places.acquire().await.ok()
     }
+}
+
+/// Now, for what servers say in dates.
+pub(super) fn wall_clock() -> UnixTime {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    UnixTime::from_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
 #[cfg(test)]
@@ -69,5 +75,7 @@ mod tests {
         assert_eq!(limiter.not_before(now + Duration::from_secs(4)), None);
         assert!(limiter.limited(Some("soon"), now, 0) == DEFAULT_PAUSE);
         assert!(limiter.limited(Some("99999999999"), now, 0) == MAX_PAUSE);
+        assert!(limiter.limited(Some("Fri, 31 Dec 9999 23:59:59 GMT"), now, 0) == MAX_PAUSE);
+        assert!(limiter.limited(Some("Wed, 21 Oct 2015 07:28:00 GMT"), now, 0) == Duration::ZERO);
     }
 }

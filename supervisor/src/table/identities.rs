@@ -66,11 +66,12 @@ impl Identity {
         Ok(Identity { saved: 0, ..Identity::loaded(record) })
     }
 
-    /// A new node key that names the one before it. It is on disk before control hears of it.
+    /// A new node key. It names the one before it, unless control does not know that any more. It is on disk
+    /// before control hears of it.
     pub(super) fn rotate(&mut self) -> Result<(), String> {
         let node = NodePrivate::generate().map_err(|e| e.to_string())?;
         let old = NodePrivate::from_bytes(*self.record.node_key.expose()).public();
-        self.record.old_node_key = Some(*old.as_bytes());
+        self.record.old_node_key = self.record.registered.then(|| *old.as_bytes());
         self.record.node_key = SecretKey::new(*node.expose());
         // It was for the key before.
         self.record.login_url.clear();
@@ -79,9 +80,18 @@ impl Identity {
         Ok(())
     }
 
+    /// New keys altogether: control cannot tell that it is the same device.
+    pub(super) fn become_another(&mut self) -> Result<(), String> {
+        let machine = MachinePrivate::generate().map_err(|e| e.to_string())?;
+        self.record.machine_key = SecretKey::new(*machine.expose());
+        self.record.registered = false;
+        self.rotate()
+    }
+
     pub(super) fn device(&self) -> Device {
         Device {
             node_key: NodePrivate::from_bytes(*self.record.node_key.expose()).public().to_string(),
+            machine_key: MachinePrivate::from_bytes(*self.record.machine_key.expose()).public().to_string(),
             stable_id: self.record.stable_id.clone(),
         }
     }

@@ -101,7 +101,12 @@ impl Table {
             }
             Outcome::DeviceDeleted(Ok(())) => {
                 pod.key_given = false;
+                pod.device_spent = false;
                 left(identity);
+            }
+            Outcome::DeviceDeleted(Err(e)) if pod.wanted == Wanted::Attached => {
+                let failure = credential_error(pod, &e);
+                self.failed(id, failure);
             }
             Outcome::DeviceDeleted(Err(e)) => {
                 pod.delete_failed = true;

@@ -140,6 +140,8 @@ pub(super) struct Pod {
     /// Control does not take the node without a new key.
     pub(super) need_key: bool,
     pub(super) rotate: bool,
+    /// An auth key did not renew an expired node key.
+    pub(super) device_spent: bool,
     pub(super) key: Option<(Key, Instant)>,
     /// An engine has been given a key: control may know the device.
     pub(super) key_given: bool,
@@ -187,6 +189,7 @@ impl Pod {
             died_at: None,
             need_key: false,
             rotate: false,
+            device_spent: false,
             key: None,
             key_given: false,
             rejections: 0,
@@ -232,6 +235,7 @@ impl Pod {
             engine,
             key,
             rotate: self.rotate,
+            device_spent: self.device_spent,
             configured: self.configured.is_some() && addresses.is_none_or(|a| a == self.configured_for),
             device: identity.record.registered || self.key_given,
             logout_tried: self.logout_tried,

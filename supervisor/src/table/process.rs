@@ -172,7 +172,7 @@ impl Table {
         }
         match next {
             Next::Restart => {}
-            Next::NewKey => {
+            Next::NewKey | Next::NewNodeKey => {
                 // Control does not know the device: nothing is left there to remove.
                 pod.key_given = false;
                 if let Some(identity) = self.identities.get_mut(&pod.identity)
@@ -183,12 +183,16 @@ impl Table {
                     identity.changed();
                 }
                 pod.need_key = true;
+                pod.rotate |= next == Next::NewNodeKey;
                 pod.rejections += u32::from(pod.key.take().is_some());
             }
             Next::RotateNodeKey => {
                 pod.need_key = true;
                 pod.rotate = true;
-                pod.rejections += u32::from(pod.key.take().is_some());
+                // Headscale does not renew a tagged node, whatever key it shows.
+                let spent = pod.key.take().is_some();
+                pod.device_spent |= spent;
+                pod.rejections += u32::from(spent);
             }
             Next::RebuildLink => {
                 pod.link = Link::Broken;
@@ -196,7 +200,7 @@ impl Table {
             }
             Next::Stop => pod.stopped = Some(reason.clone()),
         }
-        if matches!(next, Next::NewKey | Next::RotateNodeKey)
+        if matches!(next, Next::NewKey | Next::NewNodeKey | Next::RotateNodeKey)
             && let Ok(home) = Home::make(&self.context.config.node.run_dir, &pod.record.id)
         {
             // It speaks of a device that control no longer has.
@@ -220,12 +224,18 @@ impl Table {
         let tailnet = &pod.record.tailnet;
         let failure = match next {
             Next::Stop => error(code::BAD_CONFIG, format!("{name}: {reason}"), "correct the configuration"),
-            Next::NewKey if pod.rejections >= if reusable { 1 } else { REJECTIONS_IN_ADD } => error(
-                code::REFUSED,
-                format!("{name}: {reason}"),
-                format!("check tailnet.{tailnet}.credentials and the tags it may use"),
-            ),
-            Next::NewKey | Next::Restart | Next::RotateNodeKey | Next::RebuildLink => return,
+            Next::NewKey | Next::NewNodeKey
+                if pod.rejections >= if reusable { 1 } else { REJECTIONS_IN_ADD } =>
+            {
+                error(
+                    code::REFUSED,
+                    format!("{name}: {reason}"),
+                    format!("check tailnet.{tailnet}.credentials and the tags it may use"),
+                )
+            }
+            Next::NewKey | Next::NewNodeKey | Next::Restart | Next::RotateNodeKey | Next::RebuildLink => {
+                return;
+            }
         };
         self.fail_add(id, failure);
     }
@@ -276,7 +286,11 @@ fn start_request(
     StartRequest {
         pod: pod.record.pod.clone(),
         control_url: tailnet.map(|t| t.control_url.clone()).unwrap_or_default(),
-        extra_roots_pem: context.roots.get(&pod.record.tailnet).cloned().unwrap_or_default(),
+        extra_roots_pem: context
+            .roots
+            .get(&pod.record.tailnet)
+            .map(|roots| roots.now().1.to_string())
+            .unwrap_or_default(),
         hostname: record.hostname.clone(),
         ephemeral: tailnet.is_some_and(|t| t.ephemeral),
         request_tags: credential.map(Credential::request_tags).unwrap_or_default(),

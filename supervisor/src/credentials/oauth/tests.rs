@@ -1,10 +1,19 @@
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
 use super::*;
+use crate::config::SecretSource;
+use crate::credentials::Roots;
 use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, post};
 use axum::{Form, Json};
+use podtether_proto::secret::SecretString;
+use reqwest::StatusCode;
+use reqwest::header::{AUTHORIZATION, RETRY_AFTER};
+use serde_json::{Value, json};
 use std::collections::HashMap;
 
 /// What the API should do, and what it saw.
@@ -87,16 +96,14 @@ async fn api(secret: &str) -> (Api, Shared) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let api_url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move { axum::serve(listener, routes).await });
+    (at(api_url, secret), script)
+}
+
+fn at(api_url: String, secret: &str) -> Api {
     let value = |text: &str| SecretSource::Value(SecretString::new(text.to_owned()));
-    let settings = Settings {
-        api_url,
-        client_id: value("id"),
-        client_secret: value(secret),
-        ttl: Duration::from_secs(300),
-        tags: vec!["tag:k8s".into()],
-        ephemeral: true,
-    };
-    (Api::new(super::super::http::client(None).unwrap(), settings), script)
+    let client = Client { id: value("id"), secret: value(secret) };
+    let wish = Wish { ttl: Duration::from_secs(300), tags: vec!["tag:k8s".into()], ephemeral: true };
+    Api::new(Http::new(Arc::new(Roots::new(None).unwrap())).unwrap(), api_url, client, wish)
 }
 
 fn soon() -> Instant {
@@ -176,7 +183,11 @@ async fn refused_tags_are_told_as_they_are() {
 #[tokio::test]
 async fn devices_are_found_by_key_or_id_and_absent_ones_are_fine() {
     let (api, script) = api("right").await;
-    let device = |key: &str, id: &str| Device { node_key: key.into(), stable_id: id.into() };
+    let device = |key: &str, id: &str| Device {
+        node_key: key.into(),
+        machine_key: "mkey:none".into(),
+        stable_id: id.into(),
+    };
     api.delete_device(&device("nodekey:bb", ""), soon()).await.unwrap();
     api.delete_device(&device("nodekey:none", "nA"), soon()).await.unwrap();
     api.delete_device(&device("nodekey:none", "k1"), soon()).await.unwrap();
@@ -189,15 +200,8 @@ async fn devices_are_found_by_key_or_id_and_absent_ones_are_fine() {
 
 #[tokio::test]
 async fn nobody_there_is_a_passing_fault_inside_the_deadline() {
-    let (api, _) = api("right").await;
-    let inner = Inner {
-        http: api.inner.http.clone(),
-        settings: Settings { api_url: "http://127.0.0.1:9".into(), ..api.inner.settings.clone() },
-        limiter: Limiter::default(),
-        token: Mutex::new(None),
-    };
     let start = Instant::now();
-    let api = Api { inner: Arc::new(inner) };
+    let api = at("http://127.0.0.1:9".into(), "right");
     let error = api.mint("p", start + Duration::from_millis(600)).await.unwrap_err();
     assert!(matches!(error, CredentialError::Temporary(_)), "{error}");
     assert!(start.elapsed() < Duration::from_secs(2));

@@ -1,0 +1,225 @@
+//! Headscale with an API key: its second API, which has Tailscale's shape, when it answers and can do what
+//! is wanted, else its first.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use podtether_proto::secret::SecretString;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::caller::{Answer, Call, Caller, Proof, Wire, parse, segment};
+use super::http::Http;
+use super::limiter::wall_clock;
+use super::{CredentialError, Device, Key, Wish, v2};
+use crate::config::SecretSource;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    V1,
+    V2,
+}
+
+/// What was learned from the server.
+#[derive(Debug, Default)]
+struct Known {
+    version: Option<Version>,
+    /// Number of the configured user. A user that is renamed keeps it.
+    user: Option<String>,
+}
+
+/// One tailnet's API. Clones share what was learned.
+#[derive(Debug, Clone)]
+pub struct Api {
+    caller: Caller,
+    wish: Wish,
+    /// Name or number.
+    user: Option<String>,
+    known: Arc<Mutex<Known>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct KeyAnswer {
+    pre_auth_key: PreAuthKey,
+}
+
+#[derive(Deserialize)]
+struct PreAuthKey {
+    id: String,
+    key: SecretString,
+}
+
+#[derive(Deserialize)]
+struct UsersAnswer {
+    #[serde(default)]
+    users: Vec<User>,
+}
+
+#[derive(Deserialize)]
+struct User {
+    id: String,
+    #[serde(default)]
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct NodeAnswer {
+    node: Node,
+}
+
+#[derive(Deserialize)]
+struct NodesAnswer {
+    #[serde(default)]
+    nodes: Vec<Node>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Node {
+    id: String,
+    #[serde(default)]
+    machine_key: String,
+    #[serde(default)]
+    node_key: String,
+}
+
+impl Node {
+    fn is(&self, device: &Device) -> bool {
+        self.machine_key == device.machine_key || self.node_key == device.node_key
+    }
+}
+
+impl Api {
+    pub(super) fn new(
+        http: Http,
+        api_url: String,
+        api_key: SecretSource,
+        user: Option<String>,
+        wish: Wish,
+    ) -> Api {
+        let caller = Caller::new(Wire::new(http, api_url), Proof::ApiKey(api_key));
+        Api { caller, wish, user, known: Arc::default() }
+    }
+
+    pub(super) async fn mint(&self, hostname: &str, deadline: Instant) -> Result<Key, CredentialError> {
+        // The second API gives a key without tags to the owner of the API key, not to the configured user.
+        if !self.wish.tags.is_empty() && self.version() != Some(Version::V1) {
+            if let Some(key) = v2::mint(&self.caller, &self.wish, hostname, deadline).await? {
+                self.learn(|known| known.version = Some(Version::V2));
+                return Ok(key);
+            }
+            self.learn(|known| known.version = Some(Version::V1));
+        }
+        self.mint_v1(deadline).await
+    }
+
+    async fn mint_v1(&self, deadline: Instant) -> Result<Key, CredentialError> {
+        let what = "mint an auth key";
+        let mut request = json!({
+            "reusable": false,
+            "ephemeral": self.wish.ephemeral,
+            // Without one the key would have expired already.
+            "expiration": wall_clock().saturating_add(self.wish.ttl),
+            "aclTags": self.wish.tags,
+        });
+        if let Some(user) = self.user_number(deadline).await? {
+            request["user"] = user.into();
+        }
+        let call = Call::post(what, "/api/v1/preauthkey", &request);
+        match self.caller.call(call, deadline).await? {
+            Answer::Body(body) => {
+                let KeyAnswer { pre_auth_key } = parse(what, &body)?;
+                Ok(Key { secret: pre_auth_key.key, id: Some(pre_auth_key.id), ttl: self.wish.ttl })
+            }
+            Answer::NotFound(text) => {
+                // Whoever it was is no user any more.
+                self.learn(|known| known.user = None);
+                Err(CredentialError::Refused(format!(
+                    "cannot {what}: api_url is no Headscale, or it has no such user{text}"
+                )))
+            }
+        }
+    }
+
+    /// The configured user's number as text, as the API wants it.
+    async fn user_number(&self, deadline: Instant) -> Result<Option<String>, CredentialError> {
+        let Some(user) = &self.user else { return Ok(None) };
+        // No Headscale user's name begins with a digit.
+        if user.bytes().all(|b| b.is_ascii_digit()) {
+            return Ok(Some(user.clone()));
+        }
+        if let Some(number) = self.learn(|known| known.user.clone()) {
+            return Ok(Some(number));
+        }
+        let what = "look the user up";
+        let mut path = reqwest::Url::parse("http://api/api/v1/user")
+            .map_err(|e| CredentialError::Refused(format!("cannot {what}: {e}")))?;
+        path.query_pairs_mut().append_pair("name", user);
+        let path = format!("{}?{}", path.path(), path.query().unwrap_or_default());
+        let body = self.caller.call(Call::get(what, &path), deadline).await?.found(what)?;
+        let list: UsersAnswer = parse(what, &body)?;
+        let Some(found) = list.users.into_iter().find(|u| u.name == *user) else {
+            return Err(CredentialError::Refused(format!(
+                "cannot mint an auth key: Headscale has no user {user:?}: make it with `headscale users \
+                 create`, or correct `user`"
+            )));
+        };
+        self.learn(|known| known.user = Some(found.id.clone()));
+        Ok(Some(found.id))
+    }
+
+    pub(super) async fn delete_key(&self, id: &str, deadline: Instant) -> Result<(), CredentialError> {
+        if self.version() == Some(Version::V2) {
+            return v2::delete_key(&self.caller, id, deadline).await;
+        }
+        let request = json!({ "id": id });
+        let call = Call::post("expire the unused auth key", "/api/v1/preauthkey/expire", &request);
+        self.caller.call(call, deadline).await.map(drop)
+    }
+
+    pub(super) async fn delete_device(
+        &self,
+        device: &Device,
+        deadline: Instant,
+    ) -> Result<(), CredentialError> {
+        if self.version() != Some(Version::V1) {
+            if v2::delete_device(&self.caller, device, deadline).await? {
+                return Ok(());
+            }
+            self.learn(|known| known.version = Some(Version::V1));
+        }
+        self.delete_node_v1(device, deadline).await
+    }
+
+    async fn delete_node_v1(&self, device: &Device, deadline: Instant) -> Result<(), CredentialError> {
+        const DELETE: &str = "delete the node";
+        let what = "find the node to delete";
+        if device.has_numeric_id() {
+            let path = format!("/api/v1/node/{}", device.stable_id);
+            if let Answer::Body(body) = self.caller.call(Call::get(what, &path), deadline).await?
+                && parse::<NodeAnswer>(what, &body)?.node.is(device)
+            {
+                return self.caller.delete(DELETE, &path, deadline).await.map(drop);
+            }
+        }
+        let body = self.caller.call(Call::get(what, "/api/v1/node"), deadline).await?.found(what)?;
+        let list: NodesAnswer = parse(what, &body)?;
+        for node in list.nodes.iter().filter(|n| n.is(device)) {
+            let path = format!("/api/v1/node/{}", segment(&node.id)?);
+            self.caller.delete(DELETE, &path, deadline).await?;
+        }
+        Ok(())
+    }
+
+    fn version(&self) -> Option<Version> {
+        self.learn(|known| known.version)
+    }
+
+    fn learn<T>(&self, work: impl FnOnce(&mut Known) -> T) -> T {
+        work(&mut self.known.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+#[cfg(test)]
+mod tests;
