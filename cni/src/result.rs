@@ -104,10 +104,15 @@ impl PrevResult {
             }
             ip
         });
-        let routes = attached.routes.iter().map(|route| {
+        // Versions without tables would take a route of another one for the main table's.
+        let routes = attached.routes.iter().filter(|r| r.table.is_none() || version >= SpecVersion::V1_1_0);
+        let routes = routes.map(|route| {
             let mut value = json!({"dst": route.dst.to_string()});
             if let Some(gw) = route.gw {
                 value["gw"] = gw.to_string().into();
+            }
+            if let Some(table) = route.table {
+                value["table"] = table.into();
             }
             value
         });
@@ -115,6 +120,19 @@ impl PrevResult {
         self.append("ips", ips);
         self.append("routes", routes);
         self.unchanged()
+    }
+
+    /// The networks of the addresses, and the routes that are no default routes.
+    pub(crate) fn networks(&self) -> Vec<IpNet> {
+        let nets = |list: &str, key: &'static str| {
+            let items = self.object.get(list).and_then(Value::as_array).into_iter().flatten();
+            items
+                .filter_map(move |item| item.get(key)?.as_str()?.parse::<IpNet>().ok())
+                .map(|net| net.trunc())
+        };
+        let beyond_itself = |net: &IpNet| net.prefix_len() < net.max_prefix_len();
+        let routes = nets("routes", "dst").filter(|net| net.prefix_len() > 0);
+        nets("ips", "address").filter(beyond_itself).chain(routes).collect()
     }
 
     /// Our interface's addresses and the routes into the tailnet; `None` when ADD made no interface.
@@ -182,8 +200,9 @@ mod tests {
                 AttachedRoute {
                     dst: "100.64.0.0/10".parse().unwrap(),
                     gw: Some("169.254.1.1".parse().unwrap()),
+                    table: None,
                 },
-                AttachedRoute { dst: "fd7a:115c:a1e0::/48".parse().unwrap(), gw: None },
+                AttachedRoute { dst: "fd7a:115c:a1e0::/48".parse().unwrap(), gw: None, table: None },
             ],
         }
     }
@@ -289,6 +308,26 @@ mod tests {
         assert!(!prev.has_interface("ts0") && prev.ours("ts0").is_none());
         value["interfaces"][0]["sandbox"] = NETNS.into();
         assert!(PrevResult::read(&value, SpecVersion::V0_4_0).unwrap().has_interface("ts0"));
+    }
+
+    #[test]
+    fn networks_of_the_primary_and_routes_of_other_tables() {
+        let prev = json!({
+            "ips": [{"address": "10.244.1.2/24"}, {"address": "fd44::2/128"}],
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "10.244.0.0/16", "gw": "10.244.1.1"}, {"dst": "odd"}],
+        });
+        let read = |version| PrevResult::read(&prev, version).unwrap();
+        let networks: Vec<String> =
+            read(SpecVersion::V1_0_0).networks().iter().map(ToString::to_string).collect();
+        assert_eq!(networks, ["10.244.1.0/24", "10.244.0.0/16"]);
+
+        let mut attached = attached();
+        let gw = Some("169.254.1.1".parse().unwrap());
+        attached.routes = vec![AttachedRoute { dst: "0.0.0.0/0".parse().unwrap(), gw, table: Some(20_004) }];
+        let new = read(SpecVersion::V1_1_0).with(&attached, NETNS);
+        assert_eq!(new["routes"][3], json!({"dst": "0.0.0.0/0", "gw": "169.254.1.1", "table": 20_004}));
+        let old = read(SpecVersion::V1_0_0).with(&attached, NETNS);
+        assert_eq!(old["routes"].as_array().unwrap().len(), 3, "it would be taken for the main table's");
     }
 
     #[test]

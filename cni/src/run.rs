@@ -159,6 +159,7 @@ async fn add(params: &Params, config: &Config, deadline: Instant) -> Result<Said
             timeout_ms: supervisor.budget_ms(),
             annotations: config.annotations.clone(),
             name_servers: config.name_servers.clone(),
+            primary: prev.networks(),
         };
         let call = supervisor.client.add(supervisor.context(), request);
         supervisor.wait(call).await.map_err(|why| no_answer(config, &why))?

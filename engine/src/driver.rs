@@ -274,12 +274,11 @@ impl Driver {
 
     fn handle_event(&mut self, event: engine::Event) {
         match event {
-            engine::Event::SelfChanged => self.report(),
+            engine::Event::SelfChanged | engine::Event::RoutesChanged => self.report(),
             engine::Event::HostUpdate => {
                 self.control.set_host(self.engine.host_update());
                 self.report();
             }
-            engine::Event::RoutesChanged => self.report_routes(),
             engine::Event::DerpConnect { region } => match self.engine.derp_node(region) {
                 Some(nodes) => self.derp.connect(region, nodes.clone(), &self.dialer),
                 None => tracing::warn!(%region, "the core wants a DERP region that the map does not have"),
@@ -398,7 +397,7 @@ impl Driver {
             Command::SetUnderlay(underlay) => self.set_underlay(&underlay, now),
             Command::SetRouting(wanted, answer) => {
                 self.engine.set_routing(start::routing(&wanted));
-                self.report_routes();
+                self.report();
                 let _ = answer.send(self.board.read());
             }
             Command::Metrics(answer) => {

@@ -28,6 +28,7 @@ impl Board {
             node: None,
             home_derp: 0,
             health: Vec::new(),
+            routes_version: 0,
             accepted_routes: Vec::new(),
             exit_node_id: None,
         });

@@ -154,6 +154,8 @@ pub struct EngineStatus {
     pub home_derp: u32,
     /// What control and the engine find wrong.
     pub health: Vec<HealthMessage>,
+    /// Grows with every change of `accepted_routes` and `exit_node_id`.
+    pub routes_version: u64,
     /// Subnet routes that the pod should send into its link, sorted; empty unless it accepts routes.
     pub accepted_routes: Vec<IpNet>,
     /// Stable id of the exit node; `None` while none is chosen or the chosen one is not among the peers.

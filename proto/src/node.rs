@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use crate::Version;
-use crate::engine::PodRef;
+use crate::engine::{HealthMessage, PodRef};
 
 /// Served by the supervisor on `run_dir/supervisor.sock`.
 #[tarpc::service]
@@ -21,6 +21,10 @@ pub trait Node {
     async fn check(request: CheckRequest) -> Result<(), CniError>;
     /// CNI GC: attachments of `network` that are not in `valid` leave.
     async fn gc(request: GcRequest) -> Result<(), CniError>;
+    /// Changes which routes of other nodes a pod uses, and answers when that is in force and on disk.
+    async fn set_routing(pod: PodSelector, routing: Routing) -> Result<PodRouting, CniError>;
+    /// Which routes of other nodes a pod uses.
+    async fn routing(pod: PodSelector) -> Result<PodRouting, CniError>;
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
     async fn status() -> Version;
 }
@@ -34,6 +38,45 @@ pub struct AttachmentId {
     pub container_id: String,
     /// Interface in the pod, `ts0` unless the network configuration says otherwise.
     pub ifname: String,
+}
+
+/// Which pod a call means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PodSelector {
+    /// By its interface.
+    Attachment(AttachmentId),
+    /// By name.
+    Pod {
+        /// Kubernetes namespace.
+        namespace: String,
+        /// Pod name.
+        name: String,
+    },
+}
+
+/// Which routes of other nodes a pod uses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Routing {
+    /// Subnet routers' networks.
+    pub accept_routes: bool,
+    /// Name, address or stable id of the node that carries everything else but the cluster's own; while it
+    /// cannot, that traffic is dropped.
+    pub exit_node: Option<String>,
+}
+
+/// A pod's routing and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodRouting {
+    /// Which interface.
+    pub attachment: AttachmentId,
+    /// As asked for.
+    pub routing: Routing,
+    /// Routes through the interface as they were made.
+    pub routes: Vec<AttachedRoute>,
+    /// Stable id of the exit node; `None` while none is chosen or the chosen one is not among the peers.
+    pub exit_node_id: Option<String>,
+    /// What control and the engine find wrong.
+    pub health: Vec<HealthMessage>,
 }
 
 /// CNI ADD.
@@ -53,6 +96,8 @@ pub struct AddRequest {
     pub annotations: BTreeMap<String, String>,
     /// The pod's name servers as the runtime's `dns` capability tells them, empty where it does not.
     pub name_servers: Vec<IpAddr>,
+    /// What prevResult leads to by more than a default route: the networks of its addresses and its routes.
+    pub primary: Vec<IpNet>,
 }
 
 /// What ADD made. The default, without an interface name, says that the pod joins nothing (an exempt
@@ -86,6 +131,8 @@ pub struct AttachedRoute {
     pub dst: IpNet,
     /// Next hop on `ts0`.
     pub gw: Option<IpAddr>,
+    /// Table other than the main one.
+    pub table: Option<u32>,
 }
 
 /// CNI CHECK.

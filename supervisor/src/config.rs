@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
+use podtether_proto::node::Routing;
 
 pub use sources::{Inputs, arguments, inputs_from};
 pub use value::{SecretSource, parse_duration};
@@ -62,6 +63,8 @@ pub struct Tailnet {
     pub dns: DnsMode,
     /// Name servers of pods whose runtime does not tell them.
     pub dns_servers: Vec<IpAddr>,
+    /// What its pods use of other nodes' routes, unless a pod's annotations say otherwise.
+    pub routing: Routing,
     /// How its devices get in.
     pub credentials: Credentials,
 }
@@ -140,6 +143,8 @@ pub struct Node {
     pub uid_base: u32,
     /// Ranges that pods do not route into the tailnet.
     pub exclude_cidrs: Vec<IpNet>,
+    /// The cluster's own ranges: no route of another node covers them.
+    pub cluster_cidrs: Vec<IpNet>,
     /// Namespaces whose pods join nothing.
     pub exempt_namespaces: Vec<String>,
     /// How long an identity is kept when nobody can say whether its pod lives.
@@ -242,6 +247,11 @@ fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
         ephemeral: at.bool("ephemeral")?.unwrap_or(false),
         dns,
         dns_servers,
+        routing: Routing {
+            accept_routes: at.bool("accept_routes")?.unwrap_or(false),
+            exit_node: crate::routing::exit_node(at.text("exit_node")?.unwrap_or_default())
+                .map_err(|e| at.error("exit_node", &e))?,
+        },
         credentials,
     })
 }
@@ -338,12 +348,14 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
             at.error("run_dir", &format!("is too long for Unix sockets (at most {MAX_RUN_DIR_BYTES} bytes)"))
         );
     }
-    let mut exclude_cidrs = Vec::new();
-    for text in at.list("exclude_cidrs")?.unwrap_or_default() {
-        let net: IpNet =
-            text.parse().map_err(|_| at.error("exclude_cidrs", &format!("`{text}` is no CIDR range")))?;
-        exclude_cidrs.push(net.trunc());
-    }
+    let ranges = |key: &str| -> Result<Vec<IpNet>, ConfigError> {
+        let net = |text: String| match text.parse::<IpNet>() {
+            Ok(net) => Ok(net.trunc()),
+            Err(_) => Err(at.error(key, &format!("`{text}` is no CIDR range"))),
+        };
+        at.list(key)?.unwrap_or_default().into_iter().map(net).collect()
+    };
+    let (exclude_cidrs, cluster_cidrs) = (ranges("exclude_cidrs")?, ranges("cluster_cidrs")?);
     let uid_base = at.number("uid_base")?.unwrap_or(200_000);
     let uid_base = u32::try_from(uid_base)
         .ok()
@@ -361,6 +373,7 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
             .map_err(|e| at.error("udp_port_range", &e))?,
         uid_base,
         exclude_cidrs,
+        cluster_cidrs,
         exempt_namespaces: at.list("exempt_namespaces")?.unwrap_or_else(|| vec!["kube-system".into()]),
         identity_grace: at.duration("identity_grace")?.unwrap_or(Duration::ZERO),
         require_sandbox: at.bool("require_sandbox")?.unwrap_or(false),
@@ -411,14 +424,17 @@ impl fmt::Display for Config {
         for (name, t) in &self.tailnets {
             write!(
                 f,
-                "[tailnet.{name}] control_url={:?} tags={:?} hostname_template={:?} ca_file={:?} ephemeral={} dns={} dns_servers={:?} ",
+                "[tailnet.{name}] control_url={:?} tags={:?} hostname_template={:?} ca_file={:?} ephemeral={} dns={} dns_servers={:?} \
+                 accept_routes={} exit_node={:?} ",
                 t.control_url,
                 t.tags,
                 t.hostname_template,
                 t.ca_file.clone().unwrap_or_default(),
                 t.ephemeral,
                 t.dns.name(),
-                t.dns_servers
+                t.dns_servers,
+                t.routing.accept_routes,
+                t.routing.exit_node.as_deref().unwrap_or_default()
             )?;
             match &t.credentials {
                 Credentials::OAuth { api_url, client_id, client_secret, auth_key_ttl } => write!(

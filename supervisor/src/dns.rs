@@ -200,6 +200,7 @@ mod tests {
             timeout_ms: 1000,
             annotations: annotation.map(|a| (ANNOTATION.to_owned(), a.to_owned())).into_iter().collect(),
             name_servers: servers.iter().map(|s| s.parse().unwrap()).collect(),
+            primary: Vec::new(),
         }
     }
 

@@ -19,6 +19,7 @@ pub mod output;
 pub mod plan;
 pub mod record;
 pub mod restart;
+pub mod routing;
 pub mod spawn;
 pub mod table;
 pub mod underlay;

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, Node, Version,
+    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting, PodSelector,
+    Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -118,6 +119,19 @@ impl Node for Service {
 
     async fn gc(self, _: Context, request: GcRequest) -> Result<(), CniError> {
         self.table.gc(request).await
+    }
+
+    async fn set_routing(
+        self,
+        _: Context,
+        pod: PodSelector,
+        routing: Routing,
+    ) -> Result<PodRouting, CniError> {
+        self.table.set_routing(pod, routing).await
+    }
+
+    async fn routing(self, _: Context, pod: PodSelector) -> Result<PodRouting, CniError> {
+        self.table.routing(pod).await
     }
 
     async fn status(self, _: Context) -> Version {

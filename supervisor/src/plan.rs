@@ -80,8 +80,12 @@ pub struct Observed {
     pub rotate: bool,
     /// It expired, and control does not renew it for an auth key: only another device can join.
     pub device_spent: bool,
-    /// ts0 carries exactly the addresses that the netmap gives.
+    /// ts0 carries exactly the addresses and routes that it should.
     pub configured: bool,
+    /// What ts0 should carry is known, whatever the engine does now.
+    pub configurable: bool,
+    /// The engine uses the routes of other nodes that the record names.
+    pub routing_told: bool,
     /// Control may know the device.
     pub device: bool,
     /// The engine was asked to log out, whatever came of it. A server may keep a device that logged out,
@@ -104,6 +108,8 @@ pub enum Step {
     MintKey,
     /// Spawn the engine and tell it who it is.
     StartEngine,
+    /// Tell the engine which routes of other nodes the pod uses.
+    TellRouting,
     /// Put the addresses and routes on ts0.
     Configure,
     /// Ask the engine to log out.
@@ -145,6 +151,13 @@ fn attach(at: &Observed) -> Vec<Step> {
     }
     if !engine_alive || at.link == Link::Broken {
         if !at.identity_free || at.engine == Engine::Held {
+            // Nobody may start, but what was asked of the pod's interface still counts.
+            if at.link == Link::Up && at.configurable && !at.configured {
+                steps.push(Step::Configure);
+            }
+            if at.records == Records::Stale {
+                steps.push(Step::Save);
+            }
             return steps;
         }
         if at.device_spent {
@@ -159,10 +172,13 @@ fn attach(at: &Observed) -> Vec<Step> {
         steps.push(Step::StartEngine);
         return steps;
     }
+    if !at.routing_told {
+        steps.push(Step::TellRouting);
+    }
+    if (at.engine == Engine::Running || at.configurable) && !at.configured {
+        steps.push(Step::Configure);
+    }
     if at.engine == Engine::Running {
-        if !at.configured {
-            steps.push(Step::Configure);
-        }
         // Last: nothing a pod waits for stands behind the disk.
         if at.records == Records::Stale {
             steps.push(Step::Save);
@@ -210,6 +226,8 @@ mod tests {
         rotate: false,
         device_spent: false,
         configured: false,
+        configurable: false,
+        routing_told: true,
         device: false,
         logout_tried: false,
         delete_failed: false,
@@ -220,6 +238,7 @@ mod tests {
         engine: Engine::Running,
         key: Key::NotNeeded,
         configured: true,
+        configurable: true,
         device: true,
         ..NEW
     };
@@ -233,13 +252,32 @@ mod tests {
             ("known device", Observed { key: Key::NotNeeded, ..NEW }, &[Save, BuildLink, StartEngine]),
             ("old sandbox holds the identity", Observed { identity_free: false, ..NEW }, &[Save, BuildLink]),
             ("key in hand", Observed { link: Link::Up, key: Key::InHand, ..saved }, &[StartEngine]),
-            ("waiting for control", Observed { engine: Engine::Starting, configured: false, ..UP }, &[]),
+            (
+                "waiting for control",
+                Observed { engine: Engine::Starting, configured: false, configurable: false, ..UP },
+                &[],
+            ),
             (
                 "first netmap",
                 Observed { configured: false, records: Records::Stale, ..UP },
                 &[Configure, Save],
             ),
             ("all well", UP, &[]),
+            (
+                "other routes are asked for",
+                Observed { routing_told: false, configured: false, records: Records::Stale, ..UP },
+                &[TellRouting, Configure, Save],
+            ),
+            (
+                "other routes while the engine may not start",
+                Observed { engine: Engine::Held, configured: false, records: Records::Stale, ..UP },
+                &[Configure, Save],
+            ),
+            (
+                "other routes while the engine starts again",
+                Observed { engine: Engine::Starting, configured: false, ..UP },
+                &[Configure],
+            ),
             (
                 "engine died: no disk in its way",
                 Observed { records: Records::Stale, ..crashed },
@@ -312,7 +350,7 @@ mod tests {
             Just(Engine::Running)
         ];
         let key = prop_oneof![Just(Key::NotNeeded), Just(Key::Needed), Just(Key::InHand)];
-        let flags = proptest::array::uniform7(any::<bool>());
+        let flags = proptest::array::uniform9(any::<bool>());
         (records, link, engine, key, flags).prop_map(|(records, link, engine, key, f)| Observed {
             records,
             link,
@@ -325,6 +363,8 @@ mod tests {
             logout_tried: f[4],
             delete_failed: f[5],
             device_spent: f[6],
+            configurable: f[7],
+            routing_told: f[8],
         })
     }
 
@@ -336,6 +376,7 @@ mod tests {
             RotateKey => at.rotate = false,
             MintKey => at.key = Key::InHand,
             StartEngine => at.engine = Engine::Running,
+            TellRouting => at.routing_told = true,
             Configure => at.configured = true,
             Logout => at.device = false,
             DeleteDevice => (at.device, at.device_spent) = (false, false),

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use podtether_proto::engine::PodRef;
-use podtether_proto::node::AttachmentId;
+use podtether_proto::node::{AttachmentId, Routing};
 use podtether_proto::secret::SecretKey;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,12 @@ pub struct Attachment {
     /// Name servers whose answers are intercepted; empty for none.
     #[serde(default)]
     pub name_servers: Vec<IpAddr>,
+    /// Which routes of other nodes the pod uses.
+    #[serde(default)]
+    pub routing: Routing,
+    /// What the primary CNI's result led to by more than a default route.
+    #[serde(default)]
+    pub primary: Vec<IpNet>,
 }
 
 /// One identity: a device in a tailnet.

@@ -14,15 +14,18 @@ mod pod;
 mod process;
 mod recover;
 mod report;
+mod routing;
 mod steps;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use podtether_net::link::PodConfig;
 use podtether_proto::engine::{EngineClient, Underlay};
-use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, code};
+use podtether_proto::node::{
+    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Routing,
+    code,
+};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::context::Context;
@@ -33,7 +36,7 @@ use crate::plan::{Step, Wanted, plan};
 use crate::record::Aside;
 use crate::restart::jittered;
 use identities::Identities;
-use pod::{Pod, Running};
+use pod::Pod;
 pub use report::PodReport;
 use steps::Outcome;
 
@@ -61,6 +64,8 @@ enum Message {
     Del(AttachmentId, pod::Leaver),
     Check(Box<CheckRequest>, pod::Leaver),
     Gc(GcRequest, pod::Leaver),
+    SetRouting(PodSelector, Routing, routing::Router),
+    Routing(PodSelector, routing::Router),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
     Engine(AttachmentId, u64, Event),
@@ -92,6 +97,14 @@ fn ending() -> CniError {
         code: code::TRY_AGAIN,
         msg: "the supervisor is stopping".into(),
         details: "try again when it is back".into(),
+    }
+}
+
+fn left() -> CniError {
+    CniError {
+        code: code::TRY_AGAIN,
+        msg: "the pod left before its routing was changed, or the supervisor is stopping".into(),
+        details: "see the supervisor's log".into(),
     }
 }
 
@@ -132,6 +145,22 @@ impl Handle {
     /// What could not be removed.
     pub async fn gc(&self, request: GcRequest) -> Result<(), CniError> {
         self.ask(|to| Message::Gc(request, to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// Changes which routes of other nodes a pod uses; the answer comes when that is in force.
+    ///
+    /// # Errors
+    /// No such pod, a wish that cannot be fulfilled, or a step that failed.
+    pub async fn set_routing(&self, pod: PodSelector, routing: Routing) -> Result<PodRouting, CniError> {
+        self.ask(|to| Message::SetRouting(pod, routing, to)).await.unwrap_or_else(|| Err(left()))
+    }
+
+    /// Which routes of other nodes a pod uses.
+    ///
+    /// # Errors
+    /// No such pod.
+    pub async fn routing(&self, pod: PodSelector) -> Result<PodRouting, CniError> {
+        self.ask(|to| Message::Routing(pod, to)).await.unwrap_or_else(|| Err(left()))
     }
 
     /// All pods.
@@ -213,6 +242,8 @@ impl Table {
             Message::Del(id, reply) => self.del(&id, Some(reply)),
             Message::Check(request, reply) => self.check(*request, reply),
             Message::Gc(request, reply) => self.gc(&request, reply),
+            Message::SetRouting(pod, routing, reply) => self.set_routing(&pod, routing, reply),
+            Message::Routing(pod, reply) => self.routing(&pod, reply),
             Message::List(reply) => {
                 let _ = reply.send(self.listing());
             }
@@ -261,7 +292,10 @@ impl Table {
                 }
             }
             let Some(pod) = self.pods.get(id) else { return };
-            let Some(step) = plan(pod.wanted, &observed).first().copied() else { return };
+            let Some(step) = plan(pod.wanted, &observed).first().copied() else {
+                self.answer_routers(id);
+                return;
+            };
             if !self.begin(id, step) {
                 return;
             }
@@ -305,11 +339,13 @@ impl Table {
                 self.run_step(id, step, steps::mint(context, tailnet, hostname, deadline));
             }
             Step::StartEngine => return self.start_engine(id),
+            Step::TellRouting => {
+                let Some(client) = pod.engine.as_ref().and_then(|e| e.client.clone()) else { return false };
+                let routing = pod.engine_routing.clone();
+                self.run_step(id, step, steps::tell_routing(client, routing));
+            }
             Step::Configure => {
-                let addresses = pod.engine.as_ref().and_then(Running::addresses).map(<[_]>::to_vec);
-                let (Some(fds), Some(addresses)) = (pod.fds.clone(), addresses) else { return false };
-                let routes = context.routes(&addresses);
-                let config = PodConfig { addresses, routes, ..PodConfig::default() };
+                let (Some(fds), Some(config)) = (pod.fds.clone(), pod.target.clone()) else { return false };
                 let spec = context.link_spec(&pod.record);
                 self.run_step(id, step, steps::configure(spec, fds, config));
             }
@@ -423,7 +459,13 @@ impl Table {
             return;
         }
         tracing::info!(addresses = ?underlay.addresses, resolvers = ?underlay.name_servers, "underlay changed");
+        let moved = self.underlay.addresses != underlay.addresses;
         self.underlay = underlay;
+        let ids: Vec<AttachmentId> = self.pods.keys().filter(|_| moved).cloned().collect();
+        for id in ids {
+            self.refresh_routing(&id);
+            self.advance(&id);
+        }
         for pod in self.pods.values() {
             if let Some(client) = pod.engine.as_ref().and_then(|e| e.client.clone()) {
                 let underlay = self.underlay.clone();

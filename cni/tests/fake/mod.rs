@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt;
 use podtether_proto::node::{
-    AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, CniError, GcRequest, Node, Version,
+    AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting,
+    PodSelector, Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -166,6 +167,15 @@ impl Node for Service {
         self.script.others
     }
 
+    async fn set_routing(self, _: Context, pod: PodSelector, _: Routing) -> Result<PodRouting, CniError> {
+        self.routing(tarpc::context::current(), pod).await
+    }
+
+    async fn routing(self, _: Context, pod: PodSelector) -> Result<PodRouting, CniError> {
+        let msg = format!("the plugin asks nothing about routes: {pod:?}");
+        Err(CniError { code: code::IO, msg, details: String::new() })
+    }
+
     async fn status(self, _: Context) -> Version {
         if self.script.silent {
             std::future::pending().await
@@ -184,6 +194,7 @@ pub(crate) fn attached() -> Attached {
         routes: vec![AttachedRoute {
             dst: "100.64.0.0/10".parse().unwrap(),
             gw: Some("169.254.1.1".parse().unwrap()),
+            table: None,
         }],
     }
 }

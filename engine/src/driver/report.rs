@@ -44,17 +44,14 @@ impl Driver {
                 status.health.push(health(&lost));
             }
             status.node = core.node.map(self_node);
+            // Thousands, perhaps.
+            if status.routes_version != self.engine.routes_version() {
+                let routes = self.engine.routes();
+                status.routes_version = self.engine.routes_version();
+                status.accepted_routes = routes.accepted;
+                status.exit_node_id = routes.exit_node;
+            }
         });
-    }
-
-    /// The same for the routes, which may be thousands: only when they changed.
-    pub(super) fn report_routes(&self) {
-        let routes = self.engine.routes();
-        self.board.update(|status| {
-            status.accepted_routes = routes.accepted;
-            status.exit_node_id = routes.exit_node;
-        });
-        self.report();
     }
 
     pub(super) fn metrics(&self, now: Instant) -> EngineMetrics {

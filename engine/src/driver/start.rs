@@ -173,7 +173,7 @@ impl Checked {
             ending: None,
         };
         driver.set_underlay(&request.underlay, Instant::now());
-        driver.report_routes();
+        driver.report();
         Ok(driver)
     }
 }

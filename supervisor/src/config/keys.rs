@@ -73,6 +73,8 @@ pub(super) const KEYS: &[Key] = &[
         Kind::List,
         "name servers of the pods, where the runtime does not tell them",
     ),
+    key(Section::Tailnet, "accept_routes", Kind::Bool, "pods use the networks of subnet routers"),
+    key(Section::Tailnet, "exit_node", Kind::Text, "node that carries pods' traffic out of the cluster"),
     key(Section::Credentials, "kind", Kind::Text, "oauth, auth-key, headscale or interactive"),
     key(Section::Credentials, "api_url", Kind::Text, "admin API of the tailnet"),
     key(Section::Credentials, "client_id_file", Kind::Text, "oauth: file with the client id"),
@@ -90,6 +92,12 @@ pub(super) const KEYS: &[Key] = &[
     key(Section::Node, "udp_port_range", Kind::Text, "engines' UDP ports, FIRST-LAST; default any"),
     key(Section::Node, "uid_base", Kind::Number, "first uid of the engines"),
     key(Section::Node, "exclude_cidrs", Kind::List, "cluster ranges that overlap the tailnet's"),
+    key(
+        Section::Node,
+        "cluster_cidrs",
+        Kind::List,
+        "ranges of the cluster's pods, services and nodes: never through another node of the tailnet",
+    ),
     key(Section::Node, "exempt_namespaces", Kind::List, "namespaces whose pods join nothing"),
     key(
         Section::Node,

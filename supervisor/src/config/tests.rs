@@ -38,6 +38,14 @@ fn a_small_file_gets_the_defaults() {
     assert_eq!(tailnet.hostname_template, "{cluster}-{namespace}-{pod}");
     assert!(!tailnet.ephemeral);
     assert_eq!((tailnet.dns, tailnet.dns_servers.len()), (crate::dns::DnsMode::Off, 0));
+    assert_eq!(tailnet.routing, Routing::default());
+    let more = MINIMAL.replace("tags", "exit_node = \"gw\"\naccept_routes = true\ntags");
+    let more = load(&format!("{more}\n[node]\ncluster_cidrs = [\"10.244.1.0/16\"]")).unwrap();
+    assert_eq!(
+        more.tailnets["default"].routing,
+        Routing { accept_routes: true, exit_node: Some("gw".into()) }
+    );
+    assert_eq!(more.node.cluster_cidrs, ["10.244.0.0/16".parse::<IpNet>().unwrap()]);
     let Credentials::OAuth { api_url, auth_key_ttl, .. } = &tailnet.credentials else { panic!() };
     assert_eq!(api_url, "https://api.tailscale.com");
     assert_eq!(auth_key_ttl.as_secs(), 300);
@@ -106,6 +114,12 @@ fn mistakes_are_named() {
         ("[node]\nidentity_grace = \"soon\"", "node.identity_grace"),
         ("[node]\nexclude_cidrs = [\"10.0.0.0\"]", "node.exclude_cidrs"),
         ("[node]\nexclude_cidrs = \"10.0.0.0/8\"", "expected a list of texts"),
+        ("[node]\ncluster_cidrs = [\"10.0.0.0/40\"]", "node.cluster_cidrs"),
+        (
+            "[tailnet.b]\nexit_node = \"a node\"",
+            "tailnet.b.exit_node (/x/supervisor.toml): `a node` is no node",
+        ),
+        ("[tailnet.b]\naccept_routes = \"yes\"", "expected true or false"),
         ("[node]\nstate_dir = \"var\"", "is no absolute path"),
         ("[node]\nrequire_sandbox = \"yes\"", "expected true or false"),
         ("[tailnet.b]\ncontrol_url = \"ftp://x\"", "tailnet.b.control_url"),

@@ -11,6 +11,7 @@ use super::{MAX_PODS, Table};
 use crate::hostname;
 use crate::plan::{Step, Wanted};
 use crate::record::{self, IdentityKey, random_id};
+use crate::routing;
 
 /// Part of the runtime's patience that is kept for rolling back.
 const ROLLBACK_SHARE: u32 = 4;
@@ -104,6 +105,10 @@ impl Table {
             return Err(error(code::TRY_AGAIN, "this node has too many pods", "remove some"));
         }
         let name_servers = crate::dns::intercepted(tailnet, request)?;
+        let wrong =
+            |e| error(code::BAD_CONFIG, format!("{}: {e}", pod_name(&request.pod)), "nothing was made");
+        let routing = routing::of_annotations(&tailnet.routing, &request.annotations).map_err(wrong)?;
+        routing::check(&routing, &self.context.config.node.cluster_cidrs, &request.primary).map_err(wrong)?;
         let key = IdentityKey {
             tailnet: request.tailnet.clone(),
             pod_uid: request.pod.uid.clone(),
@@ -147,6 +152,8 @@ impl Table {
             addresses: Vec::new(),
             mac: String::new(),
             name_servers,
+            routing,
+            primary: request.primary.clone(),
         };
         Ok(Pod { had_device, ..Pod::new(record, key, false) })
     }

@@ -36,9 +36,7 @@ impl Table {
         let name = pod_name(&pod.record.pod);
         let mut spec = self.context.link_spec(&pod.record);
         spec.pod_netns = request.netns.clone().into();
-        let addresses = pod.record.addresses.clone();
-        let routes = self.context.routes(&addresses);
-        let config = PodConfig { addresses, routes, ..PodConfig::default() };
+        let config = pod.checked_config(self.context.routes(&pod.record.addresses));
         let client = pod.engine.as_ref().and_then(|e| e.client.clone());
         let (reason, stopped) = (pod.reason.clone(), pod.stopped.is_some());
         tokio::spawn(async move {

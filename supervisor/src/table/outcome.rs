@@ -54,6 +54,18 @@ impl Table {
                 let failure = credential_error(pod, &e);
                 self.failed(id, failure);
             }
+            Outcome::RoutingTold(told, Ok(status)) => {
+                pod.failures = 0;
+                if let Some(engine) = &mut pod.engine {
+                    engine.told = told;
+                }
+                self.status(id, *status);
+            }
+            // Whoever does not answer is killed, and learns it when it starts again.
+            Outcome::RoutingTold(_, Err(e)) => {
+                pod.reason = format!("the engine did not take its routing: {e}");
+                self.step_failed(id);
+            }
             Outcome::Configured(wanted, Ok(made)) => {
                 pod.failures = 0;
                 if pod.record.addresses != made.addresses {
@@ -61,7 +73,7 @@ impl Table {
                     pod.changed();
                 }
                 pod.configured = Some(made);
-                pod.configured_for = wanted;
+                pod.configured_for = Some(wanted);
             }
             Outcome::Configured(_, Err(e)) => {
                 if matches!(
@@ -138,6 +150,9 @@ impl Table {
             pod = pod.record.pod.name,
             "{failure}; trying again"
         );
+        for router in pod.routers.drain(..) {
+            let _ = router.send(Err(failure.clone()));
+        }
         self.step_failed(id);
     }
 

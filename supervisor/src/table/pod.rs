@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
-use podtether_net::link::{Configured, DnsSockets, Link as NetLink};
-use podtether_proto::engine::{EngineClient, EngineStatus, NodeState};
+use podtether_net::link::{Configured, DnsSockets, Link as NetLink, PodConfig};
+use podtether_proto::engine::{EngineClient, EngineStatus, NodeState, Routing};
 use podtether_proto::fds;
-use podtether_proto::node::{AddRequest, Attached, AttachedRoute, CniError};
+use podtether_proto::node::{AddRequest, Attached, CniError};
 use tokio::sync::oneshot;
 
 use super::identities::Identity;
+use super::routing::Router;
 use crate::context::MTU;
 use crate::credentials::Key;
 use crate::dns::Interception;
@@ -55,6 +56,8 @@ pub(super) struct Running {
     /// Tells its events from those of engines before it.
     pub(super) epoch: u64,
     pub(super) process: Arc<Process>,
+    /// The routing it uses.
+    pub(super) told: Routing,
     /// From its first answer on.
     pub(super) client: Option<EngineClient>,
     pub(super) status: Option<EngineStatus>,
@@ -127,8 +130,14 @@ pub(super) struct Pod {
     pub(super) fds: Option<Arc<Fds>>,
     pub(super) underlay: Underlay,
     pub(super) configured: Option<Configured>,
-    /// The addresses that `configured` was made for.
-    pub(super) configured_for: Vec<IpNet>,
+    /// What `configured` was made for.
+    pub(super) configured_for: Option<PodConfig>,
+    /// What the interface should carry; `None` until an engine has said so in this supervisor's life.
+    pub(super) target: Option<PodConfig>,
+    /// Routes of other nodes that the engine accepts.
+    pub(super) accepted: Vec<IpNet>,
+    /// The routing that the engine should use.
+    pub(super) engine_routing: Routing,
 
     pub(super) engine: Option<Running>,
     pub(super) history: History,
@@ -152,6 +161,8 @@ pub(super) struct Pod {
     pub(super) join: Option<Join>,
     pub(super) adders: Vec<Adder>,
     pub(super) leavers: Vec<Leaver>,
+    /// Who waits for a change of routing.
+    pub(super) routers: Vec<Router>,
     /// ADDs of the same container that came while it was being removed, and when.
     pub(super) next: Vec<(AddRequest, Adder, Instant)>,
     /// Why the ADD fails, while it is rolled back.
@@ -181,7 +192,10 @@ impl Pod {
             fds: None,
             underlay: Underlay::default(),
             configured: None,
-            configured_for: Vec::new(),
+            configured_for: None,
+            target: None,
+            accepted: Vec::new(),
+            engine_routing: Routing::default(),
             engine: None,
             history: History::default(),
             hold_until: None,
@@ -198,6 +212,7 @@ impl Pod {
             join: None,
             adders: Vec::new(),
             leavers: Vec::new(),
+            routers: Vec::new(),
             next: Vec::new(),
             failure: None,
             notes: Vec::new(),
@@ -236,7 +251,13 @@ impl Pod {
             key,
             rotate: self.rotate,
             device_spent: self.device_spent,
-            configured: self.configured.is_some() && addresses.is_none_or(|a| a == self.configured_for),
+            configured: self.configured.is_some()
+                && self.target.as_ref().is_none_or(|target| Some(target) == self.configured_for.as_ref()),
+            configurable: self.target.is_some() && self.fds.is_some(),
+            routing_told: self
+                .engine
+                .as_ref()
+                .is_none_or(|engine| engine.client.is_none() || engine.told == self.engine_routing),
             device: identity.record.registered || self.key_given,
             logout_tried: self.logout_tried,
             delete_failed: self.delete_failed,
@@ -248,13 +269,12 @@ impl Pod {
         let made = self.configured.as_ref()?;
         let mut addresses = made.addresses.clone();
         addresses.sort_by_key(|a| matches!(a, IpNet::V6(_)));
-        let routes = made.routes.iter().map(|(dst, gw)| AttachedRoute { dst: *dst, gw: Some(*gw) }).collect();
         Some(Attached {
             ifname: self.record.attachment.ifname.clone(),
             mac: self.record.mac.clone(),
             mtu: MTU.into(),
             addresses,
-            routes,
+            routes: super::routing::routes(self),
         })
     }
 

@@ -26,8 +26,10 @@ const REJECTIONS_IN_ADD: u32 = 2;
 impl Table {
     /// Spawns the engine of a pod. Nothing here waits for a disk: run_dir is a tmpfs.
     pub(super) fn start_engine(&mut self, id: &AttachmentId) -> bool {
+        self.refresh_routing(id);
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
+        let told = pod.engine_routing.clone();
         let mut request = start_request(&self.context, pod, identity, &self.underlay);
         match spawn_engine(&self.context, pod) {
             Ok((process, child, home, names)) => {
@@ -43,6 +45,7 @@ impl Table {
                 pod.engine = Some(Running {
                     epoch,
                     process: Arc::clone(&process),
+                    told,
                     client: None,
                     status: None,
                     asked: false,
@@ -89,8 +92,13 @@ impl Table {
         }
     }
 
-    fn status(&mut self, id: &AttachmentId, status: EngineStatus) {
+    pub(super) fn status(&mut self, id: &AttachmentId, status: EngineStatus) {
         let Some(pod) = self.pods.get_mut(id) else { return };
+        // The answer to a call may have overtaken an older report.
+        let had = pod.engine.as_ref().and_then(|e| e.status.as_ref());
+        if had.is_some_and(|had| had.seq > status.seq) {
+            return;
+        }
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
         if let NodeState::Connecting { reason } = &status.state {
             pod.reason.clone_from(reason);
@@ -114,6 +122,9 @@ impl Table {
         }
         let approval = status.state == NodeState::NeedsApproval;
         let mut login = None;
+        if in_force {
+            pod.accepted.clone_from(&status.accepted_routes);
+        }
         if let Some(engine) = &mut pod.engine {
             engine.status = Some(status);
             login = engine.login_url().map(str::to_owned);
@@ -139,6 +150,7 @@ impl Table {
                 self.fail_add(id, failure);
             }
         }
+        self.refresh_routing(id);
     }
 
     fn ended(
@@ -309,7 +321,7 @@ fn start_request(
         mtu: MTU,
         name_servers: Vec::new(),
         underlay: underlay.clone(),
-        routing: podtether_proto::engine::Routing::default(),
+        routing: pod.engine_routing.clone(),
     }
 }
 

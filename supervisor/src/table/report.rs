@@ -51,6 +51,10 @@ pub struct PodReport {
     pub udp6_port: u16,
     /// Uid of the engine; absent where engines run under the supervisor's own.
     pub engine_uid: Option<u32>,
+    /// Whether it uses the networks of subnet routers.
+    pub accept_routes: bool,
+    /// The exit node it should use, absent for none.
+    pub exit_node: Option<String>,
     /// Whether the map stream is up.
     pub control_connected: bool,
     /// Home DERP region, 0 for none.
@@ -98,6 +102,8 @@ impl Table {
                 udp_port: pod.record.udp4_port,
                 udp6_port: pod.record.udp6_port,
                 engine_uid: pod.record.uid,
+                accept_routes: pod.record.routing.accept_routes,
+                exit_node: pod.record.routing.exit_node.clone(),
                 control_connected: status.is_some_and(|s| s.control_connected),
                 home_derp: status.map_or(0, |s| s.home_derp),
                 login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use podtether_net::link::{self, Configured, LinkSpec, PodConfig};
 use podtether_net::sockets::{self, Family, PortChoice};
-use podtether_proto::engine::EngineClient;
+use podtether_proto::engine::{EngineClient, EngineStatus, Routing};
 use podtether_proto::exit::EngineExit;
 
 use super::pod::{Fds, Underlay};
 use crate::context::Context;
 use crate::credentials::{CredentialError, Key};
-use crate::engine::{Home, within};
+use crate::engine::{ANSWER_WITHIN, Home, within};
 use crate::record::{Attachment, Identity};
 use crate::restart::Ended;
 use crate::spawn::Process;
@@ -24,7 +24,8 @@ pub(super) enum Outcome {
     Saved(Result<(u64, u64), String>),
     Built(Result<Arc<Fds>, podtether_net::Error>),
     Minted(Result<Key, CredentialError>),
-    Configured(Vec<ipnet::IpNet>, Result<Configured, podtether_net::Error>),
+    RoutingTold(Routing, Result<Box<EngineStatus>, String>),
+    Configured(PodConfig, Result<Configured, podtether_net::Error>),
     LoggedOut(Result<(), String>),
     LinkRemoved(Result<(), podtether_net::Error>),
     DeviceDeleted(Result<(), CredentialError>),
@@ -130,7 +131,12 @@ pub(super) async fn mint(
 
 pub(super) async fn configure(spec: LinkSpec, fds: Arc<Fds>, config: PodConfig) -> Outcome {
     let result = link::configure_pod(&spec, &fds.link, &config).await;
-    Outcome::Configured(config.addresses, result)
+    Outcome::Configured(config, result)
+}
+
+pub(super) async fn tell_routing(client: EngineClient, routing: Routing) -> Outcome {
+    let result = client.set_routing(within(ANSWER_WITHIN), routing.clone()).await;
+    Outcome::RoutingTold(routing, result.map(Box::new).map_err(|e| e.to_string()))
 }
 
 pub(super) async fn logout(client: EngineClient, process: Arc<Process>, patience: Duration) -> Outcome {

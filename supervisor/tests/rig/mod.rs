@@ -128,6 +128,7 @@ impl Rig {
             tailnet: "default".into(),
             timeout_ms: 20_000,
             name_servers: Vec::new(),
+            primary: Vec::new(),
             annotations: Default::default(),
         }
     }

@@ -14,6 +14,7 @@ pub(super) struct State {
     exit_id: Option<NodeId>,
     accepted: Vec<ipnet::IpNet>,
     told: Option<String>,
+    version: u64,
 }
 
 impl Engine {
@@ -34,6 +35,12 @@ impl Engine {
     #[must_use]
     pub fn routes(&self) -> RoutesView {
         RoutesView { accepted: self.routing.accepted.clone(), exit_node: self.exit_node_id() }
+    }
+
+    /// Grows when [`Engine::routes`] would tell something else.
+    #[must_use]
+    pub fn routes_version(&self) -> u64 {
+        self.routing.version
     }
 
     pub(super) fn exit_node_id(&self) -> Option<String> {
@@ -75,6 +82,7 @@ impl Engine {
             changed = true;
         }
         if changed {
+            self.routing.version += 1;
             self.events.push_back(Event::RoutesChanged);
         }
     }

@@ -70,7 +70,7 @@ pub(super) async fn observe(ns: &Netns, netlink: &Netlink, wanted: &Wanted) -> R
     let (rules, table) = match &wanted.policy {
         Some(policy) => {
             let rules = netlink.policy_rules(policy.base..policy.base + POLICY_PRIORITIES).await?;
-            (rules, netlink.table_routes(policy.base).await?)
+            (rules, netlink.table_routes(policy.base..policy.base + 1).await?)
         }
         None => (Vec::new(), Vec::new()),
     };

@@ -108,17 +108,17 @@ impl Netlink {
         tolerate(request.execute().await, libc::ENOENT, || format!("delete rule {}", rule.priority))
     }
 
-    /// The routes of a table.
+    /// The routes of some tables.
     ///
     /// # Errors
     /// As the kernel says.
-    pub async fn table_routes(&self, table: u32) -> Result<Vec<TableRoute>> {
+    pub async fn table_routes(&self, tables: std::ops::Range<u32>) -> Result<Vec<TableRoute>> {
         let mut all = Vec::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut wanted = RouteMessage::default();
             wanted.header.address_family = family;
             let found = self.dump("list routes", self.handle.route().get(wanted).execute()).await?;
-            all.extend(found.iter().filter_map(table_route_of).filter(|route| route.table == table));
+            all.extend(found.iter().filter_map(table_route_of).filter(|route| tables.contains(&route.table)));
         }
         Ok(all)
     }
