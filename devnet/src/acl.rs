@@ -11,6 +11,15 @@
 //! proto = ["tcp"]                # default: TCP, UDP and ICMP
 //! ```
 //!
+//! A policy may also approve routes by itself:
+//!
+//! ```toml
+//! [autoApprovers]
+//! exitNode = ["tag:exit"]
+//! [autoApprovers.routes]
+//! "10.0.0.0/8" = ["tag:router"]  # and every part of it
+//! ```
+//!
 //! A selector is `*`, a tag, a CIDR or address, or the name of a host or node. A node gets only the
 //! rules that name it as a destination, and sees only peers that some rule connects it with.
 
@@ -42,6 +51,8 @@ pub enum PolicyError {
 pub struct Policy {
     hosts: BTreeMap<String, IpNet>,
     rules: Vec<Rule>,
+    exit_approvers: Vec<Selector>,
+    route_approvers: Vec<(IpNet, Vec<Selector>)>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,6 +120,8 @@ pub struct Subject<'a> {
     pub tags: &'a [String],
     /// Its tailnet addresses.
     pub addresses: &'a [IpAddr],
+    /// Routes that it carries.
+    pub routes: &'a [IpNet],
 }
 
 #[derive(Deserialize)]
@@ -118,6 +131,17 @@ struct PolicyFile {
     hosts: BTreeMap<String, String>,
     #[serde(default)]
     rules: Vec<RuleFile>,
+    #[serde(default, rename = "autoApprovers")]
+    auto_approvers: ApproversFile,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ApproversFile {
+    #[serde(default)]
+    routes: BTreeMap<String, Vec<String>>,
+    #[serde(default, rename = "exitNode")]
+    exit_node: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -147,7 +171,16 @@ impl FromStr for Policy {
             hosts.insert(name, net);
         }
         let rules = file.rules.into_iter().map(Rule::try_from).collect::<Result<_, _>>()?;
-        Ok(Self { hosts, rules })
+        let approvers = |list: Vec<String>| {
+            list.into_iter().map(|value| Selector::parse(value, "approver")).collect::<Result<Vec<_>, _>>()
+        };
+        let mut route_approvers = Vec::new();
+        for (value, list) in file.auto_approvers.routes {
+            let net = parse_net(&value).ok_or(PolicyError::Value { what: "route", value })?;
+            route_approvers.push((net, approvers(list)?));
+        }
+        let exit_approvers = approvers(file.auto_approvers.exit_node)?;
+        Ok(Self { hosts, rules, exit_approvers, route_approvers })
     }
 }
 
@@ -212,6 +245,23 @@ impl Selector {
         Ok(Self::Name(value))
     }
 
+    /// The same for destinations: whoever carries a part of a network gets the rules for it. An exit node
+    /// carries everything outside the tailnet.
+    fn reaches(&self, node: &Subject<'_>, hosts: &BTreeMap<String, IpNet>) -> bool {
+        let through = |net: &IpNet| {
+            node.routes.iter().any(|route| match route.prefix_len() {
+                0 => !podtether_net::link::tailnet_ranges().iter().any(|range| range.contains(net)),
+                _ => route.contains(net) || net.contains(route),
+            })
+        };
+        self.matches(node, hosts)
+            || match self {
+                Self::Net(net) => through(net),
+                Self::Name(name) => hosts.get(name).is_some_and(through),
+                Self::Any | Self::Tag(_) => false,
+            }
+    }
+
     fn matches(&self, node: &Subject<'_>, hosts: &BTreeMap<String, IpNet>) -> bool {
         let inside = |net: &IpNet| node.addresses.iter().any(|address| net.contains(address));
         match self {
@@ -247,12 +297,22 @@ pub fn allow_all() -> Vec<FilterRule> {
 }
 
 impl Policy {
+    /// Whether a route that `node` advertises needs nobody's approval.
+    #[must_use]
+    pub fn auto_approves(&self, node: &Subject<'_>, route: &IpNet) -> bool {
+        let named = |list: &[Selector]| list.iter().any(|selector| selector.matches(node, &self.hosts));
+        if route.prefix_len() == 0 {
+            return named(&self.exit_approvers);
+        }
+        self.route_approvers.iter().any(|(net, list)| net.contains(route) && named(list))
+    }
+
     /// Whether some rule lets one of the two reach the other.
     #[must_use]
     pub fn connects(&self, one: &Subject<'_>, other: &Subject<'_>) -> bool {
         self.rules.iter().any(|rule| {
             let from = |node| rule.sources.iter().any(|selector| selector.matches(node, &self.hosts));
-            let to = |node| rule.destinations.iter().any(|selector| selector.matches(node, &self.hosts));
+            let to = |node| rule.destinations.iter().any(|selector| selector.reaches(node, &self.hosts));
             (from(one) && to(other)) || (from(other) && to(one))
         })
     }
@@ -268,12 +328,15 @@ impl Policy {
         for rule in &self.rules {
             let mut targets: Vec<String> = Vec::new();
             for selector in &rule.destinations {
-                if !selector.matches(node, &self.hosts) {
+                if !selector.reaches(node, &self.hosts) {
                     continue;
                 }
                 match selector {
                     Selector::Any => targets.push("*".into()),
                     Selector::Net(net) => targets.push(net.to_string()),
+                    Selector::Name(name) if !selector.matches(node, &self.hosts) => {
+                        targets.extend(self.hosts.get(name).map(ToString::to_string));
+                    }
                     Selector::Tag(_) | Selector::Name(_) => {
                         targets.extend(node.addresses.iter().map(ToString::to_string));
                     }
@@ -350,7 +413,7 @@ mod tests {
         }
 
         fn subject(&self) -> Subject<'_> {
-            Subject { name: self.name, tags: &self.tags, addresses: &self.addresses }
+            Subject { name: self.name, tags: &self.tags, addresses: &self.addresses, routes: &[] }
         }
     }
 

@@ -189,6 +189,27 @@ async fn call(shared: &Shared, request: Request<Incoming>) -> Answer {
                 })
                 .ok_or_else(|| not_found("device"))
         }
+        (&Method::GET, ["device", id, "routes"]) => {
+            shared.with_state(|state| find(state, id).map(routes_json)).ok_or_else(|| not_found("device"))
+        }
+        (&Method::POST, ["device", id, "routes"]) => {
+            #[derive(Deserialize)]
+            struct Approve {
+                routes: Vec<ipnet::IpNet>,
+            }
+            let id = (*id).to_owned();
+            let body =
+                body(request).await.map_err(|response| ApiError::new(response.status(), "body too large"))?;
+            let order: Approve = serde_json::from_slice(&body)
+                .map_err(|error| ApiError::new(StatusCode::BAD_REQUEST, error.to_string()))?;
+            shared
+                .with_state(|state| {
+                    let node = find(state, &id)?.id;
+                    state.approve_routes(node, &order.routes);
+                    state.nodes.get(&node).map(routes_json)
+                })
+                .ok_or_else(|| not_found("device"))
+        }
         (&Method::DELETE, ["device", id]) => {
             let removed = shared.with_state(|state| {
                 let node = find(state, id).map(|node| node.id);
@@ -382,6 +403,11 @@ fn key_json(key: &AuthKey, with_secret: bool) -> Value {
         value["revoked"] = json!(revoked.to_string());
     }
     value
+}
+
+fn routes_json(node: &Node) -> Value {
+    let (advertised, _) = crate::control::routes::advertised(&node.hostinfo);
+    json!({"advertisedRoutes": advertised, "enabledRoutes": node.enabled()})
 }
 
 fn device_json(state: &State, node: &Node, base_domain: &str, all: bool) -> Value {

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 use podtether_core::key::{DiscoPublic, MachinePublic, NodePublic};
 use tokio::sync::{oneshot, watch};
@@ -61,6 +62,8 @@ pub struct NodeInfo {
     pub endpoints: Vec<SocketAddr>,
     /// Home region, 0 for none.
     pub home_derp: u32,
+    /// Routes that others send to it: exit routes, and those it is primary for.
+    pub routes: Vec<IpNet>,
     /// Has, or recently had, a map stream.
     pub online: bool,
     /// Has a map stream now.
@@ -87,6 +90,7 @@ impl From<&Node> for NodeInfo {
             disco_key: node.disco_key,
             endpoints: node.endpoints.clone(),
             home_derp: node.home_derp,
+            routes: node.routes.clone(),
             online: node.online,
             streaming: node.streaming,
             expired: node.expired,
@@ -244,7 +248,25 @@ impl Devnet {
         self.shared().with_state(|state| {
             state.policy = policy;
             state.touch_topology();
+            state.settle_routes();
         });
+    }
+
+    /// Approves exactly these routes of a node, of which only those count that it advertises; false when
+    /// there is no such node. One default route stands for both.
+    pub fn approve_routes(&self, id: NodeId, routes: &[IpNet]) -> bool {
+        self.shared().with_state(|state| state.approve_routes(id, routes))
+    }
+
+    /// Lets a node carry routes that it does not advertise; false when there is no such node.
+    pub fn grant_routes(&self, id: NodeId, routes: Vec<IpNet>) -> bool {
+        self.shared().with_state(|state| state.grant_routes(id, routes))
+    }
+
+    /// A field of what a node last said about its host.
+    #[must_use]
+    pub fn hostinfo(&self, id: NodeId, field: &str) -> Option<serde_json::Value> {
+        self.shared().with_state(|state| state.nodes.get(&id)?.hostinfo.get(field).cloned())
     }
 
     /// All nodes, by id.

@@ -14,6 +14,7 @@ use podtether_core::key::MachinePublic;
 use tokio::time::timeout;
 
 use super::noise_server::{Reply, respond};
+use super::routes;
 use super::state::{NodeId, State, text};
 use super::view::{Update, View};
 use super::wire::{self, MapRequest, MapResponse};
@@ -100,6 +101,9 @@ fn examine(shared: &Shared, request: &MapRequest) -> Result<(), &'static str> {
     match &request.hostinfo {
         None => shared.complain("map request without Hostinfo".into()),
         Some(hostinfo) => {
+            for odd in routes::advertised(hostinfo).1 {
+                shared.complain(format!("{odd} in Hostinfo.RoutableIPs is no masked prefix"));
+            }
             for field in ["OS", "IPNVersion", "Hostname"] {
                 if text(hostinfo, field).is_empty() {
                     shared.complain(format!("map request without Hostinfo.{field}"));

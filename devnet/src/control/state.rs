@@ -4,10 +4,11 @@
 //! that can alter who sees whom or any filter: a node came, went, or changed its name, tags or
 //! addresses, or the policy changed.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use jiff::{SignedDuration, Timestamp};
 use podtether_core::key::{DiscoPublic, MachinePublic, NodePublic};
 use serde_json::Value;
@@ -50,6 +51,13 @@ pub(crate) struct Node {
     pub(crate) session: u64,
     pub(crate) streaming: bool,
     pub(crate) offline_since: Instant,
+    /// Approved routes, advertised or not.
+    pub(crate) approved: BTreeSet<IpNet>,
+    /// Routes it carries without having advertised them.
+    pub(crate) granted: Vec<IpNet>,
+    /// Routes that are its own now: exit routes and those it is primary for.
+    pub(crate) routes: Vec<IpNet>,
+    pub(crate) primary: Vec<IpNet>,
     /// Ping requests its stream has to deliver.
     pub(crate) pings: VecDeque<wire::PingRequest>,
     /// Fields of map messages that somebody wants it told.
@@ -59,7 +67,7 @@ pub(crate) struct Node {
 
 impl Node {
     pub(crate) fn subject(&self) -> Subject<'_> {
-        Subject { name: &self.name, tags: &self.tags, addresses: &self.addresses }
+        Subject { name: &self.name, tags: &self.tags, addresses: &self.addresses, routes: &self.routes }
     }
 
     pub(crate) fn owner(&self) -> u64 {
@@ -173,6 +181,8 @@ pub(crate) struct State {
     pub(crate) policy: Option<Policy>,
     /// New nodes have to be approved.
     pub(crate) device_approval: bool,
+    /// Who carries a prefix that is no exit route.
+    pub(crate) primaries: BTreeMap<IpNet, NodeId>,
     pub(crate) derp_map: wire::DerpMap,
     pub(crate) derp_revision: u64,
     pub(crate) topology: u64,
@@ -223,6 +233,7 @@ impl State {
             users_revision: 1,
             policy: config.policy.clone(),
             device_approval: false,
+            primaries: BTreeMap::new(),
             derp_map: wire::DerpMap::default(),
             derp_revision: 1,
             topology: 1,
@@ -387,6 +398,10 @@ impl State {
                 session: 0,
                 streaming: false,
                 offline_since: Instant::now(),
+                approved: BTreeSet::new(),
+                granted: Vec::new(),
+                routes: Vec::new(),
+                primary: Vec::new(),
                 pings: VecDeque::new(),
                 extras: VecDeque::new(),
                 revision: 0,
@@ -394,6 +409,7 @@ impl State {
         );
         self.touch(id);
         self.touch_topology();
+        self.settle_routes();
         Ok(id)
     }
 
@@ -402,6 +418,7 @@ impl State {
         self.by_node_key.remove(&node.node_key);
         self.by_machine_key.remove(&node.machine_key);
         self.touch_topology();
+        self.settle_routes();
         true
     }
 
@@ -464,6 +481,7 @@ impl State {
                 self.touch_topology();
             }
             self.touch(id);
+            self.settle_routes();
         }
     }
 
@@ -479,6 +497,7 @@ impl State {
             if !node.online {
                 node.online = true;
                 self.touch(id);
+                self.settle_routes();
             }
         }
         session
@@ -511,6 +530,9 @@ impl State {
             if node.ephemeral && away >= config.ephemeral_timeout {
                 forgotten.push(node.id);
             }
+        }
+        if !changed.is_empty() {
+            self.settle_routes();
         }
         for id in changed {
             self.touch(id);

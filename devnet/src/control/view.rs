@@ -193,7 +193,12 @@ impl View {
             key_expiry: node.expiry.map(Timestamp3339),
             machine: node.machine_key,
             disco_key: (!node.disco_key.is_zero()).then_some(node.disco_key),
-            allowed_ips: addresses.clone(),
+            allowed_ips: addresses
+                .iter()
+                .cloned()
+                .chain(node.routes.iter().map(ToString::to_string))
+                .collect(),
+            primary_routes: node.primary.iter().map(ToString::to_string).collect(),
             addresses,
             endpoints: node.endpoints.clone(),
             home_derp: node.home_derp,

@@ -217,6 +217,8 @@ pub(crate) struct Node {
     #[serde(rename = "AllowedIPs")]
     pub(crate) allowed_ips: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) primary_routes: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) endpoints: Vec<SocketAddr>,
     #[serde(rename = "HomeDERP", skip_serializing_if = "is_zero")]
     pub(crate) home_derp: u32,
