@@ -10,6 +10,7 @@ mod leave;
 mod names;
 mod pairs;
 mod paths;
+mod routes;
 mod rules;
 mod tailnets;
 
