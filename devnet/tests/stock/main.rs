@@ -8,12 +8,16 @@
     reason = "a test fails by panicking and says when it skips"
 )]
 
+mod commands;
+mod membership;
+mod routes;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use podtether_devnet::{AuthKeyInfo, AuthKeyOptions, Devnet, DevnetConfig, Mode, RegionConfig};
+use podtether_devnet::{AuthKeyInfo, Devnet, DevnetConfig, RegionConfig};
 use podtether_net::netlink::{Netlink, VethEnd};
 use podtether_net::netns::Netns;
 use podtether_net::testing::{block_on, in_namespaces};
@@ -29,14 +33,15 @@ fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
 }
 
-#[test]
-fn stock_nodes_join_meet_and_leave() {
+/// Runs `body` in namespaces of its own, or says that it skips.
+fn stock_test(name: &str, body: impl AsyncFnOnce(&Stock)) {
     let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
         println!("SKIPPED: tailscaled and tailscale are not on PATH");
         return;
     };
-    in_namespaces("stock_nodes_join_meet_and_leave", |dir| {
-        block_on(Box::pin(scenario(&Stock { daemon, client, dir: dir.to_owned() })));
+    in_namespaces(name, |dir| {
+        let stock = Stock { daemon, client, dir: dir.to_owned() };
+        block_on(Box::pin(async { body(&stock).await }));
     });
 }
 
@@ -100,6 +105,22 @@ impl Node<'_> {
         let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await.unwrap().unwrap();
         let text = [output.stdout, output.stderr].concat();
         (output.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// The same for a command that has to succeed.
+    async fn ok(&self, arguments: &[&str]) -> String {
+        let (succeeded, text) = self.run(arguments).await;
+        assert!(succeeded, "{arguments:?}: {text}\n{}", self.log());
+        text
+    }
+
+    /// What `status` knows of a peer, by its first label.
+    async fn peer(&self, name: &str) -> Value {
+        let status = self.status().await;
+        let peers = status["Peer"].as_object().cloned().unwrap_or_default();
+        let named =
+            |peer: &Value| peer["DNSName"].as_str().is_some_and(|n| n.starts_with(&format!("{name}.")));
+        peers.into_values().find(named).unwrap_or(Value::Null)
     }
 
     async fn up(&self, server: &str, name: &str, key: &AuthKeyInfo, more: &[&str]) -> (bool, String) {
@@ -180,92 +201,10 @@ async fn start_devnet(dir: &Path) -> Devnet {
         https_listen: vec![SocketAddr::new(ip, 0)],
         regions: vec![RegionConfig::new(1, vec![ip])],
         keep_alive: Duration::from_secs(2),
+        offline_delay: Duration::from_secs(1),
         ..DevnetConfig::default()
     };
     let devnet = Devnet::start(config).await.unwrap();
     std::fs::write(dir.join("ca.pem"), devnet.ca_pem()).unwrap();
     devnet
-}
-
-async fn scenario(stock: &Stock) {
-    make_underlay().await;
-    let devnet = start_devnet(&stock.dir).await;
-    let single = || devnet.create_auth_key(AuthKeyOptions::default());
-    let tagged = AuthKeyOptions { tags: vec!["tag:k8s-pod".into()], ..AuthKeyOptions::default() };
-
-    // Joining, over plain HTTP and over TLS.
-    let one = stock.start("one", &[]).await;
-    let first_key = single();
-    let (joined, text) = one.up(&devnet.http_url(), "one", &first_key, &[]).await;
-    assert!(joined, "{text}\n{}", one.log());
-    let two = stock.start("two", &[]).await;
-    let (joined, text) = two.up(&devnet.https_url(), "two", &first_key, &[]).await;
-    assert!(!joined && two.log().contains("authkey already used"), "{text}");
-    drop(two);
-    let two = stock.start("two-again", &[]).await;
-    let ephemeral = devnet.create_auth_key(AuthKeyOptions { ephemeral: true, ..tagged.clone() });
-    let (joined, text) = two.up(&devnet.https_url(), "two", &ephemeral, &[]).await;
-    assert!(joined, "{text}\n{}", two.log());
-    let status = one.status().await;
-    assert_eq!(status["BackendState"], "Running");
-    assert_eq!(status["Self"]["TailscaleIPs"], serde_json::json!(["100.64.0.1", "fd7a:115c:a1e0::1"]));
-    assert_eq!(status["MagicDNSSuffix"], "tailnet.test");
-    until("one sees two", async || one.peers().await == ["two.tailnet.test."]).await;
-
-    // Paths: direct, and over the relay for a node that cannot send UDP to its peers.
-    let pong = one.ping("two").await;
-    assert!(pong.contains("via 192.168.77.1:"), "{pong}");
-    let three = stock.start("three", &[("TS_DEBUG_NEVER_DIRECT_UDP", "1")]).await;
-    let key = devnet.create_auth_key(tagged.clone());
-    let (joined, text) = three.up(&devnet.http_url(), "three", &key, &[]).await;
-    assert!(joined, "{text}");
-    let pong = three.ping("two").await;
-    assert!(pong.contains("via DERP(r1)") && !pong.contains(ADDRESS), "{pong}");
-    assert!(devnet.region_stats(1).unwrap().packets > 0);
-    devnet.restart_region(1);
-    until("the relay is found again", async || three.ping("two").await.contains("via DERP(r1)")).await;
-
-    // Access rules, and their change.
-    for port in [8000, 8001] {
-        serve_banner(port).await;
-    }
-    let allow =
-        |port| format!("[[rules]]\nsrc=['one']\ndst=['tag:k8s-pod']\nports=['{port}']\nproto=['tcp']");
-    for (open, closed) in [(8000, 8001), (8001, 8000)] {
-        devnet.set_policy(Some(allow(open).parse().unwrap()));
-        until("the open port answers", async || one.fetch("two", open).await.is_some()).await;
-        assert_eq!(one.fetch("two", open).await.unwrap(), format!("port {open}"));
-        assert_eq!(one.fetch("two", closed).await, None);
-    }
-    until("three sees only one", async || three.peers().await == ["one.tailnet.test."]).await;
-    devnet.set_policy(None);
-    until("three sees two again", async || three.peers().await.len() == 2).await;
-
-    // What the server asks and does.
-    let id = |name: &str| devnet.node(name).unwrap().id;
-    let echo = devnet.ping(id("one"), "c2n", b"POST /echo HTTP/1.0\r\nContent-Length: 2\r\n\r\nhi", PATIENCE);
-    let answer = String::from_utf8(echo.await.unwrap()).unwrap();
-    assert!(answer.contains("200 OK") && answer.ends_with("hi"), "{answer}");
-    assert!(devnet.ping(id("two"), "", b"", PATIENCE).await.is_ok(), "plain liveness check");
-    let session = devnet.node("one").unwrap().session;
-    devnet.drop_connections();
-    let renewed = devnet
-        .wait_for(PATIENCE, |nodes| nodes.iter().all(|node| node.streaming) && nodes[0].session > session);
-    assert!(renewed.await, "all reconnect");
-    devnet.set_region(1, Mode::Down);
-    assert!(one.ping("two").await.contains("via 192.168.77.1:"), "direct paths need no relay");
-    devnet.set_region(1, Mode::Up);
-
-    // Leaving: an ephemeral node by logging out, one by deletion, one by expiry.
-    assert!(two.run(&["logout"]).await.0);
-    assert!(devnet.wait_for(PATIENCE, |nodes| nodes.iter().all(|node| node.name != "two")).await);
-    until("one sees three alone", async || one.peers().await == ["three.tailnet.test."]).await;
-    assert!(devnet.delete_node(id("three")));
-    until("one is alone", async || one.peers().await.is_empty()).await;
-    devnet.expire_node(id("one"));
-    until("one must log in", async || one.status().await["BackendState"] == "NeedsLogin").await;
-    let (joined, text) = one.up(&devnet.http_url(), "one", &single(), &["--force-reauth"]).await;
-    assert!(joined, "{text}\n{}", one.log());
-    assert_eq!(one.status().await["Self"]["TailscaleIPs"][0], "100.64.0.1", "the address is kept");
-    assert_eq!(devnet.complaints(), Vec::<String>::new(), "a stock client does nothing wrong");
 }
