@@ -12,6 +12,7 @@ mod pairs;
 mod paths;
 mod routes;
 mod rules;
+mod stock;
 mod tailnets;
 
 use std::net::IpAddr;

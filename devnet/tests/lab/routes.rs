@@ -21,31 +21,31 @@ use podtether_proto::transport;
 use crate::{PATIENCE, Rig, engine_pid, lab_test, wait_for, wait_reachable};
 
 /// A host in the router's network.
-const LAN_HOST: &str = "192.168.5.9";
-const LAN_HOST_V6: &str = "fd05::9";
+pub(crate) const LAN_HOST: &str = "192.168.5.9";
+pub(crate) const LAN_HOST_V6: &str = "fd05::9";
 /// An address that exists twice: behind the exit node, and behind the node's own uplink.
-const INTERNET: &str = "198.51.100.7";
-const INTERNET_V6: &str = "2001:db8::7";
+pub(crate) const INTERNET: &str = "198.51.100.7";
+pub(crate) const INTERNET_V6: &str = "2001:db8::7";
 /// Served behind the exit node only, and behind the uplink only.
-const BY_EXIT: u16 = 1001;
-const BY_UPLINK: u16 = 1002;
+pub(crate) const BY_EXIT: u16 = 1001;
+pub(crate) const BY_UPLINK: u16 = 1002;
 /// As long as nobody answers.
 const SILENCE: Duration = Duration::from_millis(700);
 
-fn net(text: &str) -> IpNet {
+pub(crate) fn net(text: &str) -> IpNet {
     text.parse().unwrap()
 }
 
-fn at(ip: &str, port: u16) -> SocketAddr {
+pub(crate) fn at(ip: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip.parse().unwrap(), port)
 }
 
-fn routing(accept_routes: bool, exit_node: Option<&str>) -> Routing {
+pub(crate) fn routing(accept_routes: bool, exit_node: Option<&str>) -> Routing {
     Routing { accept_routes, exit_node: exit_node.map(str::to_owned) }
 }
 
 /// Asks a node's supervisor, as a tool would.
-fn set_routing(node: &Node, pod: &str, wanted: Routing) -> Result<PodRouting, CniError> {
+pub(crate) fn set_routing(node: &Node, pod: &str, wanted: Routing) -> Result<PodRouting, CniError> {
     block_on(async {
         let transport = transport::connect(node.socket()).await.unwrap();
         let client = NodeClient::new(tarpc::client::Config::default(), transport).spawn();
@@ -65,12 +65,12 @@ fn reaches(pod: &Pod, target: SocketAddr) -> bool {
 }
 
 /// The same when it may take a moment, as after a failover.
-fn wait_for_tcp(pod: &Pod, target: SocketAddr) {
+pub(crate) fn wait_for_tcp(pod: &Pod, target: SocketAddr) {
     wait_for(&format!("{} to reach {target}", pod.name), || reaches(pod, target).then_some(()));
 }
 
 /// Everything in a pod's namespace that routing could have changed, a line each, sorted.
-fn in_pod(pod: &Pod) -> Vec<String> {
+pub(crate) fn in_pod(pod: &Pod) -> Vec<String> {
     block_on(async {
         let netlink = Netlink::open(&pod.netns).await.unwrap();
         let mut lines = netlink.rules().await.unwrap();
@@ -142,7 +142,7 @@ fn make_router(rig: &Rig, node: &Node, pod: &Pod, dir: &Path) -> Netns {
 }
 
 /// Gives the world behind the nodes' uplink the same Internet address, and a way back to the pods.
-fn make_uplink_world(rig: &Rig) {
+pub(crate) fn make_uplink_world(rig: &Rig) {
     block_on(async {
         let router = Netlink::open(rig.lab.router()).await.unwrap();
         let lo = router.link("lo").await.unwrap().unwrap().index;
@@ -155,7 +155,7 @@ fn make_uplink_world(rig: &Rig) {
     });
 }
 
-const CLUSTER: &str = "cluster_cidrs = [\"10.244.0.0/16\", \"fd44::/16\", \"10.0.0.0/14\"]";
+pub(crate) const CLUSTER: &str = "cluster_cidrs = [\"10.244.0.0/16\", \"fd44::/16\", \"10.0.0.0/14\"]";
 
 /// A client and a pod beside it on one node, a router on another, with the networks behind it.
 fn world(dir: &Path) -> (Rig, Vec<Pod>, Netns) {
@@ -174,7 +174,7 @@ fn world(dir: &Path) -> (Rig, Vec<Pod>, Netns) {
     (rig, pods, lan)
 }
 
-fn serve(ns: &Netns, address: SocketAddr) -> TcpServer {
+pub(crate) fn serve(ns: &Netns, address: SocketAddr) -> TcpServer {
     TcpServer::start(ns, address, Serve::Echo).unwrap()
 }
 
@@ -235,13 +235,13 @@ fn serve_both(rig: &Rig, lan: &Netns) -> Vec<TcpServer> {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum World {
+pub(crate) enum World {
     Exit,
     Uplink,
     Nowhere,
 }
 
-fn leads(pod: &Pod, ip: &str) -> World {
+pub(crate) fn leads(pod: &Pod, ip: &str) -> World {
     match (reaches(pod, at(ip, BY_EXIT)), reaches(pod, at(ip, BY_UPLINK))) {
         (true, false) => World::Exit,
         (false, true) => World::Uplink,
