@@ -372,9 +372,9 @@ fn node_json(state: &State, node: &Node) -> Value {
         "registerMethod": "REGISTER_METHOD_AUTH_KEY",
         "givenName": node.name,
         "online": node.online,
-        "approvedRoutes": [],
-        "availableRoutes": [],
-        "subnetRoutes": [],
+        "approvedRoutes": node.approved,
+        "availableRoutes": crate::control::routes::advertised(&node.hostinfo).0,
+        "subnetRoutes": node.routes,
         "tags": node.tags,
     })
 }

@@ -137,6 +137,7 @@ mod tests {
             tags: vec![tag.to_owned()],
             ephemeral: false,
             preauthorized: true,
+            user: super::super::wire::USER,
             expiry: None,
             version: 113,
         };
