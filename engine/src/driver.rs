@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Outbox, RegionId};
 use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine};
+use podtether_core::snapshot::SnapshotWriter;
 use podtether_proto::engine::Underlay;
 use podtether_proto::exit::EngineExit;
 use tokio::sync::{mpsc, oneshot};
@@ -125,6 +126,8 @@ struct Driver {
     snapshot: Option<SnapshotFile>,
     snapshot_due: Option<Instant>,
     snapshot_written: Option<Instant>,
+    snapshot_writer: Option<SnapshotWriter>,
+    snapshot_piece: Vec<u8>,
     membership: Membership,
     /// Why there is no control session now; empty while there is one.
     trouble: String,
@@ -177,7 +180,11 @@ impl Driver {
 
     /// Waits for whatever comes first.
     async fn wake(&mut self, commands: &mut mpsc::Receiver<Command>) -> Wake {
-        let deadline = [self.engine.poll_timeout(), self.snapshot_due].into_iter().flatten().min();
+        let snapshot = match self.snapshot_writer {
+            Some(_) => self.snapshot_written,
+            None => self.snapshot_due,
+        };
+        let deadline = [self.engine.poll_timeout(), snapshot].into_iter().flatten().min();
         tokio::select! {
             read = self.tun.read(&mut self.from_tun, &mut self.drops) => match read {
                 Ok(()) => Wake::Packets,
@@ -267,8 +274,11 @@ impl Driver {
             }
         }
         self.outbox.clear();
-        if self.snapshot_due.is_some_and(|at| at <= Instant::now()) {
-            self.write_snapshot();
+        if self.snapshot_writer.is_some() {
+            self.continue_snapshot();
+        } else if self.snapshot_due.is_some_and(|at| at <= Instant::now()) {
+            self.snapshot_due = None;
+            self.begin_snapshot();
         }
     }
 
@@ -447,14 +457,50 @@ impl Driver {
         self.engine.handle_underlay(&underlay.addresses, v4, v6, now, &mut self.outbox);
     }
 
+    /// Writes a snapshot to its end.
     fn write_snapshot(&mut self) {
         self.snapshot_due = None;
+        self.begin_snapshot();
+        while self.snapshot_writer.is_some() {
+            self.continue_snapshot();
+        }
+    }
+
+    /// Begins a snapshot; one that is under way is given up for it.
+    fn begin_snapshot(&mut self) {
         let Some(file) = &mut self.snapshot else { return };
         let now = Instant::now();
         self.snapshot_written = Some(now);
-        let bytes = zeroize::Zeroizing::new(self.engine.snapshot(now).to_bytes());
-        if let Err(error) = file.write(&bytes) {
+        file.begin();
+        let mut piece = zeroize::Zeroizing::new(Vec::new());
+        self.snapshot_writer = Some(self.engine.begin_snapshot(now, &mut piece));
+        self.append_snapshot(&piece, false);
+        // With few peers this is all.
+        self.continue_snapshot();
+    }
+
+    /// Writes some more of the snapshot under way; packets are handled in between.
+    fn continue_snapshot(&mut self) {
+        let Some(writer) = &mut self.snapshot_writer else { return };
+        let mut piece = std::mem::take(&mut self.snapshot_piece);
+        piece.clear();
+        let last = !self.engine.continue_snapshot(writer, &mut piece);
+        self.append_snapshot(&piece, last);
+        // Kept only while it is of use.
+        self.snapshot_piece = if self.snapshot_writer.is_some() { piece } else { Vec::new() };
+    }
+
+    fn append_snapshot(&mut self, piece: &[u8], last: bool) {
+        let Some(file) = &mut self.snapshot else {
+            self.snapshot_writer = None;
+            return;
+        };
+        let written = file.append(piece).and_then(|()| if last { file.commit() } else { Ok(()) });
+        if let Err(error) = &written {
             tracing::error!(%error, "could not write the snapshot; a restart will be slower");
+        }
+        if last || written.is_err() {
+            self.snapshot_writer = None;
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The warm snapshot's file: two slots, written in turn, so that an engine killed in the middle of a
 //! write leaves the other one whole.
 //!
-//! A slot is `magic, sequence u64, node key 32, length u32, checksum u64, payload`, integers LE. The reader
-//! takes the whole slot with the greatest sequence that was written under the same node key. The
+//! A slot is `magic, sequence u64, node key 32, length u32, checksum u64, payload`, integers LE. The payload
+//! is written in pieces as the core gives them, and the header last. The reader takes the whole slot with the greatest sequence that was written under the same node key. The
 //! checksum finds torn writes; the file itself is private (0600, tmpfs), so nobody forges it.
 
 use std::fs::File;
@@ -25,6 +25,18 @@ pub(crate) struct SnapshotFile {
     node: [u8; 32],
     next_sequence: u64,
     next_slot: u64,
+    payload: Payload,
+}
+
+/// What was written of the slot under way.
+#[derive(Debug, Clone, Copy)]
+struct Payload {
+    length: usize,
+    sum: u64,
+}
+
+impl Payload {
+    const NONE: Self = Self { length: 0, sum: CHECKSUM_START };
 }
 
 impl SnapshotFile {
@@ -37,27 +49,45 @@ impl SnapshotFile {
             })
             .max_by_key(|(sequence, ..)| *sequence);
         let Some((sequence, slot, owner, data)) = newest else {
-            return (Self { file, node, next_sequence: 1, next_slot: 0 }, None);
+            return (Self { file, node, next_sequence: 1, next_slot: 0, payload: Payload::NONE }, None);
         };
-        let this = Self { file, node, next_sequence: sequence.saturating_add(1), next_slot: 1 - slot };
+        let next_sequence = sequence.saturating_add(1);
+        let this = Self { file, node, next_sequence, next_slot: 1 - slot, payload: Payload::NONE };
         (this, (owner == node).then_some(data))
     }
 
-    /// Writes over the older slot.
-    pub(crate) fn write(&mut self, payload: &[u8]) -> io::Result<()> {
-        if payload.len() > MAX_PAYLOAD {
+    /// Begins anew over the older slot, which is void from the first piece on.
+    pub(crate) fn begin(&mut self) {
+        self.payload = Payload::NONE;
+    }
+
+    /// Writes the next piece.
+    pub(crate) fn append(&mut self, piece: &[u8]) -> io::Result<()> {
+        let Payload { length, sum } = self.payload;
+        if length + piece.len() > MAX_PAYLOAD {
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, "the snapshot is too large to keep"));
         }
-        let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
-        let mut slot = Zeroizing::new(Vec::with_capacity(HEADER + payload.len()));
-        slot.extend_from_slice(&MAGIC);
-        slot.extend_from_slice(&self.next_sequence.to_le_bytes());
-        slot.extend_from_slice(&self.node);
-        slot.extend_from_slice(&length.to_le_bytes());
-        let sum = checksum(&[&slot, payload]);
-        slot.extend_from_slice(&sum.to_le_bytes());
-        slot.extend_from_slice(payload);
-        self.file.write_all_at(&slot, self.next_slot * SLOT_BYTES)?;
+        if length == 0 {
+            // The payload is not the header's any more.
+            self.file.write_all_at(&[0; MAGIC.len()], self.next_slot * SLOT_BYTES)?;
+        }
+        let at = u64::try_from(HEADER + length).map_err(io::Error::other)?;
+        self.file.write_all_at(piece, self.next_slot * SLOT_BYTES + at)?;
+        self.payload = Payload { length: length + piece.len(), sum: checksum(sum, piece) };
+        Ok(())
+    }
+
+    /// Makes what was appended the newest snapshot.
+    pub(crate) fn commit(&mut self) -> io::Result<()> {
+        let Payload { length, sum } = std::mem::replace(&mut self.payload, Payload::NONE);
+        let mut header = Vec::with_capacity(HEADER);
+        header.extend_from_slice(&MAGIC);
+        header.extend_from_slice(&self.next_sequence.to_le_bytes());
+        header.extend_from_slice(&self.node);
+        header.extend_from_slice(&u32::try_from(length).map_err(io::Error::other)?.to_le_bytes());
+        let sum = checksum(sum, &header);
+        header.extend_from_slice(&sum.to_le_bytes());
+        self.file.write_all_at(&header, self.next_slot * SLOT_BYTES)?;
         self.next_slot = 1 - self.next_slot;
         self.next_sequence = self.next_sequence.saturating_add(1);
         Ok(())
@@ -83,22 +113,30 @@ fn read_slot(file: &File, slot: u64) -> Option<(u64, [u8; 32], Zeroizing<Vec<u8>
     let mut payload = Zeroizing::new(vec![0; length]);
     file.read_exact_at(&mut payload, base + u64::try_from(HEADER).ok()?).ok()?;
     let sum = u64::from_le_bytes(sum.try_into().ok()?);
-    (checksum(&[summed, &payload]) == sum).then_some((sequence, node, payload))
+    (checksum(checksum(CHECKSUM_START, &payload), summed) == sum).then_some((sequence, node, payload))
 }
 
-/// FNV-1a, 64 bits.
-fn checksum(parts: &[&[u8]]) -> u64 {
-    parts
-        .iter()
-        .copied()
-        .flatten()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+/// FNV-1a, 64 bits, of the payload and then the header before the sum.
+const CHECKSUM_START: u64 = 0xcbf2_9ce4_8422_2325;
+
+fn checksum(start: u64, bytes: &[u8]) -> u64 {
+    bytes.iter().fold(start, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    impl SnapshotFile {
+        fn write(&mut self, payload: &[u8]) -> io::Result<()> {
+            self.begin();
+            for piece in payload.chunks(3) {
+                self.append(piece)?;
+            }
+            self.commit()
+        }
+    }
 
     fn open(file: &File, node: u8) -> (SnapshotFile, Option<Vec<u8>>) {
         let (snapshot, data) = SnapshotFile::open(file.try_clone().unwrap().into(), [node; 32]);
@@ -124,6 +162,20 @@ mod tests {
     }
 
     #[test]
+    fn a_write_that_was_cut_off_leaves_the_one_before() {
+        let file = tempfile::tempfile().unwrap();
+        let (mut first, _) = open(&file, 1);
+        first.write(b"one").unwrap();
+        first.write(b"two").unwrap();
+        first.begin();
+        first.append(b"thr").unwrap();
+        let (mut second, data) = open(&file, 1);
+        assert_eq!(data.as_deref(), Some(&b"two"[..]));
+        second.write(b"four").unwrap();
+        assert_eq!(open(&file, 1).1.as_deref(), Some(&b"four"[..]));
+    }
+
+    #[test]
     fn another_nodes_snapshot_is_not_ours() {
         let file = tempfile::tempfile().unwrap();
         open(&file, 1).0.write(b"one").unwrap();
@@ -138,7 +190,8 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let (mut snapshot, _) = open(&file, 1);
         snapshot.write(b"one").unwrap();
-        assert!(snapshot.write(&vec![0; MAX_PAYLOAD + 1]).is_err());
+        snapshot.begin();
+        assert!(snapshot.append(&vec![0; MAX_PAYLOAD + 1]).is_err());
         assert_eq!(open(&file, 1).1.as_deref(), Some(&b"one"[..]));
     }
 

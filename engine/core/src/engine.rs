@@ -37,8 +37,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 pub use api::{
-    Config, ControlEvent, Counters, DerpEvent, DropReason, Event, Gauges, HostUpdate, PathView, PeerView,
-    RoutesView, SelfView, Status,
+    Config, ControlEvent, Counters, DerpEvent, DropReason, Event, Gauges, HostUpdate, PathView, PeerList,
+    PeerView, RoutesView, SelfView, Status,
 };
 
 pub use ping::{ControlAnswer, PingError, PingId, PingKind, PingReply, PingResult};
@@ -204,7 +204,7 @@ impl Engine {
             to_resolve: Vec::new(),
         };
         if let Some(snapshot) = config.snapshot {
-            engine.restore(snapshot.body, now);
+            engine.restore(snapshot, now);
         }
         engine
     }
@@ -228,7 +228,7 @@ impl Engine {
     fn obstacle(&self, slot: Slot, now: Instant) -> Option<DropReason> {
         let wall = self.netmap.control_time(self.wall(now));
         let Some(peer) = self.peers.get(slot) else { return Some(DropReason::NoPeer) };
-        if self.netmap.peer(peer.id).is_some_and(|node| node.is_expired(wall)) {
+        if peer.is_expired(wall) {
             return Some(DropReason::PeerExpired);
         }
         // Neither disco nor, as stock sees it, DERP reaches such a peer.
@@ -238,7 +238,7 @@ impl Engine {
     /// When the peer's key expires, on this machine's clock. `None` for never, or beyond what an `Instant`
     /// can hold.
     fn peer_expiry(&self, slot: Slot, now: Instant) -> Option<Instant> {
-        let expiry = self.netmap.peer(self.peers.get(slot)?.id)?.key_expiry?;
+        let expiry = self.peers.get(slot)?.key_expiry?;
         now.checked_add(expiry.saturating_since(self.netmap.control_time(self.wall(now))))
     }
 
@@ -271,7 +271,7 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(slot) else { return false };
         let jitter = self.random.next_u64();
         let mut path = PathAgent::new(peer.wireguard_only, self.patience);
-        path.set_endpoints(&peer.endpoints);
+        path.set_endpoints(&peer.facts.endpoints().collect::<Vec<_>>());
         let disco = peer.disco;
         let mut tunnel = Tunnel::new(&self.identity, *peer.key.as_bytes(), index, jitter, now);
         if self.patience == Patience::Stock {

@@ -1,20 +1,16 @@
-//! The tailnet as control describes it: one full message when a session starts, then deltas.
+//! The tailnet as control describes it, peers apart: one full message when a session starts, then deltas.
 //!
-//! A delta costs what it names, never the number of peers. A new session replaces everything, but only
-//! when its first message has arrived: until then the last session's map stays in force, so that a
-//! control outage does not touch traffic.
+//! A new session replaces everything, but only when its first message has arrived: until then the last
+//! session's map stays in force, so that a control outage does not touch traffic. Peers are in the peer
+//! table, which takes their part of each message.
 
 use std::collections::BTreeMap;
 
 use crate::health::{HealthMessage, Severity};
-use crate::key::DiscoPublic;
 use crate::tailcfg::{
-    ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, NodeId, PeerChange,
-    PingRequest, UnixTime,
+    ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, PingRequest, UnixTime,
 };
 
-/// Most peers kept; what a server sends beyond them is dropped and counted in [`NetMapChange::ignored`].
-pub const MAX_PEERS: usize = 100_000;
 /// Most named parts of the packet filter, and what all of them may take.
 const MAX_CHUNKS: usize = 1024;
 const MAX_FILTER_BYTES: usize = 16 << 20;
@@ -34,6 +30,8 @@ pub enum ApplyError {
 /// What one message changed.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct NetMapChange {
+    /// A sign of life and nothing else.
+    pub keep_alive: bool,
     /// First message of a session: every part is new.
     pub session: bool,
     /// This node: addresses, name, tags, expiry.
@@ -46,16 +44,12 @@ pub struct NetMapChange {
     pub filter_changed: bool,
     /// Health texts or display messages.
     pub health_changed: bool,
-    /// Peers added or changed, each once, in order of their number.
-    pub changed: Vec<NodeId>,
-    /// Peers that are gone, as they were last known.
-    pub removed: Vec<Node>,
     /// A check the server wants answered.
     pub ping_request: Option<PingRequest>,
     /// Where to find the server next time.
     pub dial_plan_changed: bool,
-    /// Elements that made no sense: patches of unknown peers, peers over the bound.
-    pub ignored: u32,
+    /// Elements over a bound.
+    pub ignored: u64,
 }
 
 /// The map. One owner; see the module's header.
@@ -63,7 +57,6 @@ pub struct NetMapChange {
 pub struct NetMap {
     awaiting_first: bool,
     self_node: Option<Node>,
-    peers: BTreeMap<NodeId, Node>,
     derp_map: DerpMap,
     dns: Option<DnsConfig>,
     domain: String,
@@ -84,26 +77,6 @@ impl NetMap {
         Self { awaiting_first: true, ..Self::default() }
     }
 
-    /// A map taken from a snapshot: in force until the first message of a session replaces it.
-    #[must_use]
-    pub fn restored(
-        self_node: Node,
-        peers: Vec<Node>,
-        derp_map: DerpMap,
-        dns: Option<DnsConfig>,
-        filter: Option<Vec<FilterRule>>,
-    ) -> Self {
-        Self {
-            awaiting_first: true,
-            self_node: Some(self_node),
-            peers: peers.into_iter().take(MAX_PEERS).map(|peer| (peer.id, peer)).collect(),
-            derp_map,
-            dns,
-            chunks: filter.map(|rules| BTreeMap::from([(String::from("base"), rules)])),
-            ..Self::default()
-        }
-    }
-
     /// A new stream begins; what is known stays until its first message.
     pub fn begin_session(&mut self) {
         self.awaiting_first = true;
@@ -113,17 +86,6 @@ impl NetMap {
     #[must_use]
     pub fn self_node(&self) -> Option<&Node> {
         self.self_node.as_ref()
-    }
-
-    /// All peers, in order of their number.
-    pub fn peers(&self) -> impl ExactSizeIterator<Item = &Node> {
-        self.peers.values()
-    }
-
-    /// The peer with this number.
-    #[must_use]
-    pub fn peer(&self, id: NodeId) -> Option<&Node> {
-        self.peers.get(&id)
     }
 
     /// Relay map.
@@ -153,18 +115,6 @@ impl NetMap {
     /// All rules, chunks in order of their name.
     pub fn rules(&self) -> impl Iterator<Item = &FilterRule> {
         self.chunks.iter().flat_map(BTreeMap::values).flatten()
-    }
-
-    /// Takes over the disco key that a peer itself has told. False when it is the one known, or the peer
-    /// is not.
-    pub fn set_disco(&mut self, id: NodeId, disco: DiscoPublic) -> bool {
-        match self.peers.get_mut(&id) {
-            Some(peer) if peer.disco_key != disco => {
-                peer.disco_key = disco;
-                true
-            }
-            Some(_) | None => false,
-        }
     }
 
     /// Health texts and display messages, for people.
@@ -198,11 +148,12 @@ impl NetMap {
         wall.offset_millis(self.clock_offset_ms)
     }
 
-    /// Takes one message; `wall` is this machine's time when it arrived.
+    /// Takes one message, or what is left of it when its peers went ahead; `wall` is this machine's time
+    /// when it arrived.
     ///
     /// # Errors
-    /// [`ApplyError`] when the session cannot go on; nothing was changed then.
-    pub fn apply(&mut self, mut message: MapResponse, wall: UnixTime) -> Result<NetMapChange, ApplyError> {
+    /// [`ApplyError`] when the session cannot go on; nothing was changed here then.
+    pub fn apply(&mut self, message: &mut MapResponse, wall: UnixTime) -> Result<NetMapChange, ApplyError> {
         let mut change =
             NetMapChange { ping_request: message.ping_request.take(), ..NetMapChange::default() };
         if let Some(plan) = message.control_dial_plan.take() {
@@ -214,6 +165,7 @@ impl NetMap {
             self.clock_offset_ms = if offset.abs() > CLOCK_TOLERANCE_MS { offset } else { 0 };
         }
         if message.keep_alive {
+            change.keep_alive = true;
             return Ok(change);
         }
         if self.awaiting_first {
@@ -222,10 +174,9 @@ impl NetMap {
             }
             self.start(&mut change);
         }
-        self.apply_self(&mut message, &mut change);
-        self.apply_peers(&mut message, &mut change);
-        self.apply_filter(&mut message, &mut change);
-        self.apply_health(&mut message, &mut change);
+        self.apply_self(message, &mut change);
+        self.apply_filter(message, &mut change);
+        self.apply_health(message, &mut change);
         if let Some(lock) = &message.tka_info {
             let locked = !lock.disabled && !lock.head.is_empty();
             change.health_changed |= locked != self.locked;
@@ -267,122 +218,6 @@ impl NetMap {
         }
     }
 
-    fn apply_peers(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
-        // A first message without peers means that there are none, where in a later one it means
-        // that none has changed.
-        let full = !message.peers.is_empty();
-        if full || change.session {
-            self.replace_peers(std::mem::take(&mut message.peers), change);
-        }
-        if full {
-            return;
-        }
-        for id in std::mem::take(&mut message.peers_removed) {
-            if let Some(node) = self.peers.remove(&id) {
-                change.removed.push(node);
-            }
-        }
-        for node in std::mem::take(&mut message.peers_changed) {
-            self.upsert(node, change);
-        }
-        for (id, seen) in std::mem::take(&mut message.peer_seen_change) {
-            // Only the times of presence change here; nothing of what carries packets does.
-            match self.peers.get_mut(&id) {
-                Some(peer) if !seen => peer.last_seen = None,
-                Some(_) => {}
-                None => change.ignored += 1,
-            }
-        }
-        for (id, online) in std::mem::take(&mut message.online_change) {
-            match self.peers.get_mut(&id) {
-                Some(peer) => {
-                    if peer.online != Some(online) {
-                        peer.online = Some(online);
-                        change.changed.push(id);
-                    }
-                }
-                None => change.ignored += 1,
-            }
-        }
-        for patch in std::mem::take(&mut message.peers_changed_patch) {
-            self.patch(patch, change);
-        }
-        change.changed.sort_unstable();
-        change.changed.dedup();
-        // Removed and named again in the same message: it is there.
-        let peers = &self.peers;
-        change.changed.retain(|id| peers.contains_key(id));
-        change.removed.retain(|node| !peers.contains_key(&node.id));
-    }
-
-    fn replace_peers(&mut self, peers: Vec<Node>, change: &mut NetMapChange) {
-        let mut old = std::mem::take(&mut self.peers);
-        for mut node in peers {
-            node.condense();
-            if self.peers.len() == MAX_PEERS {
-                change.ignored += 1;
-                continue;
-            }
-            let id = node.id;
-            if old.remove(&id).as_ref() != Some(&node) {
-                change.changed.push(id);
-            }
-            self.peers.insert(id, node);
-        }
-        change.changed.sort_unstable();
-        change.changed.dedup();
-        change.removed.extend(old.into_values());
-    }
-
-    fn upsert(&mut self, mut node: Node, change: &mut NetMapChange) {
-        node.condense();
-        let known = self.peers.get(&node.id);
-        if known.is_none() && self.peers.len() >= MAX_PEERS {
-            change.ignored += 1;
-            return;
-        }
-        if known != Some(&node) {
-            change.changed.push(node.id);
-            self.peers.insert(node.id, node);
-        }
-    }
-
-    fn patch(&mut self, patch: PeerChange, change: &mut NetMapChange) {
-        let Some(peer) = self.peers.get_mut(&patch.node_id) else {
-            change.ignored += 1;
-            return;
-        };
-        if patch.derp_region.is_some() {
-            peer.home_derp = patch.derp_region;
-        }
-        if patch.cap != 0 {
-            peer.cap = patch.cap;
-        }
-        if let Some(cap_map) = patch.cap_map {
-            peer.cap_map = cap_map;
-        }
-        if let Some(endpoints) = patch.endpoints {
-            peer.endpoints = endpoints;
-        }
-        if let Some(key) = patch.key.filter(|key| !key.is_zero()) {
-            peer.key = key;
-        }
-        if let Some(disco) = patch.disco_key.filter(|key| !key.is_zero()) {
-            peer.disco_key = disco;
-        }
-        if let Some(online) = patch.online {
-            peer.online = Some(online);
-        }
-        if let Some(seen) = patch.last_seen {
-            peer.last_seen = Some(seen);
-        }
-        if let Some(expiry) = patch.key_expiry {
-            // Go's zero time says "never".
-            peer.key_expiry = (expiry.as_millis() > 0).then_some(expiry);
-        }
-        change.changed.push(patch.node_id);
-    }
-
     fn apply_filter(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
         if let Some(rules) = message.packet_filter.take() {
             self.set_chunk(String::from("base"), rules, change);
@@ -419,8 +254,7 @@ impl NetMap {
         });
         let fit = fit.count();
         if chunks.len() >= MAX_CHUNKS || fit < rules.len() {
-            change.ignored =
-                change.ignored.saturating_add(u32::try_from(rules.len() - fit).unwrap_or(1).max(1));
+            change.ignored += u64::try_from(rules.len() - fit).unwrap_or(1).max(1);
             rules.truncate(fit);
         }
         if chunks.len() < MAX_CHUNKS {

@@ -1,9 +1,15 @@
 //! The peers of the netmap, and what exists only for those that have traffic.
 //!
-//! An idle peer costs a table entry and its keys in the look-up maps. [`Active`] (tunnel, path, shared
-//! disco key) is made by the first packet in either direction and goes when nothing moved for 540 s.
+//! This is the one place where anything is known of a peer. An idle peer costs a table entry, a block of
+//! packed [`Facts`], and eight bytes in each look-up table. [`Active`] (tunnel, path, shared disco key) is
+//! made by the first packet in either direction and goes when nothing moved for 540 s.
 
-use std::collections::HashMap;
+mod apply;
+mod caps;
+mod facts;
+mod index;
+mod stored;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Instant;
 
@@ -13,8 +19,21 @@ use crate::disco;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::path::PathAgent;
 use crate::routes::{Offer, RouteTable};
-use crate::tailcfg::{Node, NodeId};
+use crate::tailcfg::{Node, NodeId, UnixTime};
 use crate::wg::Tunnel;
+
+pub(crate) use apply::PeerChanges;
+pub use apply::PeerList;
+use apply::{Message, Sweep};
+use caps::CapSets;
+pub(crate) use caps::Caps;
+pub(crate) use facts::Facts;
+use index::Index;
+
+/// Most peers kept; what a server sends beyond them is dropped and counted.
+pub(crate) const MAX_PEERS: usize = 100_000;
+/// Most bytes of facts kept, all peers together.
+const MAX_FACT_BYTES: usize = 64 << 20;
 
 /// Position of a peer in its table; valid until the peer leaves the netmap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -23,6 +42,10 @@ pub(crate) struct Slot(pub(crate) u32);
 impl Slot {
     fn at(self) -> usize {
         self.0 as usize
+    }
+
+    fn number(at: usize) -> Self {
+        Self(u32::try_from(at).unwrap_or(u32::MAX))
     }
 }
 
@@ -62,47 +85,76 @@ pub(crate) struct Peer {
     pub(crate) home: RegionId,
     pub(crate) wireguard_only: bool,
     pub(crate) jailed: bool,
-    /// Its key has expired: it exists, but nothing is exchanged with it.
-    pub(crate) expired: bool,
-    pub(crate) endpoints: Box<[SocketAddr]>,
+    /// No tailnet lock signature covers it.
+    pub(crate) unsigned: bool,
+    /// Control says that its key has expired.
+    expired: bool,
+    pub(crate) online: Option<bool>,
+    pub(crate) key_expiry: Option<UnixTime>,
+    /// Capabilities that rules may ask for.
+    pub(crate) caps: Caps,
+    /// Name, addresses, endpoints and the like.
+    pub(crate) facts: Facts,
     /// When this life first heard of it: about then it heard of us.
     pub(crate) since: Instant,
     /// The addresses under which this peer knows us, where they are not ours.
     pub(crate) masks: Option<Box<Masks>>,
-    online: bool,
-    /// Its own addresses, as far as control lets it have them.
-    hosts: Box<[IpAddr]>,
+    /// The last map message that listed it.
+    mark: u64,
+    /// What it carries for others, as far as that is used.
     offer: Option<Box<Offer>>,
     pub(crate) active: Option<Box<Active>>,
 }
 
 impl Peer {
-    fn from_node(node: &Node, routes: &RouteTable, expired: bool, since: Instant) -> Self {
-        Self {
-            id: node.id,
-            key: node.key,
-            disco: node.disco_key,
-            home: node.home_derp,
-            wireguard_only: node.is_wireguard_only,
-            jailed: node.is_jailed,
-            expired,
-            endpoints: node.endpoints.clone().into_boxed_slice(),
-            since,
-            masks: (node.masq_v4.is_some() || node.masq_v6.is_some())
-                .then(|| Box::new(Masks { v4: node.masq_v4, v6: node.masq_v6 })),
-            online: node.online == Some(true),
-            hosts: hosts(node),
-            offer: routes.offer(node),
-            active: None,
+    /// True when nothing is exchanged with it, by the server's word or by `now` on the server's clock.
+    pub(crate) fn is_expired(&self, now: UnixTime) -> bool {
+        self.expired || self.key_expiry.is_some_and(|expiry| expiry <= now)
+    }
+
+    /// Whether control would tell the same about both.
+    fn says_the_same(&self, other: &Self) -> bool {
+        let keys = |p: &Self| (p.id, p.key, p.disco, p.home, p.key_expiry);
+        let flags = |p: &Self| (p.wireguard_only, p.jailed, p.unsigned, p.expired, p.online);
+        keys(self) == keys(other)
+            && flags(self) == flags(other)
+            && self.facts == other.facts
+            && self.caps == other.caps
+    }
+
+    /// Whether a packet from or to this address is the peer's own.
+    fn has_host(&self, ip: IpAddr) -> bool {
+        self.hosts().any(|host| host == ip)
+    }
+
+    /// Its own addresses, as far as control lets it have them.
+    fn hosts(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.facts.granted().filter(|net| net.prefix_len() == net.max_prefix_len()).map(|net| net.addr())
+    }
+
+    /// What MagicDNS and the routes have to know.
+    pub(crate) fn to_node(&self) -> Node {
+        let allowed = || self.facts.allowed_ips();
+        Node {
+            id: self.id,
+            stable_id: self.facts.stable_id().to_owned(),
+            name: self.facts.name().to_owned(),
+            addresses: self.facts.addresses().collect(),
+            allowed_ips: allowed().map(|(net, _)| net).collect(),
+            primary_routes: allowed().filter(|(_, primary)| *primary).map(|(net, _)| net).collect(),
+            online: self.online,
+            ..Node::default()
         }
+    }
+
+    fn offer(&self, routes: &RouteTable) -> Option<Box<Offer>> {
+        if self.facts.has_own_allowed() { routes.offer(&self.to_node()) } else { None }
     }
 }
 
-fn hosts(node: &Node) -> Box<[IpAddr]> {
-    let allowed = node.addresses.iter().filter(|net| {
-        net.prefix_len() == net.max_prefix_len() && node.allowed_ips.iter().any(|a| a.contains(*net))
-    });
-    allowed.map(ipnet::IpNet::addr).collect()
+fn masks(facts: &Facts) -> Option<Box<Masks>> {
+    let (v4, v6) = facts.masquerade();
+    (v4.is_some() || v6.is_some()).then(|| Box::new(Masks { v4, v6 }))
 }
 
 /// What an update means for a peer's running state.
@@ -112,6 +164,10 @@ pub(crate) struct Upserted {
     pub(crate) dropped: Option<Box<Active>>,
     /// It may be reachable where or how it was not before.
     pub(crate) moved: bool,
+    /// Anything about it is new.
+    pub(crate) changed: bool,
+    /// Its name or an address is.
+    pub(crate) renamed: bool,
 }
 
 /// All peers, with the look-ups that the data path needs. Changing one peer costs that peer.
@@ -119,16 +175,23 @@ pub(crate) struct Upserted {
 pub(crate) struct PeerTable {
     slots: Vec<Option<Peer>>,
     free: Vec<Slot>,
-    by_id: HashMap<NodeId, Slot>,
-    by_key: HashMap<NodePublic, Slot>,
-    by_disco: HashMap<DiscoPublic, Slot>,
-    by_host: HashMap<IpAddr, Slot>,
+    by_id: Index,
+    by_key: Index,
+    by_disco: Index,
+    by_host: Index,
     routes: RouteTable,
+    caps: CapSets,
+    count: usize,
+    fact_bytes: usize,
+    /// Number of the newest map message.
+    mark: u64,
+    message: Option<Message>,
+    sweep: Option<Sweep>,
 }
 
 impl PeerTable {
     pub(crate) fn len(&self) -> usize {
-        self.by_id.len()
+        self.count
     }
 
     pub(crate) fn get(&self, slot: Slot) -> Option<&Peer> {
@@ -140,17 +203,17 @@ impl PeerTable {
     }
 
     pub(crate) fn by_key(&self, key: &NodePublic) -> Option<Slot> {
-        self.by_key.get(key).copied()
+        self.by_key.get(key, |slot| self.get(slot).is_some_and(|peer| peer.key == *key))
     }
 
     pub(crate) fn by_disco(&self, key: &DiscoPublic) -> Option<Slot> {
-        self.by_disco.get(key).copied()
+        self.by_disco.get(key, |slot| self.get(slot).is_some_and(|peer| peer.disco == *key))
     }
 
     /// Whose address this is, or who carries it.
     pub(crate) fn by_ip(&self, ip: IpAddr) -> Option<Slot> {
-        match self.by_host.get(&ip) {
-            Some(slot) => Some(*slot),
+        match self.by_host.get(&ip, |slot| self.get(slot).is_some_and(|peer| peer.has_host(ip))) {
+            Some(slot) => Some(slot),
             None => self.routes.find(ip),
         }
     }
@@ -164,17 +227,11 @@ impl PeerTable {
     }
 
     /// Takes up the routes of every peer anew, as `accept` and `exclude` want it.
-    pub(crate) fn configure_routes<'a>(
-        &mut self,
-        accept: bool,
-        exclude: &[ipnet::IpNet],
-        nodes: impl Iterator<Item = &'a Node>,
-    ) {
+    pub(crate) fn configure_routes(&mut self, accept: bool, exclude: &[ipnet::IpNet]) {
         self.routes.configure(accept, exclude);
-        for node in nodes {
-            let Some(slot) = self.by_id.get(&node.id).copied() else { continue };
-            let Some(peer) = self.slots.get_mut(slot.at()).and_then(Option::as_mut) else { continue };
-            peer.offer = self.routes.offer(node);
+        for (slot, peer) in (0..).map(Slot).zip(&mut self.slots) {
+            let Some(peer) = peer else { continue };
+            peer.offer = peer.offer(&self.routes);
             if let Some(offer) = &peer.offer {
                 self.routes.link(slot, peer.id, offer);
             }
@@ -183,7 +240,7 @@ impl PeerTable {
 
     /// Makes a peer the exit node, or none.
     pub(crate) fn set_exit(&mut self, id: Option<NodeId>) {
-        let slot = id.and_then(|id| self.by_id.get(&id)).copied();
+        let slot = id.and_then(|id| self.slot(id));
         let peer = slot.and_then(|slot| Some((slot, self.slots.get(slot.at())?.as_ref()?)));
         let offer = peer.and_then(|(slot, peer)| Some((slot, peer.offer.as_deref()?)));
         self.routes.set_exit(id, offer);
@@ -193,28 +250,36 @@ impl PeerTable {
         (0..).map(Slot).zip(&self.slots).filter_map(|(slot, peer)| Some((slot, peer.as_ref()?)))
     }
 
-    pub(crate) fn slot(&self, id: NodeId) -> Option<Slot> {
-        self.by_id.get(&id).copied()
+    /// The place with this number, as long as the table reaches there.
+    pub(crate) fn place(&self, at: usize) -> Option<Slot> {
+        (at < self.slots.len()).then_some(Slot::number(at))
     }
 
-    /// Adds a peer or brings it up to date.
-    pub(crate) fn upsert(&mut self, node: &Node, expired: bool, now: Instant) -> Upserted {
-        let mut new = Peer::from_node(node, &self.routes, expired, now);
-        let Some(slot) = self.by_id.get(&node.id).copied() else {
-            let slot = self.free.pop().unwrap_or_else(|| {
-                self.slots.push(None);
-                Slot(u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX))
-            });
-            self.link(slot, &new);
-            if let Some(offer) = &new.offer {
-                self.routes.link(slot, new.id, offer);
-            }
-            self.slots[slot.at()] = Some(new);
-            return Upserted { slot, dropped: None, moved: false };
-        };
-        let mut result = Upserted { slot, dropped: None, moved: false };
-        let Some(old) = self.slots[slot.at()].take() else { return result };
+    pub(crate) fn slot(&self, id: NodeId) -> Option<Slot> {
+        self.by_id.get(&id, |slot| self.get(slot).is_some_and(|peer| peer.id == id))
+    }
+
+    /// Adds a peer or brings it up to date; `None` when there is no room for it. `wall` is the server's
+    /// time.
+    fn put(&mut self, mut new: Peer, wall: UnixTime, now: Instant) -> Option<Upserted> {
+        let Some(slot) = self.slot(new.id) else { return self.add(new) };
+        let mut result = Upserted { slot, dropped: None, moved: false, changed: false, renamed: false };
+        let (old, bytes) = self.slots[slot.at()].as_mut().map(|old| {
+            let bytes = old.facts.as_bytes().len();
+            (old, bytes)
+        })?;
+        if old.says_the_same(&new) {
+            old.mark = new.mark;
+            return Some(result);
+        }
+        if self.fact_bytes - bytes + new.facts.as_bytes().len() > MAX_FACT_BYTES {
+            return None;
+        }
+        let old = self.slots[slot.at()].take()?;
         self.unlink(slot, &old);
+        self.fact_bytes -= bytes;
+        new.masks = masks(&new.facts);
+        new.offer = new.offer(&self.routes);
         if old.offer != new.offer {
             // A router may offer thousands: they are left alone when nothing about them changed.
             if let Some(offer) = &old.offer {
@@ -225,133 +290,117 @@ impl PeerTable {
             }
         }
         new.since = old.since;
+        let endpoints_moved = !old.facts.endpoints().eq(new.facts.endpoints());
+        result.changed = true;
+        result.renamed =
+            old.facts.name() != new.facts.name() || !old.facts.addresses().eq(new.facts.addresses());
         result.moved = old.disco != new.disco
             || old.home != new.home
-            || old.endpoints != new.endpoints
-            || (new.online && !old.online);
+            || endpoints_moved
+            || (new.online == Some(true) && old.online != Some(true));
         if let Some(mut active) = old.active {
             let mute = new.disco.is_zero() && !new.wireguard_only;
-            if old.key != new.key || new.expired || mute || old.wireguard_only != new.wireguard_only {
+            let other = old.key != new.key || old.wireguard_only != new.wireguard_only;
+            if other || mute || new.is_expired(wall) {
                 result.dropped = Some(active);
             } else {
                 if old.disco != new.disco {
                     active.shared = None;
                     active.path.restart(now);
                 }
-                if old.endpoints != new.endpoints {
-                    active.path.set_endpoints(&new.endpoints);
+                if endpoints_moved {
+                    let endpoints: Vec<SocketAddr> = new.facts.endpoints().collect();
+                    active.path.set_endpoints(&endpoints);
                 }
                 new.active = Some(active);
             }
         }
-        self.link(slot, &new);
-        self.slots[slot.at()] = Some(new);
-        result
+        self.link(slot, new);
+        Some(result)
+    }
+
+    fn add(&mut self, mut new: Peer) -> Option<Upserted> {
+        if self.count >= MAX_PEERS || self.fact_bytes + new.facts.as_bytes().len() > MAX_FACT_BYTES {
+            return None;
+        }
+        let slot = self.free.pop().unwrap_or_else(|| {
+            if self.slots.len() == self.slots.capacity() {
+                // Doubling would leave up to half of the largest table unused.
+                self.slots.reserve_exact(self.slots.len() / 8 + 8);
+            }
+            self.slots.push(None);
+            Slot::number(self.slots.len() - 1)
+        });
+        self.count += 1;
+        new.masks = masks(&new.facts);
+        new.offer = new.offer(&self.routes);
+        if let Some(offer) = &new.offer {
+            self.routes.link(slot, new.id, offer);
+        }
+        self.link(slot, new);
+        Some(Upserted { slot, dropped: None, moved: false, changed: true, renamed: true })
     }
 
     /// Takes a peer out.
+    #[cfg(test)]
     pub(crate) fn remove(&mut self, id: NodeId) -> Option<Peer> {
-        let slot = self.by_id.get(&id).copied()?;
-        let peer = self.slots[slot.at()].take()?;
+        self.vacate(self.slot(id)?)
+    }
+
+    fn vacate(&mut self, slot: Slot) -> Option<Peer> {
+        let peer = self.slots.get_mut(slot.at())?.take()?;
         self.unlink(slot, &peer);
         if let Some(offer) = &peer.offer {
-            self.routes.unlink(slot, id, offer);
+            self.routes.unlink(slot, peer.id, offer);
         }
+        self.fact_bytes -= peer.facts.as_bytes().len();
+        self.count -= 1;
         self.free.push(slot);
         Some(peer)
     }
 
-    fn link(&mut self, slot: Slot, peer: &Peer) {
-        self.by_id.insert(peer.id, slot);
-        self.by_key.insert(peer.key, slot);
+    /// Puts a peer into its place and into the look-up tables.
+    fn link(&mut self, slot: Slot, peer: Peer) {
+        self.fact_bytes += peer.facts.as_bytes().len();
+        // Before the look-ups: they compare with what is there.
+        let slots = &mut self.slots;
+        slots[slot.at()] = Some(peer);
+        let get = |at: Slot| slots.get(at.at()).and_then(Option::as_ref);
+        let Some(peer) = get(slot) else { return };
+        self.by_id.set(&peer.id, slot, |at| get(at).is_some_and(|other| other.id == peer.id));
+        self.by_key.set(&peer.key, slot, |at| get(at).is_some_and(|other| other.key == peer.key));
         if !peer.disco.is_zero() {
-            self.by_disco.insert(peer.disco, slot);
+            self.by_disco.set(&peer.disco, slot, |at| get(at).is_some_and(|other| other.disco == peer.disco));
         }
-        for ip in &peer.hosts {
-            self.by_host.insert(*ip, slot);
+        for ip in peer.hosts() {
+            self.by_host.set(&ip, slot, |at| get(at).is_some_and(|other| other.has_host(ip)));
         }
     }
 
     /// Takes out what `link` made, except where another peer has taken it over since.
     fn unlink(&mut self, slot: Slot, peer: &Peer) {
-        fn take<K: std::hash::Hash + Eq>(map: &mut HashMap<K, Slot>, key: &K, slot: Slot) {
-            if map.get(key) == Some(&slot) {
-                map.remove(key);
-            }
+        self.by_id.unset(&peer.id, slot);
+        self.by_key.unset(&peer.key, slot);
+        self.by_disco.unset(&peer.disco, slot);
+        for ip in peer.hosts() {
+            self.by_host.unset(&ip, slot);
         }
-        take(&mut self.by_id, &peer.id, slot);
-        take(&mut self.by_key, &peer.key, slot);
-        take(&mut self.by_disco, &peer.disco, slot);
-        for ip in &peer.hosts {
-            take(&mut self.by_host, ip, slot);
+    }
+
+    /// Gives memory back after many peers left.
+    fn trim(&mut self) {
+        while self.slots.pop_if(|last| last.is_none()).is_some() {}
+        let end = self.slots.len();
+        self.free.retain(|slot| slot.at() < end);
+        if self.slots.capacity() / 2 > end {
+            self.slots.shrink_to(end + end / 8);
+            self.free.shrink_to_fit();
+        }
+        for index in [&mut self.by_id, &mut self.by_key, &mut self.by_disco, &mut self.by_host] {
+            index.shrink();
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use ipnet::IpNet;
-
-    use super::*;
-
-    fn node(id: u64, key: u8, addresses: &[&str]) -> Node {
-        let nets: Vec<IpNet> = addresses.iter().map(|a| a.parse().expect("a net")).collect();
-        Node {
-            id: NodeId(id),
-            key: NodePublic::from_bytes([key; 32]),
-            disco_key: DiscoPublic::from_bytes([key; 32]),
-            addresses: nets.clone(),
-            allowed_ips: nets,
-            ..Node::default()
-        }
-    }
-
-    fn ip(text: &str) -> IpAddr {
-        text.parse().expect("an address")
-    }
-
-    #[test]
-    fn peers_are_found_by_everything_and_gone_when_removed() {
-        let mut table = PeerTable::default();
-        let now = Instant::now();
-        let a = table.upsert(&node(1, 1, &["100.64.0.1/32", "fd7a::1/128"]), false, now).slot;
-        let b = table.upsert(&node(2, 2, &["100.64.0.2/32", "10.1.2.3/32"]), false, now).slot;
-        assert_eq!(table.by_ip(ip("fd7a::1")), Some(a));
-        assert_eq!(table.by_ip(ip("10.1.2.3")), Some(b));
-        assert_eq!(table.by_key(&NodePublic::from_bytes([2; 32])), Some(b));
-        assert_eq!(table.by_disco(&DiscoPublic::from_bytes([1; 32])), Some(a));
-
-        // A new key and address take the place of the old ones.
-        table.upsert(&node(1, 3, &["100.64.0.3/32"]), false, now);
-        assert_eq!(table.by_key(&NodePublic::from_bytes([1; 32])), None);
-        assert_eq!((table.by_ip(ip("100.64.0.1")), table.by_ip(ip("100.64.0.3"))), (None, Some(a)));
-
-        assert!(table.remove(NodeId(2)).is_some());
-        assert!(table.remove(NodeId(2)).is_none());
-        assert_eq!((table.by_ip(ip("10.1.2.3")), table.len()), (None, 1));
-        let c = table.upsert(&node(9, 9, &["100.64.0.9/32"]), false, now).slot;
-        assert_eq!(c, b, "the place is used again");
-    }
-
-    #[test]
-    fn an_address_that_moved_to_another_peer_stays_there() {
-        let mut table = PeerTable::default();
-        let now = Instant::now();
-        table.upsert(&node(1, 1, &["100.64.0.1/32"]), false, now);
-        let b = table.upsert(&node(2, 2, &["100.64.0.1/32"]), false, now).slot;
-        table.remove(NodeId(1));
-        assert_eq!(table.by_ip(ip("100.64.0.1")), Some(b));
-    }
-
-    #[test]
-    fn only_addresses_that_control_allows_are_a_peers() {
-        let mut table = PeerTable::default();
-        let now = Instant::now();
-        let mut peer = node(1, 1, &["100.64.0.1/32", "100.64.0.2/32"]);
-        peer.allowed_ips = vec!["100.64.0.1/32".parse().expect("a net"), "0.0.0.0/8".parse().expect("a net")];
-        let a = table.upsert(&peer, false, now).slot;
-        assert_eq!(table.by_ip(ip("100.64.0.1")), Some(a));
-        assert_eq!(table.by_ip(ip("100.64.0.2")), None);
-        assert_eq!(table.by_ip(ip("0.1.1.1")), None);
-    }
-}
+mod tests;

@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use self::prefixes::PrefixMap;
-use crate::peer::Slot;
+use crate::peer::{Facts, Slot};
 use crate::tailcfg::{Node, NodeId};
 
 /// Most prefixes in use; what peers offer beyond them is not used and reported in the node's health.
@@ -242,14 +242,14 @@ impl ExitChoice {
         &self.text
     }
 
-    /// Whether `node` is meant.
-    pub(crate) fn means(&self, node: &Node) -> bool {
+    /// Whether the peer with these facts is meant.
+    pub(crate) fn means(&self, peer: &Facts) -> bool {
         if let Some(ip) = self.ip {
-            return node.addresses.iter().any(|net| net.addr() == ip);
+            return peer.addresses().any(|net| net.addr() == ip);
         }
-        let name = node.name.trim_end_matches('.');
+        let name = peer.name().trim_end_matches('.');
         let label = name.split('.').next().unwrap_or_default();
-        node.stable_id == self.text
+        peer.stable_id() == self.text
             || [name, label].iter().any(|name| !name.is_empty() && name.eq_ignore_ascii_case(&self.text))
     }
 }

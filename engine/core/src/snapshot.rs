@@ -8,13 +8,16 @@ use std::net::{IpAddr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::key::{DiscoPrivate, NodePublic};
+use crate::peer::{Peer, Slot};
 use crate::tailcfg::{MapResponse, RegionId, UnixTime};
 
 const MAGIC: [u8; 4] = *b"PTSN";
-const VERSION: u16 = 1;
-const HEADER: usize = 4 + 2 + 8;
-/// Largest snapshot taken: some ten thousand peers.
-pub const MAX_BYTES: usize = 64 << 20;
+const VERSION: u16 = 2;
+/// Magic, version, disco private key, length of the body.
+const HEADER: usize = 4 + 2 + 32 + 4;
+const TRAILER: usize = 8;
+/// Largest snapshot: some thirty thousand peers. Of more, those without traffic are left out.
+pub const MAX_BYTES: usize = (8 << 20) - 4096;
 
 /// Why bytes are no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -43,10 +46,18 @@ pub(crate) struct ActivePeer {
 }
 
 /// See the module.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Snapshot {
     pub(crate) disco: DiscoPrivate,
     pub(crate) body: Body,
+    /// One after the other, as `Peer::store` writes them.
+    pub(crate) peers: Vec<u8>,
+}
+
+impl std::fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Snapshot").field("body", &self.body).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -55,7 +66,7 @@ pub(crate) struct Body {
     pub(crate) home: RegionId,
     pub(crate) active: Vec<ActivePeer>,
     pub(crate) resolved: Vec<(String, Vec<IpAddr>)>,
-    /// The netmap as the one message that makes it.
+    /// The netmap without its peers, as the one message that makes it.
     pub(crate) netmap: Option<Box<MapResponse>>,
 }
 
@@ -63,76 +74,135 @@ impl Snapshot {
     /// What an engine that never had a netmap leaves behind.
     #[must_use]
     pub fn empty(disco: DiscoPrivate) -> Self {
-        Self { disco, body: Body::default() }
+        Self { disco, body: Body::default(), peers: Vec::new() }
     }
 
     /// The stored form. It holds the disco private key: keep it where only the engine reads.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut out = vec![0; HEADER];
-        out.extend_from_slice(self.disco.expose());
-        // Keys of maps are numbers or strings and nothing else can fail to serialize.
-        let body = serde_json::to_vec(&self.body).unwrap_or_default();
-        out.extend_from_slice(&body);
-        let sum = checksum(&out[HEADER..]);
-        out[..4].copy_from_slice(&MAGIC);
-        out[4..6].copy_from_slice(&VERSION.to_le_bytes());
-        out[6..HEADER].copy_from_slice(&sum.to_le_bytes());
+        let mut out = Vec::new();
+        let mut writer = SnapshotWriter::begin(&self.disco, &self.body, Vec::new(), &mut out);
+        writer.note(&self.peers);
+        out.extend_from_slice(&self.peers);
+        writer.end(&mut out);
         out
     }
 
     /// Reads the stored form.
     ///
     /// # Errors
-    /// When it is anything but what [`Snapshot::to_bytes`] of this build wrote.
+    /// When it is anything but what an engine of this build wrote.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, SnapshotError> {
-        if bytes.len() > MAX_BYTES || bytes.len() < HEADER + 32 || bytes[..4] != MAGIC {
+        if bytes.len() > MAX_BYTES || bytes.len() < HEADER + TRAILER || bytes[..4] != MAGIC {
             return Err(SnapshotError::Format);
         }
         let version = u16::from_le_bytes([bytes[4], bytes[5]]);
         if version != VERSION {
             return Err(SnapshotError::Version(version));
         }
-        let (header, content) = bytes.split_at(HEADER);
-        if header[6..] != checksum(content).to_le_bytes() {
+        let (content, sum) = bytes.split_at(bytes.len() - TRAILER);
+        if sum != Checksum::default().of(content).to_le_bytes() {
             return Err(SnapshotError::Checksum);
         }
-        let (disco, body) = content.split_at(32);
-        let disco: [u8; 32] = disco.try_into().map_err(|_| SnapshotError::Format)?;
+        let (header, content) = content.split_at(HEADER);
+        let (disco, length) = header[6..].split_first_chunk::<32>().ok_or(SnapshotError::Format)?;
+        let length = u32::from_le_bytes(length.try_into().map_err(|_| SnapshotError::Format)?);
+        let length = usize::try_from(length).map_err(|_| SnapshotError::Format)?;
+        let (body, peers) = content.split_at_checked(length).ok_or(SnapshotError::Format)?;
         let body = serde_json::from_slice(body).map_err(SnapshotError::Content)?;
-        Ok(Self { disco: DiscoPrivate::from_bytes(disco), body })
+        Ok(Self { disco: DiscoPrivate::from_bytes(*disco), body, peers: peers.to_vec() })
+    }
+}
+
+/// Where the writing of a snapshot is. Peers are written in portions, and what changes in between is
+/// written as it is by then: each peer is whole, and no two depend on each other.
+#[derive(Debug)]
+pub struct SnapshotWriter {
+    /// Peers with traffic, sorted; they are written first.
+    pub(crate) first: Vec<Slot>,
+    pub(crate) written_first: usize,
+    pub(crate) next: usize,
+    written: usize,
+    sum: Checksum,
+}
+
+impl SnapshotWriter {
+    pub(crate) fn begin(disco: &DiscoPrivate, body: &Body, first: Vec<Slot>, out: &mut Vec<u8>) -> Self {
+        let from = out.len();
+        out.extend_from_slice(&MAGIC);
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.extend_from_slice(disco.expose());
+        // Keys of maps are numbers or strings and nothing else can fail to serialize.
+        let body = serde_json::to_vec(body).unwrap_or_default();
+        out.extend_from_slice(&u32::try_from(body.len()).unwrap_or_default().to_le_bytes());
+        out.extend_from_slice(&body);
+        let mut this = Self { first, written_first: 0, next: 0, written: 0, sum: Checksum::default() };
+        this.note(&out[from..]);
+        this
+    }
+
+    /// Appends one peer; false when there is no room for it.
+    pub(crate) fn add(&mut self, peer: &Peer, out: &mut Vec<u8>) -> bool {
+        let from = out.len();
+        peer.store(out);
+        if self.written + out.len() - from + TRAILER > MAX_BYTES {
+            out.truncate(from);
+            return false;
+        }
+        self.note(&out[from..]);
+        true
+    }
+
+    pub(crate) fn end(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.sum.0.to_le_bytes());
+    }
+
+    fn note(&mut self, bytes: &[u8]) {
+        self.sum.of(bytes);
+        self.written += bytes.len();
     }
 }
 
 /// FNV-1a: against torn writes, not against anybody.
-fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, b| (hash ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+#[derive(Debug)]
+struct Checksum(u64);
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Checksum {
+    /// Takes in more bytes; the sum so far.
+    fn of(&mut self, bytes: &[u8]) -> u64 {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        self.0
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn snapshot() -> Snapshot {
-        Snapshot {
-            disco: DiscoPrivate::from_bytes([5; 32]),
-            body: Body { home: RegionId(7), ..Body::default() },
-        }
-    }
-
     #[test]
     fn comes_back_as_it_was_and_any_damage_is_noticed() {
-        let bytes = snapshot().to_bytes();
+        let disco = DiscoPrivate::from_bytes([5; 32]);
+        let body = Body { home: RegionId(7), ..Body::default() };
+        let mut bytes = Vec::new();
+        SnapshotWriter::begin(&disco, &body, Vec::new(), &mut bytes).end(&mut bytes);
         let back = Snapshot::from_bytes(&bytes).expect("reads");
-        assert_eq!(back.body, snapshot().body);
-        assert!(back.disco == snapshot().disco);
+        assert_eq!((&back.body, back.peers.len()), (&body, 0));
+        assert!(back.disco == disco);
         for at in 0..bytes.len() {
             let mut torn = bytes.clone();
             torn[at] ^= 1;
             assert!(Snapshot::from_bytes(&torn).is_err(), "byte {at} flipped");
             assert!(Snapshot::from_bytes(&bytes[..at]).is_err(), "cut at {at}");
         }
-        assert!(!format!("{:?}", snapshot()).contains("5, 5, 5"));
+        assert!(!format!("{back:?}").contains("5, 5, 5"));
     }
 
     proptest::proptest! {

@@ -1,55 +1,15 @@
-//! Carrying packets allocates nothing once buffers are warm, and an idle peer costs little.
+//! Carrying packets allocates nothing once buffers are warm.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+mod counting;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use counting::ALLOCATIONS;
 use podtether_core::batch::{Batch, Outbox, RegionId};
 use podtether_core::engine::{Config, ControlEvent, Engine, PathView};
 use podtether_core::key::{DiscoPrivate, NodePrivate};
 use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-    static BYTES: Cell<i64> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-fn count(allocations: u64, bytes: i64) {
-    // A thread that is ending has no counters any more.
-    let _ = ALLOCATIONS.try_with(|n| n.set(n.get() + allocations));
-    let _ = BYTES.try_with(|n| n.set(n.get() + bytes));
-}
-
-fn signed(size: usize) -> i64 {
-    i64::try_from(size).unwrap_or(i64::MAX)
-}
-
-// SAFETY: hands everything on to the system allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(1, signed(layout.size()));
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        count(0, -signed(layout.size()));
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        count(1, signed(new_size) - signed(layout.size()));
-        // SAFETY: as the caller promises.
-        unsafe { System.realloc(ptr, layout, new_size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 fn node(n: u8, key: &NodePrivate, disco: &DiscoPrivate) -> Node {
     let address = format!("100.64.0.{n}/32").parse().expect("a net");
@@ -172,39 +132,4 @@ fn a_warm_data_path_allocates_nothing() {
     let allocations = ALLOCATIONS.get() - after_warm_up;
     assert_eq!(delivered, 200 * 64);
     assert_eq!(allocations, 0, "for {} packets", 180 * 64);
-}
-
-#[test]
-fn an_idle_peer_costs_less_than_two_kilobytes() {
-    let now = Instant::now();
-    let mut engines = pair(now);
-    let before = BYTES.get();
-    let peers = 10_000u32;
-    for chunk in 0..10 {
-        let nodes = (chunk * peers / 10..(chunk + 1) * peers / 10).map(|i| {
-            let [_, _, high, low] = i.to_be_bytes();
-            let mut key = [7; 32];
-            key[..4].copy_from_slice(&i.to_be_bytes());
-            let v4 = format!("100.65.{high}.{low}/32").parse().expect("a net");
-            let v6 = format!("fd7a:115c:a1e0::{i:x}/128").parse().expect("a net");
-            Node {
-                id: NodeId(u64::from(i) + 1000),
-                stable_id: format!("n{i}CNTRL"),
-                name: format!("production-web-frontend-{i}.tail1234.ts.net."),
-                key: podtether_core::key::NodePublic::from_bytes(key),
-                disco_key: podtether_core::key::DiscoPublic::from_bytes(key),
-                addresses: vec![v4, v6],
-                allowed_ips: vec![v4, v6],
-                endpoints: vec![endpoint(9), endpoint(10)],
-                home_derp: RegionId(1),
-                ..Node::default()
-            }
-        });
-        let map = MapResponse { peers_changed: nodes.collect(), ..MapResponse::default() };
-        engines[0].handle_control(ControlEvent::Map(Box::new(map)), now, &mut Outbox::default());
-    }
-    let each = (BYTES.get() - before) / i64::from(peers);
-    println!("{each} bytes a peer");
-    assert_eq!(engines[0].gauges(now).peers, 10_001);
-    assert!(each <= 2048, "{each} bytes a peer");
 }

@@ -165,6 +165,8 @@ impl Checked {
             snapshot: snapshot_file,
             snapshot_due: None,
             snapshot_written: None,
+            snapshot_writer: None,
+            snapshot_piece: Vec::new(),
             membership: Membership::Connecting,
             trouble: String::new(),
             logging_out: None,

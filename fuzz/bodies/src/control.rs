@@ -1,9 +1,13 @@
 //! What a control server says.
 
+use std::time::Instant;
+
+use podtether_core::batch::Outbox;
+use podtether_core::engine::{ControlEvent, PeerList};
 use podtether_core::map_frame::MapFrames;
-use podtether_core::netmap::NetMap;
 use podtether_core::register::{bounded, decide};
-use podtether_core::tailcfg::{EarlyNoise, MapResponse, RegisterResponse, ServerKeys, UnixTime};
+use podtether_core::snapshot::Snapshot;
+use podtether_core::tailcfg::{EarlyNoise, MapResponse, RegisterResponse, ServerKeys};
 
 /// A map stream: the bytes as the stream itself, and in pieces as message bodies, applied in order.
 pub fn map(data: &[u8]) {
@@ -14,15 +18,29 @@ pub fn map(data: &[u8]) {
             let _ = serde_json::from_slice::<MapResponse>(message);
         }
     }
-    let mut netmap = NetMap::new();
-    let wall = UnixTime::from_secs(1_800_000_000);
+    let (mut now, mut out) = (Instant::now(), Outbox::default());
+    let mut engine = crate::packets::fresh(now);
+    let (mut lists, mut applied) = ([PeerList::All, PeerList::Changed].into_iter().cycle(), 0);
     for piece in super::pieces(data) {
-        let Ok(message) = serde_json::from_slice::<MapResponse>(piece) else { continue };
-        if let Ok(change) = netmap.apply(message, wall) {
-            assert!(change.changed.windows(2).all(|w| w[0] < w[1]), "each changed peer once, in order");
-            assert!(change.changed.iter().all(|id| netmap.peer(*id).is_some()));
-        }
-        assert!(netmap.health().count() <= 64);
+        let event = if let Ok(message) = serde_json::from_slice::<MapResponse>(piece) {
+            ControlEvent::Map(Box::new(message))
+        } else if let (Ok(nodes), Some(list)) = (serde_json::from_slice(piece), lists.next()) {
+            ControlEvent::Peers { list, nodes }
+        } else {
+            continue;
+        };
+        engine.handle_control(event, now, &mut out);
+        applied += 1;
+    }
+    if applied > 0 {
+        crate::packets::drain(&mut engine, &mut now, &mut out);
+        let mut ids: Vec<_> = engine.peers(now).into_iter().map(|peer| peer.id).collect();
+        assert_eq!(ids.len(), engine.gauges(now).peers);
+        ids.sort_unstable();
+        assert!(ids.windows(2).all(|w| w[0] < w[1]), "each peer once");
+        assert!(engine.status().health.len() <= 70);
+        let again = Snapshot::from_bytes(&engine.snapshot(now)).expect("our own snapshot");
+        crate::packets::survives_start(again);
     }
 }
 

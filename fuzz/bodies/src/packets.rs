@@ -57,6 +57,11 @@ fn config(snapshot: Option<Snapshot>) -> Config {
     }
 }
 
+/// An engine that knows nobody.
+pub(crate) fn fresh(now: Instant) -> Engine {
+    Engine::new(config(None), now)
+}
+
 /// An engine that knows one peer and lets in what goes to ports 1 to 1000 and every ping.
 fn running(now: Instant, out: &mut Outbox) -> Engine {
     let mut engine = Engine::new(config(None), now);
@@ -85,7 +90,7 @@ fn running(now: Instant, out: &mut Outbox) -> Engine {
     engine
 }
 
-fn drain(engine: &mut Engine, now: &mut Instant, out: &mut Outbox) {
+pub(crate) fn drain(engine: &mut Engine, now: &mut Instant, out: &mut Outbox) {
     for packet in out.tun.iter().map(|(_, packet)| packet) {
         let parsed = Parsed::parse(packet);
         assert!(parsed.is_ok_and(|p| p.length <= packet.len()), "the pod gets whole IP packets alone");

@@ -15,14 +15,18 @@ pub fn record(data: &[u8]) {
     }
 }
 
-/// An engine's snapshot: the bytes as a file, and as the content of one whose header fits.
+/// An engine's snapshot: the bytes as a file, and as the content of one whose frame fits: the body up to a
+/// line's end, then the peers.
 pub fn snapshot(data: &[u8]) {
     let _ = Snapshot::from_bytes(data);
     let mut file = Snapshot::empty(DiscoPrivate::from_bytes([1; 32])).to_bytes();
-    let content = [&[1; 32], data].concat();
-    file.truncate(6);
-    file.extend_from_slice(&fnv64(&content).to_le_bytes());
-    file.extend_from_slice(&content);
+    let body = data.iter().position(|byte| *byte == b'\n').unwrap_or(data.len());
+    // Magic, version and disco key stay.
+    file.truncate(6 + 32);
+    file.extend_from_slice(&u32::try_from(body).unwrap_or_default().to_le_bytes());
+    file.extend_from_slice(&data[..body]);
+    file.extend_from_slice(data.get(body + 1..).unwrap_or_default());
+    file.extend_from_slice(&fnv64(&file).to_le_bytes());
     if let Ok(snapshot) = Snapshot::from_bytes(&file) {
         crate::packets::survives_start(snapshot);
     }

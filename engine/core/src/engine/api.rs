@@ -9,8 +9,9 @@ use super::ping::{ControlAnswer, PingResult};
 use crate::batch::RegionId;
 use crate::health::HealthMessage;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
+pub use crate::peer::PeerList;
 use crate::snapshot::Snapshot;
-use crate::tailcfg::{EndpointType, MapResponse, NetInfo, NodeId, UnixTime};
+use crate::tailcfg::{EndpointType, MapResponse, NetInfo, Node, NodeId, UnixTime};
 
 /// What an engine is born with.
 #[derive(Debug)]
@@ -62,7 +63,14 @@ pub enum DerpEvent<'a> {
 pub enum ControlEvent {
     /// A map stream was opened; its first message replaces the netmap.
     SessionStarted,
-    /// A message of the map stream.
+    /// Nodes of a message of the map stream whose rest is still to come.
+    Peers {
+        /// Which of the message's lists they are in.
+        list: PeerList,
+        /// The nodes.
+        nodes: Vec<Node>,
+    },
+    /// A message of the map stream, or the rest of it.
     Map(Box<MapResponse>),
     /// The map stream ended. The netmap stays in force.
     SessionLost,
@@ -325,6 +333,8 @@ pub struct Counters {
     pub handshakes: u64,
     /// Wall clock of the last one.
     pub last_handshake: Option<UnixTime>,
+    /// Parts of map messages that made no sense or were over a bound.
+    pub map_ignored: u64,
     pub(crate) drops: [u64; DropReason::ALL.len()],
 }
 

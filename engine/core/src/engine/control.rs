@@ -3,6 +3,7 @@
 use super::*;
 use crate::filter::Filter;
 use crate::netmap::NetMapChange;
+use crate::peer::PeerChanges;
 
 impl Engine {
     /// News of the control session.
@@ -11,22 +12,36 @@ impl Engine {
             ControlEvent::SessionStarted => {
                 self.control_connected = true;
                 self.netmap.begin_session();
+                self.peers.begin_session();
             }
             ControlEvent::SessionLost => self.control_connected = false,
-            ControlEvent::Map(message) => {
+            ControlEvent::Peers { list, nodes } => {
+                let wall = self.netmap.control_time(self.wall(now));
+                let mut peers = PeerChanges::default();
+                self.peers.take(list, &nodes, wall, now, &mut peers);
+                self.apply_peers(peers, now, out);
+            }
+            ControlEvent::Map(mut message) => {
                 let wall = self.wall(now);
                 let clock = self.netmap.control_time(wall);
-                match self.netmap.apply(*message, wall) {
+                match self.netmap.apply(&mut message, wall) {
                     Ok(mut change) => {
                         self.control_heard = true;
                         if let Some(request) = change.ping_request.take() {
                             self.answer_control(&request, now, out);
                         }
-                        for slot in self.apply(change, now) {
-                            self.hasten(slot, now, out);
+                        let mut peers = PeerChanges::default();
+                        if !change.keep_alive {
+                            let wall = self.netmap.control_time(wall);
+                            self.peers.finish(&message, change.session, wall, now, &mut peers);
                         }
+                        self.apply_peers(peers, now, out);
+                        self.apply(change, now);
                     }
-                    Err(error) => tracing::warn!(%error, "map message ignored"),
+                    Err(error) => {
+                        self.peers.begin_session();
+                        tracing::warn!(%error, "map message ignored");
+                    }
                 }
                 if self.netmap.control_time(wall) != clock {
                     let slots: Vec<Slot> = self.by_index.values().copied().collect();
@@ -36,39 +51,62 @@ impl Engine {
         }
     }
 
-    /// The peers that may now be reachable where they were not.
-    pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) -> Vec<Slot> {
-        let mut moved = Vec::new();
-        let mut unsigned_changed = false;
-        let wall = self.netmap.control_time(self.wall(now));
-        for node in &change.removed {
-            if let Some(slot) = self.peers.slot(node.id) {
-                self.deactivate(slot);
-                self.peers.remove(node.id);
-            }
-            self.dns.remove(node.id);
-            unsigned_changed |= self.unsigned.remove(&node.id);
+    /// More of what a full map leaves to be done, in portions that packets can wait for.
+    pub(super) fn sweep_peers(&mut self, now: Instant, out: &mut Outbox) {
+        if !self.peers.is_sweeping() {
+            return;
         }
-        for id in &change.changed {
-            let Some(node) = self.netmap.peer(*id) else { continue };
-            self.dns.upsert(node);
-            let expired = node.is_expired(wall);
-            unsigned_changed |= if node.unsigned_peer_api_only {
-                self.unsigned.insert(*id);
+        let mut peers = PeerChanges::default();
+        self.peers.sweep(&mut peers);
+        self.apply_peers(peers, now, out);
+    }
+
+    pub(super) fn apply_peers(&mut self, changes: PeerChanges, now: Instant, out: &mut Outbox) {
+        self.counters.map_ignored += changes.ignored;
+        self.follow_routes(&changes);
+        if changes.changed.is_empty() && changes.removed.is_empty() {
+            return;
+        }
+        let mut unsigned_changed = false;
+        for (id, slot, active) in changes.removed {
+            if let Some(active) = active {
+                self.forget(slot, &active);
+            }
+            self.dns.remove(id);
+            unsigned_changed |= self.unsigned.remove(&id);
+        }
+        for slot in changes.renamed {
+            if let Some(peer) = self.peers.get(slot) {
+                self.dns.upsert(&peer.to_node());
+            }
+        }
+        for (slot, active) in changes.dropped {
+            self.forget(slot, &active);
+        }
+        for slot in changes.changed {
+            let Some(peer) = self.peers.get(slot) else { continue };
+            let id = peer.id;
+            unsigned_changed |= if peer.unsigned {
+                self.unsigned.insert(id);
                 true
             } else {
-                self.unsigned.remove(id)
+                self.unsigned.remove(&id)
             };
-            let update = self.peers.upsert(node, expired, now);
-            if let Some(active) = update.dropped {
-                self.forget(update.slot, &active);
-            }
-            if update.moved {
-                moved.push(update.slot);
-            }
-            self.watch_expiry(update.slot, now);
+            self.watch_expiry(slot, now);
         }
-        self.follow_routes(&change);
+        if unsigned_changed {
+            // Before any packet of theirs.
+            self.apply_filter();
+        }
+        // The peers that may now be reachable where they were not.
+        for slot in changes.moved {
+            self.hasten(slot, now, out);
+        }
+        self.snapshot_dirty(now);
+    }
+
+    pub(super) fn apply(&mut self, change: NetMapChange, now: Instant) {
+        self.counters.map_ignored += change.ignored;
         if change.self_changed {
             self.apply_self();
         }
@@ -79,7 +117,7 @@ impl Engine {
             self.dns.configure(node, self.netmap.dns().unwrap_or(&none));
             self.dns.upsert(node);
         }
-        if change.self_changed || change.filter_changed || unsigned_changed {
+        if change.self_changed || change.filter_changed {
             self.apply_filter();
         }
         if change.derp_changed {
@@ -96,13 +134,10 @@ impl Engine {
             || change.dns_changed
             || change.derp_changed
             || change.filter_changed
-            || change.dial_plan_changed
-            || !change.changed.is_empty()
-            || !change.removed.is_empty();
+            || change.dial_plan_changed;
         if worth_keeping {
             self.snapshot_dirty(now);
         }
-        moved
     }
 
     /// Puts the rules in force; all or none of them. A peer that no tailnet lock signature covers may not
@@ -110,8 +145,9 @@ impl Engine {
     fn apply_filter(&mut self) {
         let mut own = self.netmap.self_node().map(|n| n.addresses.clone()).unwrap_or_default();
         own.extend_from_slice(&self.own_routes);
-        let unsigned = self.unsigned.iter().filter_map(|id| self.netmap.peer(*id));
-        let nets: Vec<ipnet::IpNet> = unsigned.flat_map(|node| node.allowed_ips.iter().copied()).collect();
+        let unsigned = self.unsigned.iter().filter_map(|id| self.peers.get(self.peers.slot(*id)?));
+        let allowed = unsigned.flat_map(|peer| peer.facts.allowed_ips());
+        let nets: Vec<ipnet::IpNet> = allowed.map(|(net, _)| net).collect();
         let discard = crate::filter::admits_any(self.netmap.rules(), &nets);
         if discard && !self.filter_discarded {
             tracing::warn!("the packet filter lets in peers that tailnet lock does not vouch for: not used");

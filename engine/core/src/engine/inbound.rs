@@ -298,13 +298,11 @@ impl Engine {
             return Inner::Tsmp(tsmp::read(packet, &parsed, known_as));
         }
         let Some(peer) = self.peers.get(slot) else { return Inner::Denied(DropReason::PeerSource) };
-        let (id, jailed) = (peer.id, peer.jailed);
-        let netmap = &self.netmap;
-        let has_cap = |cap: &str| netmap.peer(id).is_some_and(|node| node.cap_map.contains_key(cap));
+        let jailed = peer.jailed;
         let verdict = if jailed {
             self.filter.check_in_jailed(&parsed)
         } else {
-            self.filter.check_in(&parsed, has_cap)
+            self.filter.check_in(&parsed, |cap| peer.caps.has(cap))
         };
         match verdict {
             Verdict::Accept(_) => Inner::Delivered(parsed.length),
@@ -351,7 +349,7 @@ impl Engine {
             Via::Derp(_, source) => self.peers.by_key(&source),
             Via::Udp(from) => self.peers.iter().find_map(|(slot, peer)| {
                 let best = peer.active.as_ref().and_then(|a| a.path.best());
-                (best == Some(from) || peer.endpoints.contains(&from)).then_some(slot)
+                (best == Some(from) || peer.facts.endpoints().any(|at| at == from)).then_some(slot)
             }),
         };
         let Some(slot) = slot.filter(|slot| self.activate(*slot, now)) else { return };

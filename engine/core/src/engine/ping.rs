@@ -364,9 +364,9 @@ impl Engine {
         asker: Option<Asker>,
         outcome: Result<PingReply, PingError>,
     ) {
-        let node = slot.and_then(|slot| self.netmap.peer(self.peers.get(slot)?.id));
-        let peer = node.map(|node| node.name.trim_end_matches('.').to_owned()).unwrap_or_default();
-        let peer_ip = node.and_then(|node| node.addresses.first()).map(ipnet::IpNet::addr);
+        let facts = slot.and_then(|slot| self.peers.get(slot)).map(|peer| &peer.facts);
+        let peer = facts.map(|facts| facts.name().trim_end_matches('.').to_owned()).unwrap_or_default();
+        let peer_ip = facts.and_then(|facts| facts.addresses().next()).map(|net| net.addr());
         let result = PingResult { id, kind, ip, peer, peer_ip, outcome };
         match asker {
             Some(asker) => self.respond(&asker, response(&result)),

@@ -1,7 +1,7 @@
 //! Whose routes and which exit node the pod uses.
 
 use super::*;
-use crate::netmap::NetMapChange;
+use crate::peer::PeerChanges;
 use crate::routes::{ExitChoice, MAX_ROUTES};
 use crate::tailcfg::NodeId;
 
@@ -25,7 +25,7 @@ impl Engine {
         }
         self.routing.exit =
             routing.exit_node.as_deref().map(ExitChoice::new).filter(|choice| !choice.text().is_empty());
-        self.peers.configure_routes(routing.accept_routes, &routing.exclude, self.netmap.peers());
+        self.peers.configure_routes(routing.accept_routes, &routing.exclude);
         self.routing.wanted = routing;
         self.find_exit();
         self.tell_routes();
@@ -44,26 +44,42 @@ impl Engine {
     }
 
     pub(super) fn exit_node_id(&self) -> Option<String> {
-        Some(self.netmap.peer(self.routing.exit_id?)?.stable_id.clone())
+        Some(self.exit_peer()?.facts.stable_id().to_owned())
+    }
+
+    fn exit_peer(&self) -> Option<&crate::peer::Peer> {
+        self.peers.get(self.peers.slot(self.routing.exit_id?)?)
     }
 
     /// Peers came, went or changed, and the table has them.
-    pub(super) fn follow_routes(&mut self, change: &NetMapChange) {
+    pub(super) fn follow_routes(&mut self, changes: &PeerChanges) {
         if let Some(choice) = &self.routing.exit {
-            let means = |id: &NodeId| self.netmap.peer(*id).is_some_and(|node| choice.means(node));
-            let touched = change.changed.iter().any(|id| Some(*id) == self.routing.exit_id || means(id))
-                || change.removed.iter().any(|node| Some(node.id) == self.routing.exit_id);
-            if touched {
+            // Only who loses the role makes it necessary to look at everybody.
+            let mut lost = changes.removed.iter().any(|(id, ..)| Some(*id) == self.routing.exit_id);
+            let mut found = self.routing.exit_id;
+            for peer in changes.changed.iter().filter_map(|slot| self.peers.get(*slot)) {
+                let means = choice.means(&peer.facts);
+                lost |= !means && self.routing.exit_id == Some(peer.id);
+                if means && found.is_none_or(|id| peer.id < id) {
+                    found = Some(peer.id);
+                }
+            }
+            if lost {
                 self.find_exit();
+            } else if found != self.routing.exit_id {
+                self.routing.exit_id = found;
+                self.peers.set_exit(found);
             }
         }
         self.tell_routes();
     }
 
-    fn find_exit(&mut self) {
-        let choice = self.routing.exit.as_ref();
-        let found =
-            choice.and_then(|choice| self.netmap.peers().find(|node| choice.means(node))).map(|node| node.id);
+    pub(super) fn find_exit(&mut self) {
+        let meant = |choice: &ExitChoice| {
+            let peers = self.peers.iter().map(|(_, peer)| peer);
+            peers.filter(|peer| choice.means(&peer.facts)).map(|peer| peer.id).min()
+        };
+        let found = self.routing.exit.as_ref().and_then(meant);
         self.routing.exit_id = found;
         self.peers.set_exit(found);
     }
@@ -100,7 +116,7 @@ impl Engine {
         }
         let Some(choice) = self.routing.exit.as_ref().filter(|_| self.running) else { return health };
         let name = choice.text();
-        let Some(node) = self.routing.exit_id.and_then(|id| self.netmap.peer(id)) else {
+        let Some(peer) = self.exit_peer() else {
             health.push(format!("exit node {name} is not among this node's peers: its traffic is dropped"));
             return health;
         };
@@ -112,7 +128,7 @@ impl Engine {
             [false, true] => health.push(format!("exit node {name} carries no IPv4")),
             [true, true] => {}
         }
-        if node.online == Some(false) {
+        if peer.online == Some(false) {
             health.push(format!("exit node {name} is offline"));
         }
         health

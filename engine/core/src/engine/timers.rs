@@ -6,8 +6,9 @@ use crate::wg::Due;
 /// The least time between two snapshots, and how long changes are gathered.
 const SNAPSHOT_EVERY: Duration = Duration::from_secs(2);
 const SNAPSHOT_AFTER: Duration = Duration::from_millis(200);
-/// A snapshot costs time for each peer in the netmap; this keeps it below one part in a hundred.
-const SNAPSHOT_PER_PEER: Duration = Duration::from_millis(2);
+/// A snapshot costs a microsecond or two for each peer in the netmap; this keeps it below one part in a
+/// hundred.
+const SNAPSHOT_PER_PEER: Duration = Duration::from_micros(200);
 /// One peer's timer never fires more often: a slip in its logic must not stop the others.
 const MIN_PAUSE: Duration = Duration::from_millis(10);
 
@@ -15,9 +16,9 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`] next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let greet = (!self.greet.is_empty()).then_some(self.started);
+        let at_once = (!self.greet.is_empty() || self.peers.is_sweeping()).then_some(self.started);
         [
-            greet,
+            at_once,
             self.timers.first().map(|(at, _)| *at),
             self.relays.deadline(),
             self.netcheck.deadline(self.relays.home().is_some()),
@@ -35,6 +36,7 @@ impl Engine {
     /// The time of [`Engine::poll_timeout`] has come. Calling early does no harm.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Outbox) {
         self.greet_peers(now, out);
+        self.sweep_peers(now, out);
         while let Some((at, slot)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
             self.timers.remove(&(at, slot));
             if let Some(active) = self.active(slot) {

@@ -12,6 +12,7 @@ use std::net::IpAddr;
 
 use super::*;
 use crate::packet::{Parsed, protocol};
+use crate::peer::PeerChanges;
 
 const PING: u8 = b'p';
 const PONG: u8 = b'o';
@@ -192,15 +193,15 @@ impl Engine {
             self.counters.drop(DropReason::BadDisco, 1);
             return;
         }
-        if !self.netmap.set_disco(id, key) {
+        let wall = self.netmap.control_time(self.wall(now));
+        let mut changes = PeerChanges::default();
+        self.peers.set_disco(slot, key, wall, now, &mut changes);
+        if changes.changed.is_empty() {
             return;
         }
         tracing::debug!(peer = id.0, "the peer told its new disco key");
         self.counters.disco_adverts += 1;
-        let change = crate::netmap::NetMapChange { changed: vec![id], ..Default::default() };
-        for slot in self.apply(change, now) {
-            self.hasten(slot, now, out);
-        }
+        self.apply_peers(changes, now, out);
     }
 }
 

@@ -78,16 +78,13 @@ impl Engine {
     #[must_use]
     pub fn peers(&self, now: Instant) -> Vec<PeerView> {
         let view = |(_, peer): (Slot, &crate::peer::Peer)| {
-            let node = self.netmap.peer(peer.id);
             let active = peer.active.as_deref();
             let age = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
             PeerView {
                 id: peer.id,
                 key: peer.key,
-                name: node.map(|n| n.name.trim_end_matches('.').to_owned()).unwrap_or_default(),
-                addresses: node
-                    .map(|n| n.addresses.iter().map(ipnet::IpNet::addr).collect())
-                    .unwrap_or_default(),
+                name: peer.facts.name().trim_end_matches('.').to_owned(),
+                addresses: peer.facts.addresses().map(|net| net.addr()).collect(),
                 path: active.map_or(PathView::Idle, |a| self.path_view(a, peer.home, now)),
                 handshake_age: age(active.and_then(|a| a.tunnel.established())),
                 last_tx_age: age(active.and_then(|a| a.last_tx)),

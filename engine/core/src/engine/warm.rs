@@ -1,20 +1,35 @@
 //! What a restart carries over.
 
 use super::*;
-use crate::snapshot::{ActivePeer, Body, Snapshot};
+use crate::snapshot::{ActivePeer, Body, Snapshot, SnapshotWriter};
 use crate::tailcfg::MapResponse;
 
 /// Peers with a handshake younger than this had a session when the snapshot was made.
 const RECENT: Duration = Duration::from_secs(180);
 /// Peers greeted after a restart.
 const MAX_GREETED: usize = 1024;
+/// Places of the peer table written in one go: about a tenth of a millisecond.
+const SNAPSHOT_PORTION: usize = 256;
 
 impl Engine {
-    /// What the next life needs.
+    /// What the next life needs: all of it at once. It holds the disco private key.
     #[must_use]
-    pub fn snapshot(&self, now: Instant) -> Snapshot {
+    pub fn snapshot(&self, now: Instant) -> Vec<u8> {
+        let mut out = Vec::new();
+        let mut writer = self.begin_snapshot(now, &mut out);
+        while self.continue_snapshot(&mut writer, &mut out) {}
+        out
+    }
+
+    /// Begins to write what the next life needs; go on with [`Engine::continue_snapshot`]. It holds the
+    /// disco private key: keep it where only the engine reads.
+    #[must_use]
+    pub fn begin_snapshot(&self, now: Instant, out: &mut Vec<u8>) -> SnapshotWriter {
         let wall = self.wall(now);
-        let active = self.peers.iter().filter_map(|(_, peer)| {
+        let mut first: Vec<Slot> = self.by_index.values().copied().collect();
+        first.sort_unstable();
+        let active = first.iter().filter_map(|slot| {
+            let peer = self.peers.get(*slot)?;
             let active = peer.active.as_ref()?;
             let since = now.saturating_duration_since(active.tunnel.established()?);
             let last_active = wall.offset_millis(-i64::try_from(since.as_millis()).unwrap_or(i64::MAX));
@@ -31,7 +46,6 @@ impl Engine {
         let netmap = self.netmap.self_node().map(|node| {
             Box::new(MapResponse {
                 node: Some(node.clone()),
-                peers: self.netmap.peers().cloned().collect(),
                 derp_map: Some(self.netmap.derp_map().clone()),
                 dns_config: self.netmap.dns().cloned(),
                 packet_filters: self.netmap.packet_filter().map(|chunks| {
@@ -45,15 +59,57 @@ impl Engine {
         });
         let resolved = self.netcheck.resolved().map(|(host, addrs)| (host.clone(), addrs.clone())).collect();
         let body = Body { wall, home: self.relays.home(), active, resolved, netmap };
-        Snapshot { disco: self.disco_key.clone(), body }
+        SnapshotWriter::begin(&self.disco_key, &body, first, out)
     }
 
-    pub(super) fn restore(&mut self, body: Body, now: Instant) {
+    /// Appends a portion; false when that was the last. What is appended stands behind what was before,
+    /// so `out` may be written away and cleared in between.
+    pub fn continue_snapshot(&self, writer: &mut SnapshotWriter, out: &mut Vec<u8>) -> bool {
+        for _ in 0..SNAPSHOT_PORTION {
+            let slot = match writer.first.get(writer.written_first) {
+                Some(slot) => {
+                    writer.written_first += 1;
+                    *slot
+                }
+                None => {
+                    let Some(slot) = self.peers.place(writer.next) else {
+                        writer.end(out);
+                        return false;
+                    };
+                    writer.next += 1;
+                    if writer.first.binary_search(&slot).is_ok() {
+                        continue;
+                    }
+                    slot
+                }
+            };
+            if let Some(peer) = self.peers.get(slot)
+                && !writer.add(peer, out)
+            {
+                writer.end(out);
+                return false;
+            }
+        }
+        true
+    }
+
+    pub(super) fn restore(&mut self, snapshot: Snapshot, now: Instant) {
+        let Snapshot { body, peers, .. } = snapshot;
         self.netcheck.restore_resolved(body.resolved);
-        if let Some(netmap) = body.netmap
-            && let Ok(change) = self.netmap.apply(*netmap, body.wall)
+        if let Some(mut netmap) = body.netmap
+            && let Ok(change) = self.netmap.apply(&mut netmap, body.wall)
         {
             self.restored_home(body.home, now);
+            let mut rest = peers.as_slice();
+            while let Some(slot) = self.peers.restore(&mut rest, now) {
+                if let Some(peer) = self.peers.get(slot) {
+                    self.dns.upsert(&peer.to_node());
+                    if peer.unsigned {
+                        self.unsigned.insert(peer.id);
+                    }
+                }
+            }
+            self.find_exit();
             self.apply(change, now);
         }
         for peer in body.active.into_iter().take(MAX_GREETED) {

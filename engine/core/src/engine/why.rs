@@ -62,9 +62,8 @@ impl Engine {
         let direction = if self.own.contains(&src) { Direction::Out } else { Direction::In };
         let mut why = Why { direction, decision: Decision::Drop, rule: None, reason: "", peer: None };
         let slot = self.peers.by_ip(if direction == Direction::Out { dst } else { src });
-        why.peer = slot
-            .and_then(|slot| self.netmap.peer(self.peers.get(slot)?.id))
-            .map(|node| node.name.trim_end_matches('.').to_owned());
+        let peer = slot.and_then(|slot| self.peers.get(slot));
+        why.peer = peer.map(|peer| peer.facts.name().trim_end_matches('.').to_owned());
         let refused = |reason: DropReason| reason.name();
         why.reason = match (direction, slot) {
             _ if src.is_ipv4() != dst.is_ipv4() => refused(DropReason::Malformed),
@@ -114,8 +113,7 @@ impl Engine {
             length: 0,
         };
         let Some(peer) = self.peers.get(slot) else { return DropReason::PeerSource.name() };
-        let has_cap = |cap: &str| self.netmap.peer(peer.id).is_some_and(|n| n.cap_map.contains_key(cap));
-        match self.filter.ask(&packet, peer.jailed, has_cap) {
+        match self.filter.ask(&packet, peer.jailed, |cap| peer.caps.has(cap)) {
             filter::Verdict::Accept(pass) => {
                 why.decision = Decision::Accept;
                 if let filter::Pass::Rule(rule) = pass {
@@ -132,10 +130,10 @@ impl Engine {
     #[must_use]
     pub fn peer_caps(&self, src: IpAddr) -> PeerCaps {
         let slot = self.peers.by_ip(src);
-        let node = slot.and_then(|slot| self.netmap.peer(self.peers.get(slot)?.id));
+        let peer = slot.and_then(|slot| self.peers.get(slot));
         let own = self.native.iter().flatten().find(|ip| ip.is_ipv4() == src.is_ipv4());
-        match (node, own) {
-            (Some(node), Some(own)) if !node.unsigned_peer_api_only && !self.filter_discarded => {
+        match (peer, own) {
+            (Some(peer), Some(own)) if !peer.unsigned && !self.filter_discarded => {
                 filter::peer_caps(self.netmap.rules(), src, *own)
             }
             _ => PeerCaps::new(),

@@ -181,8 +181,8 @@ fn exit_nodes_are_meant_by_id_address_or_name() {
         ("tail.ts.net", false),
         ("", false),
     ] {
-        assert_eq!(ExitChoice::new(text).means(&peer), meant, "{text}");
+        assert_eq!(ExitChoice::new(text).means(&Facts::pack(&peer).0), meant, "{text}");
     }
     let nameless = Node { name: String::new(), stable_id: "x".into(), ..peer };
-    assert!(!ExitChoice::new(".").means(&nameless));
+    assert!(!ExitChoice::new(".").means(&Facts::pack(&nameless).0));
 }

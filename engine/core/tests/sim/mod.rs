@@ -620,7 +620,7 @@ impl World {
             }
             Event::SnapshotDirty => {
                 let now = self.now;
-                let bytes = self.engine(n).snapshot(now).to_bytes();
+                let bytes = self.engine(n).snapshot(now);
                 self.nodes[n].snapshot = Some(bytes);
             }
             Event::HostUpdate

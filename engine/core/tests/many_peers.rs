@@ -1,0 +1,176 @@
+//! What a large tailnet costs: memory for each peer, and nothing else that grows with their number.
+
+mod counting;
+mod tailnet;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::time::{Duration, Instant};
+
+use counting::{ALLOCATIONS, BYTES};
+use podtether_core::batch::{Batch, Outbox};
+use podtether_core::engine::{Config, Engine};
+use podtether_core::key::{DiscoPrivate, NodePrivate};
+use podtether_core::snapshot::{MAX_BYTES, Snapshot};
+use podtether_core::tailcfg::{MapResponse, UnixTime};
+use tailnet::{DELTAS, apply, engine, peer};
+
+const SIZES: [u32; 3] = [100, 1_000, 10_000];
+
+#[test]
+fn a_further_peer_costs_less_than_a_kilobyte() {
+    let now = Instant::now();
+    let small = BYTES.get();
+    let few = engine(10, now);
+    let before = BYTES.get();
+    let many = engine(10_010, now);
+    let peers = BYTES.get() - before - (before - small);
+    let each = peers / 10_000;
+    // The buffer of a snapshot under way lives beside it.
+    let mut piece = Vec::new();
+    let mut writer = many.begin_snapshot(now, &mut piece);
+    let mut most = piece.capacity();
+    let mut bytes = 0;
+    loop {
+        let more = many.continue_snapshot(&mut writer, &mut piece);
+        most = most.max(piece.capacity());
+        bytes += piece.len();
+        piece.clear();
+        if !more {
+            break;
+        }
+    }
+    println!("{each} bytes a peer in memory, {} in a snapshot, {most} for its buffer", bytes / 10_000);
+    assert!(each + i64::try_from(most).expect("small") / 10_000 <= 1024, "{each} bytes a peer");
+    assert!(most < 256 << 10);
+    drop((few, many));
+}
+
+#[test]
+fn a_delta_costs_the_same_in_a_tailnet_of_any_size() {
+    let now = Instant::now();
+    let mut curves: Vec<Vec<(u64, Duration)>> = vec![Vec::new(); DELTAS.len()];
+    for peers in SIZES {
+        let mut engine = engine(peers, now);
+        for ((_, delta), curve) in DELTAS.iter().zip(&mut curves) {
+            let (mut allocations, mut fastest) = (0, Duration::MAX);
+            for turn in 1..=200 {
+                let message = delta(turn);
+                let (before, began) = (ALLOCATIONS.get(), Instant::now());
+                apply(&mut engine, message, now);
+                fastest = fastest.min(began.elapsed());
+                allocations += ALLOCATIONS.get() - before;
+            }
+            curve.push((allocations, fastest));
+        }
+    }
+    println!("{:20} {:>24} {:>24} {:>24}", "", "100 peers", "1,000", "10,000");
+    for ((name, _), curve) in DELTAS.iter().zip(&curves) {
+        let cell = |(allocations, fastest): &(u64, Duration)| {
+            format!("{:>7.1} allocations {fastest:>8.1?}", *allocations as f64 / 200.0)
+        };
+        println!("{name:20} {}", curve.iter().map(cell).collect::<Vec<_>>().join(" "));
+    }
+    for ((name, _), curve) in DELTAS.iter().zip(&curves) {
+        // Tables of different sizes grow at different times.
+        let growth = curve[2].0.abs_diff(curve[0].0);
+        assert!(growth <= 10, "{name}: {curve:?}");
+        // Whatever looks at each peer is a hundred times slower with a hundred times the peers. The
+        // fastest of many runs says little about the machine's other work.
+        let slower = curve[2].1.as_secs_f64() / curve[0].1.max(Duration::from_nanos(200)).as_secs_f64();
+        assert!(slower < 25.0, "{name} is {slower:.1} times slower: {curve:?}");
+    }
+}
+
+#[test]
+fn a_snapshot_of_ten_thousand_peers_comes_back() {
+    let now = Instant::now();
+    let bytes = engine(10_000, now).snapshot(now);
+    let config = Config {
+        node_key: NodePrivate::from_bytes([1; 32]),
+        disco_key: DiscoPrivate::from_bytes([2; 32]),
+        mtu: 1280,
+        random_seed: [3; 32],
+        wall: UnixTime::from_secs(1_800_000_000),
+        snapshot: Some(Snapshot::from_bytes(&bytes).expect("our own")),
+    };
+    let began = Instant::now();
+    let back = Engine::new(config, now);
+    println!("{} bytes, restored in {:?}", bytes.len(), began.elapsed());
+    let peers = back.peers(now);
+    assert_eq!(peers.len(), 10_000);
+    let last = peers.iter().find(|p| p.id.0 == 10_999).expect("the last one");
+    assert_eq!(last.name, "production-web-frontend-9999.tail1234.ts.net");
+    assert_eq!((last.key, last.addresses.len()), (peer(9999).key, 2));
+}
+
+#[test]
+fn a_snapshot_of_too_many_peers_is_cut() {
+    let now = Instant::now();
+    let bytes = engine(40_000, now).snapshot(now);
+    assert!(bytes.len() <= MAX_BYTES && bytes.len() > MAX_BYTES - 1024, "{} bytes", bytes.len());
+    assert!(Snapshot::from_bytes(&bytes).is_ok());
+}
+
+#[test]
+fn a_greedy_map_is_cut_and_counted() {
+    let now = Instant::now();
+    let mut engine = engine(10, now);
+    let before = BYTES.get();
+    for n in 0..200u32 {
+        let mut node = peer(n + 100);
+        node.name = "x".repeat(100_000);
+        node.endpoints = vec![node.endpoints[0]; 10_000];
+        node.cap_map = (0..2000).map(|cap| (format!("{n}-{cap}-{}", "c".repeat(300)), Vec::new())).collect();
+        apply(&mut engine, MapResponse { peers_changed: vec![node], ..MapResponse::default() }, now);
+    }
+    let each = (BYTES.get() - before) / 200;
+    println!("{each} bytes for each greedy peer");
+    assert!(each < 2048, "{each}");
+    assert_eq!(engine.counters().map_ignored, 200 * (1 + 9968 + 2000));
+}
+
+/// Traffic of ten peers beside ten thousand idle ones takes the path of a small tailnet's.
+#[test]
+fn packets_and_timers_look_only_at_active_peers() {
+    let start = Instant::now();
+    let mut fastest = Vec::new();
+    for peers in [20, 10_000] {
+        let mut engine = engine(peers, start);
+        let mut now = start;
+        let mut out = Outbox::default();
+        let mut packets = Batch::new();
+        for n in 0..10u8 {
+            let mut packet = [0; 60];
+            packet[0] = 0x45;
+            packet[3] = 60;
+            packet[9] = 17;
+            packet[12..16].copy_from_slice(&Ipv4Addr::new(100, 64, 0, 1).octets());
+            packet[16..20].copy_from_slice(&Ipv4Addr::new(100, 65, 0, n).octets());
+            assert!(packets.push((), &packet));
+        }
+        let mut best = Duration::MAX;
+        let mut allocations = 0;
+        for round in 0..300u32 {
+            if round == 100 {
+                allocations = ALLOCATIONS.get();
+            }
+            now += Duration::from_millis(1);
+            out.clear();
+            let began = Instant::now();
+            engine.handle_tun(&mut packets, now, &mut out);
+            if engine.poll_timeout().is_some_and(|at| at <= now) {
+                engine.handle_timeout(now, &mut out);
+            }
+            while engine.poll_event().is_some() {}
+            best = best.min(began.elapsed());
+        }
+        fastest.push((best, ALLOCATIONS.get() - allocations));
+        let active =
+            engine.peers(now).iter().filter(|p| p.addresses[0] < IpAddr::from([100, 65, 0, 10])).count();
+        assert_eq!(active, 10);
+    }
+    println!("ten packets and the timers: {fastest:?}");
+    let slower = fastest[1].0.as_secs_f64() / fastest[0].0.as_secs_f64();
+    assert!(slower < 10.0, "{slower:.1} times slower: {fastest:?}");
+    assert!(fastest[1].1.abs_diff(fastest[0].1) < 50, "{fastest:?}");
+}
