@@ -43,15 +43,13 @@ async fn scenario(stock: &Stock) {
     assert_eq!((&own["Online"], &own["Relay"]), (&Value::from(true), &Value::from("r1")), "{own}");
 
     // The network around it, over STUN and over HTTPS.
-    let report: Value =
-        serde_json::from_str(&json_of(&one.ok(&["netcheck", "--format=json"]).await)).unwrap();
+    let report = json_in(&one.ok(&["netcheck", "--format=json"]).await);
     assert_eq!((&report["UDP"], &report["IPv4"]), (&Value::from(true), &Value::from(true)), "{report}");
     assert_eq!(report["PreferredDERP"], 1, "{report}");
     assert!(report["RegionLatency"]["1"].as_u64().is_some_and(|ns| ns > 0), "{report}");
 
     // Who and where.
-    let whois = one.ok(&["whois", "--json", "100.64.0.2"]).await;
-    let whois: Value = serde_json::from_str(&whois).unwrap();
+    let whois = json_in(&one.ok(&["whois", "--json", "100.64.0.2"]).await);
     assert_eq!(whois["Node"]["Name"], "two.tailnet.test.", "{whois}");
     assert!(whois["UserProfile"]["LoginName"].as_str().is_some_and(|name| !name.is_empty()), "{whois}");
     assert!(!one.run(&["whois", "100.64.9.9"]).await.0);
@@ -79,7 +77,8 @@ async fn scenario(stock: &Stock) {
     assert_eq!(devnet.complaints(), Vec::<String>::new());
 }
 
-/// The JSON of an output that may begin with log lines.
-fn json_of(text: &str) -> String {
-    text[text.find('{').unwrap_or(0)..].to_owned()
+/// The first JSON value of an output that has log lines around it.
+fn json_in(text: &str) -> Value {
+    let begin = text.find('{').unwrap_or_default();
+    serde_json::Deserializer::from_str(&text[begin..]).into_iter().next().unwrap().unwrap()
 }

@@ -54,16 +54,32 @@ struct Stock {
 /// A running stock node.
 struct Node<'a> {
     stock: &'a Stock,
+    ns: Netns,
     dir: PathBuf,
     _daemon: Child,
 }
 
+fn command_in(ns: &Netns, program: &Path) -> Command {
+    let ns = ns.clone();
+    let mut command = Command::new(program);
+    // SAFETY: entering a namespace is one system call on a descriptor that is open before the fork.
+    unsafe {
+        command.pre_exec(move || ns.enter().map_err(std::io::Error::other));
+    }
+    command
+}
+
 impl Stock {
     async fn start(&self, name: &str, environment: &[(&str, &str)]) -> Node<'_> {
+        self.start_in(&Netns::current().unwrap(), name, environment).await
+    }
+
+    /// The same in another network namespace.
+    async fn start_in(&self, ns: &Netns, name: &str, environment: &[(&str, &str)]) -> Node<'_> {
         let dir = self.dir.join(name);
         std::fs::create_dir(&dir).unwrap();
         let log = std::fs::File::create(dir.join("log")).unwrap();
-        let daemon = Command::new(&self.daemon)
+        let daemon = command_in(ns, &self.daemon)
             .args(["--tun=userspace-networking", "--port=0", "--no-logs-no-support"])
             .arg(format!("--statedir={}", dir.display()))
             .arg(format!("--socket={}", dir.join("sock").display()))
@@ -82,7 +98,7 @@ impl Stock {
             .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let node = Node { stock: self, dir, _daemon: daemon };
+        let node = Node { stock: self, ns: ns.clone(), dir, _daemon: daemon };
         until("the daemon listens", async || node.dir.join("sock").exists()).await;
         node
     }
@@ -91,7 +107,8 @@ impl Stock {
 impl Node<'_> {
     /// What a command prints, both streams, and whether it succeeded.
     async fn run(&self, arguments: &[&str]) -> (bool, String) {
-        let mut child = Command::new(&self.stock.client)
+        // In the daemon's namespace: what is not the tailnet's the client dials itself.
+        let mut child = command_in(&self.ns, &self.stock.client)
             .arg(format!("--socket={}", self.dir.join("sock").display()))
             .args(arguments)
             .stdin(Stdio::piped())
@@ -154,7 +171,7 @@ impl Node<'_> {
         let port = port.to_string();
         let arguments = ["nc", peer, &port];
         let (_, text) = tokio::time::timeout(Duration::from_secs(3), self.run(&arguments)).await.ok()?;
-        (!text.is_empty()).then_some(text)
+        text.starts_with("port ").then_some(text)
     }
 
     fn log(&self) -> String {
@@ -184,9 +201,10 @@ async fn make_underlay() {
     netlink.add_address(link.index, format!("{ADDRESS}/24").parse().unwrap()).await.unwrap();
 }
 
-/// Says its port to whoever connects: peers' connections to a stock node end on the host's loopback.
+/// Says its port to whoever connects: peers' connections to a stock node end on the host's loopback, those
+/// through it at the address itself.
 async fn serve_banner(port: u16) {
-    let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    let listener = TcpListener::bind(("0.0.0.0", port)).await.unwrap();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let _ = stream.write_all(format!("port {port}").as_bytes()).await;
