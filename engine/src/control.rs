@@ -34,6 +34,8 @@ const EVENT_QUEUE: usize = 8;
 const ANSWER_QUEUE: usize = 8;
 /// Longest wait after a server that could not be reached: a server that is back is found within 5 s.
 const RECONNECT_MAX: Duration = Duration::from_secs(4);
+/// A session that ends sooner after its first netmap does not make the next one come sooner.
+const WORTH_RESETTING: Duration = Duration::from_secs(2);
 /// For a server that says "too many requests" but not until when, or asks for more than
 /// [`RETRY_AFTER_MAX`].
 const BUSY_WAIT: Duration = Duration::from_secs(7);
@@ -205,6 +207,7 @@ impl Control {
             logouts: logouts_out,
             way: Way::new(plan),
             registered: false,
+            useful_since: None,
             complaints: Complaints::default(),
         };
         task.spawn(client.run());
@@ -252,6 +255,8 @@ struct Client {
     /// The URL whose visit is waited for.
     login: Option<String>,
     registered: bool,
+    /// When this session gave its first netmap.
+    useful_since: Option<Instant>,
     complaints: Complaints,
 }
 
@@ -275,10 +280,13 @@ impl Client {
             Ok(never) => match never {},
             Err(failure) => failure,
         };
-        if established {
+        let useful = self.useful_since.take();
+        if useful.is_some_and(|since| since.elapsed() >= WORTH_RESETTING) {
             soon.reset();
             refused.reset();
             self.complaints = Complaints::default();
+        }
+        if established {
             self.tell(Event::SessionLost).await?;
         }
         let (reason, wait) = match failure {

@@ -129,6 +129,7 @@ struct Driver {
     snapshot_writer: Option<SnapshotWriter>,
     snapshot_piece: Vec<u8>,
     membership: Membership,
+    refused: crate::refused::Lines,
     /// Why there is no control session now; empty while there is one.
     trouble: String,
     logging_out: Option<oneshot::Receiver<Result<(), String>>>,
@@ -184,7 +185,8 @@ impl Driver {
             Some(_) => self.snapshot_written,
             None => self.snapshot_due,
         };
-        let deadline = [self.engine.poll_timeout(), snapshot].into_iter().flatten().min();
+        let refused = self.refused.deadline(self.refused_sum());
+        let deadline = [self.engine.poll_timeout(), snapshot, refused].into_iter().flatten().min();
         tokio::select! {
             read = self.tun.read(&mut self.from_tun, &mut self.drops) => match read {
                 Ok(()) => Wake::Packets,
@@ -240,6 +242,7 @@ impl Driver {
             Wake::Time => {}
             Wake::Ended(ending) => self.ending = Some(ending),
         }
+        self.tell_refused(now);
         // Also under load, when the loop never sleeps until the deadline.
         if self.engine.poll_timeout().is_some_and(|at| at <= now) {
             self.engine.handle_timeout(now, &mut self.outbox);

@@ -15,6 +15,7 @@ mod log;
 mod names;
 mod proxy;
 mod reason;
+mod refused;
 mod resolve;
 mod rpc;
 mod snapshot_file;

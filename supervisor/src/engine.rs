@@ -20,6 +20,7 @@ use tarpc::{client, context};
 use tokio::process::Child;
 use tokio::sync::mpsc;
 
+use crate::distrust::{self, Pace};
 use crate::output;
 use crate::restart::Ended;
 use crate::spawn::Process;
@@ -30,6 +31,9 @@ pub const HEARTBEAT: Duration = Duration::from_secs(1);
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// The first answer may take longer: a node that boots starts all its engines at once.
 const FIRST_ANSWER_WITHIN: Duration = Duration::from_secs(15);
+/// Statuses that are taken from one engine: the table that they go to is everybody's.
+const STATUS_EVERY: Duration = Duration::from_millis(100);
+const STATUS_BURST: u32 = 50;
 /// Largest exit reason that is read.
 const MAX_REASON_BYTES: u64 = 4096;
 
@@ -263,12 +267,14 @@ async fn session<M>(
 
 async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
     let mut seq = 0;
+    let mut pace = Pace::new(STATUS_EVERY, STATUS_BURST);
     loop {
+        tokio::time::sleep(pace.wait(Instant::now())).await;
         match client.watch(within(WATCH_MAX + ANSWER_WITHIN), seq).await {
             Ok(status) => {
                 if status.seq != seq || seq == 0 {
                     seq = status.seq;
-                    reports.send(Event::Status(Box::new(status))).await;
+                    reports.send(Event::Status(Box::new(distrust::status(status)))).await;
                 }
             }
             Err(e) => return broken("watch", &e),

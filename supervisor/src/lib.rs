@@ -8,6 +8,7 @@ pub mod config;
 pub mod context;
 pub mod credentials;
 pub mod daemon;
+pub mod distrust;
 pub mod dns;
 pub mod engine;
 pub mod hostname;

@@ -10,6 +10,7 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::distrust;
 use crate::engine::within;
 use crate::table::{Listing, PodReport};
 
@@ -192,8 +193,8 @@ impl Series {
             self.packets.with_label_values(&with(direction)).inc_by(packets);
             self.bytes.with_label_values(&with(direction)).inc_by(bytes);
         }
-        for (reason, count) in m.drops.iter().take(64) {
-            self.drops.with_label_values(&[own[0], own[1], own[2], reason]).inc_by(*count);
+        for (reason, count) in distrust::drops(m) {
+            self.drops.with_label_values(&[own[0], own[1], own[2], reason]).inc_by(count);
         }
         // One more than the engine tells at most, besides its own words.
         for (by, count) in m.filter_passed.iter().take(72) {

@@ -5,6 +5,7 @@
 //! pretend to be another pod's: namespace and pod come from the supervisor.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use podtether_proto::engine::PodRef;
@@ -13,10 +14,16 @@ use tokio::process::Child;
 use tokio_process_stream::{Item, ProcessChunkStream};
 use tracing::Level;
 
+use crate::distrust::Pace;
 use crate::spawn::Process;
 
 /// Longest line that is kept; the rest of it is dropped.
 const MAX_LINE: usize = 4096;
+/// Lines of one engine: a burst, when it starts or panics, and ten a second.
+const LINE_EVERY: Duration = Duration::from_millis(100);
+const LINE_BURST: u32 = 500;
+/// Lines that are missing are told of so often.
+const TOLD_EVERY: Duration = Duration::from_secs(60);
 
 /// Reads the output of `child` to its end and reaps it.
 pub async fn relay(child: Child, pod: PodRef, process: Arc<Process>) {
@@ -24,16 +31,59 @@ pub async fn relay(child: Child, pod: PodRef, process: Arc<Process>) {
     let mut stream = ProcessChunkStream::from(child);
     let mut out = Lines::default();
     let mut err = Lines::default();
+    let mut quota = Quota::new();
     while let Some(item) = stream.next().await {
+        let now = Instant::now();
+        if let Some(missing) = quota.due(now) {
+            let (namespace, name) = (&pod.namespace, &pod.name);
+            tracing::warn!(
+                namespace,
+                pod = name,
+                pid,
+                missing,
+                "the engine writes too much; lines are missing"
+            );
+        }
         match item {
-            Item::Stdout(chunk) => out.push(&chunk, |line| log(line, &pod, pid)),
-            Item::Stderr(chunk) => err.push(&chunk, |line| log(line, &pod, pid)),
+            Item::Stdout(chunk) => out.push(&chunk, |line| quota.pass(now, || log(line, &pod, pid))),
+            Item::Stderr(chunk) => err.push(&chunk, |line| quota.pass(now, || log(line, &pod, pid))),
             Item::Done(Ok(status)) => process.reaped(status),
             Item::Done(Err(error)) => tracing::warn!(pid, %error, "an engine could not be reaped"),
         }
     }
     out.finish(|line| log(line, &pod, pid));
     err.finish(|line| log(line, &pod, pid));
+}
+
+/// How many lines of one engine go into the log.
+#[derive(Debug)]
+struct Quota {
+    pace: Pace,
+    missing: u64,
+    told: Option<Instant>,
+}
+
+impl Quota {
+    fn new() -> Self {
+        Self { pace: Pace::new(LINE_EVERY, LINE_BURST), missing: 0, told: None }
+    }
+
+    fn pass(&mut self, now: Instant, line: impl FnOnce()) {
+        if self.pace.take(now) {
+            line();
+        } else {
+            self.missing += 1;
+        }
+    }
+
+    /// Lines that were left out since this was last told, at most once a minute.
+    fn due(&mut self, now: Instant) -> Option<u64> {
+        let due = self.missing > 0 && self.told.is_none_or(|at| now.duration_since(at) >= TOLD_EVERY);
+        due.then(|| {
+            self.told = Some(now);
+            std::mem::take(&mut self.missing)
+        })
+    }
 }
 
 /// Cuts a byte stream into bounded lines.
@@ -164,6 +214,21 @@ mod tests {
         let text = parse(b"thread 'main' panicked\x1b[31m").unwrap();
         assert_eq!((text.level, text.message.as_str()), (Level::WARN, "thread 'main' panicked [31m"));
         assert_eq!(parse(b"  "), None);
+    }
+
+    #[test]
+    fn an_engine_that_writes_without_end_gets_a_burst_and_ten_lines_a_second() {
+        let start = Instant::now();
+        let (mut quota, mut written, mut told) = (Quota::new(), 0_u64, Vec::new());
+        for second in 0..120 {
+            for n in 0..1000 {
+                let now = start + Duration::from_secs(second) + Duration::from_millis(n);
+                told.extend(quota.due(now));
+                quota.pass(now, || written += 1);
+            }
+        }
+        assert!((1_600..=1_710).contains(&written), "{written}");
+        assert!(told.len() <= 3 && told.iter().sum::<u64>() > 50_000, "{told:?}");
     }
 
     proptest! {

@@ -194,6 +194,8 @@ fn split_key(body: &[u8]) -> Option<(NodePublic, &[u8])> {
 pub struct FrameReader {
     buffer: Vec<u8>,
     start: usize,
+    /// Bytes of a frame over the limit that are still to be passed over.
+    skip: usize,
 }
 
 impl FrameReader {
@@ -214,18 +216,28 @@ impl FrameReader {
             self.start = 0;
         }
         self.buffer.extend_from_slice(bytes);
+        self.pass_over();
+    }
+
+    fn pass_over(&mut self) {
+        let passed = self.skip.min(self.buffer.len() - self.start);
+        self.start += passed;
+        self.skip -= passed;
     }
 
     /// The next whole frame, if it has arrived.
     ///
     /// # Errors
-    /// When a frame is over the limit or malformed.
+    /// When a frame is over the limit or malformed. The reader then stands behind it and can go on.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, DerpError> {
         let rest = &self.buffer[self.start..];
         let Some((header, body)) = rest.split_first_chunk::<HEADER_LEN>() else { return Ok(None) };
         let [kind, len @ ..] = *header;
         let len = usize::try_from(u32::from_be_bytes(len)).unwrap_or(usize::MAX);
         if len > MAX_FRAME_BYTES {
+            self.start += HEADER_LEN;
+            self.skip = len;
+            self.pass_over();
             return Err(DerpError::TooLarge(len));
         }
         if body.len() < len {
@@ -446,6 +458,38 @@ mod tests {
     fn any_frame() -> impl Strategy<Value = (u8, Vec<u8>)> {
         let kind = prop_oneof![1u8..=8, 0x0au8..=0x15, any::<u8>()];
         (kind, proptest::collection::vec(any::<u8>(), 0..90))
+    }
+
+    #[test]
+    fn a_frame_over_the_limit_is_passed_over_and_never_held() {
+        let len = MAX_FRAME_BYTES + 1;
+        let mut wire = vec![0x05];
+        wire.extend_from_slice(&u32::try_from(len).unwrap().to_be_bytes());
+        wire.resize(HEADER_LEN + len, 0xee);
+        // Too short for its type.
+        wire.extend_from_slice(&[0x08, 0, 0, 0, 1, 0]);
+        Frame::Ping([7; 8]).encode(&mut wire);
+        for cut in [1000, 4096, wire.len()] {
+            let mut reader = FrameReader::new();
+            let mut got = Vec::new();
+            for part in wire.chunks(cut) {
+                reader.push(part);
+                loop {
+                    match reader.next_frame() {
+                        Ok(Some(frame)) => got.push(format!("{frame:?}")),
+                        Ok(None) => break,
+                        Err(error) => got.push(error.to_string()),
+                    }
+                }
+                assert!(reader.buffer.len() <= cut.max(HEADER_LEN + cut), "{}", reader.buffer.len());
+            }
+            let expected = [
+                DerpError::TooLarge(len).to_string(),
+                DerpError::Malformed(8).to_string(),
+                "Ping([7, 7, 7, 7, 7, 7, 7, 7])".into(),
+            ];
+            assert_eq!(got, expected, "in pieces of {cut}");
+        }
     }
 
     proptest! {

@@ -23,6 +23,7 @@ use super::answer::Answers;
 use super::{Client, Event, Failure, Gone, Identity, Steps, random_u64};
 use crate::dial::ControlUrl;
 use crate::reason::Ending;
+use crate::refused::Refused;
 
 const UPDATE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Endpoints mostly change several at a time.
@@ -185,9 +186,19 @@ impl Client {
                 match frames.next_message() {
                     Ok(None) => {}
                     Ok(Some(frame)) => {
-                        let message: Box<MapResponse> = match serde_json::from_slice(frame) {
-                            Ok(message) => Box::new(message),
+                        let message = match MapResponse::from_json(frame) {
+                            Ok((message, skipped)) => {
+                                Refused::MapField.add(skipped);
+                                Box::new(message)
+                            }
+                            // Its length is known, so the next one can still be read.
+                            Err(_) if first.is_none() => {
+                                Refused::MapMessage.count();
+                                continue;
+                            }
+                            // Without the first there is nothing that others could change.
                             Err(error) => {
+                                Refused::MapMessage.count();
                                 let url = &self.identity.url;
                                 let reason = format!("{url} sent a map message that is not JSON: {error}");
                                 return Ok(Err(Failure::refused(reason)));
@@ -195,6 +206,7 @@ impl Client {
                         };
                         if let Some(mut steps) = first.take() {
                             steps.done("first map");
+                            self.useful_since = Some(Instant::now());
                         }
                         if let Some(plan) = &message.control_dial_plan {
                             self.way.plan = plan.clone();

@@ -4,7 +4,7 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podtether_core::backoff::Backoff;
 use podtether_core::derp::{DerpError, Frame, FrameReader, client_greeting, open_server_info};
@@ -18,6 +18,7 @@ use super::{Event, MAX_PACKET, Message, Packet};
 use crate::dial::{self, Dialer, Io};
 use crate::http1;
 use crate::log::Complaints;
+use crate::refused::Refused;
 use crate::tls::Trust;
 
 /// One server's time to accept a connection.
@@ -33,6 +34,8 @@ const RECONNECT_MAX: Duration = Duration::from_secs(4);
 const RESTART_HINT_MAX: Duration = Duration::from_secs(10);
 /// Bytes written at a time when packets queue up.
 const WRITE_BYTES: usize = 16 << 10;
+/// A server that greets and ends the connection sooner is not hurried back to.
+const WORTH_RESETTING: Duration = Duration::from_secs(2);
 const PIN_PREFIX: &str = "sha256-raw:";
 
 pub(super) struct Connection {
@@ -71,12 +74,16 @@ impl Connection {
             let Ended { error, hint } = match self.connect(&servers).await {
                 Ok(greeted) => {
                     tracing::info!(region = self.region.0, code = servers.region_code, "DERP connected");
-                    backoff.reset();
-                    complaints = Complaints::default();
                     if self.tell(Event::Connected).await.is_err() {
                         return;
                     }
-                    match self.pump(greeted).await {
+                    let since = Instant::now();
+                    let pumped = self.pump(greeted).await;
+                    if since.elapsed() >= WORTH_RESETTING {
+                        backoff.reset();
+                        complaints = Complaints::default();
+                    }
+                    match pumped {
                         Ok(()) => return,
                         Err(ended) => ended,
                     }
@@ -185,7 +192,15 @@ impl Connection {
                         Ok(Some(frame)) => frame,
                         Ok(None) => break,
                         // One odd frame among sound ones; the reader stands behind it.
-                        Err(DerpError::Malformed(_)) => continue,
+                        Err(DerpError::Malformed(_) | DerpError::Greeting) => {
+                            Refused::DerpFrame.count();
+                            continue;
+                        }
+                        // What is announced is passed over as it comes.
+                        Err(DerpError::TooLarge(_)) => {
+                            Refused::DerpLongFrame.count();
+                            continue;
+                        }
                         Err(error) => return Err(io::Error::other(error)),
                     };
                     let event = match frame {
@@ -200,19 +215,27 @@ impl Connection {
                         Frame::PeerGone(peer, _) => Event::PeerGone { peer },
                         Frame::Health(text) => Event::Health(String::from_utf8_lossy(text).into_owned()),
                         Frame::Restarting(reconnect_ms, _) => {
-                            tracing::info!(%region, reconnect_ms, "the DERP server is restarting");
+                            if told.load(Ordering::Relaxed) == 0 {
+                                tracing::info!(%region, reconnect_ms, "the DERP server is restarting");
+                            }
                             told.store(reconnect_ms.max(1), Ordering::Relaxed);
                             continue;
                         }
                         Frame::KeepAlive | Frame::Pong(_) => Event::Heard,
-                        // Too long for a tunnel, for servers among themselves, or out of turn.
-                        Frame::RecvPacket(..)
-                        | Frame::Other(_)
-                        | Frame::ServerKey(_)
+                        Frame::RecvPacket(..) => {
+                            Refused::DerpLongPacket.count();
+                            continue;
+                        }
+                        // For servers among themselves, or newer than this build.
+                        Frame::Other(_) => continue,
+                        Frame::ServerKey(_)
                         | Frame::ClientInfo(..)
                         | Frame::ServerInfo(_)
                         | Frame::SendPacket(..)
-                        | Frame::NotePreferred(_) => continue,
+                        | Frame::NotePreferred(_) => {
+                            Refused::DerpOutOfTurn.count();
+                            continue;
+                        }
                     };
                     if messages.send(Message { region, event }).await.is_err() {
                         return Ok(());

@@ -69,6 +69,7 @@ impl Driver {
             drops: core
                 .chain(self.drops.named())
                 .chain(names)
+                .chain(crate::refused::named())
                 .chain(log)
                 .map(|(why, n)| (why.to_owned(), n))
                 .collect(),
@@ -111,6 +112,24 @@ impl Driver {
     pub(super) fn peer_caps(&self, peer: IpAddr) -> Vec<(String, Vec<String>)> {
         let text = |arguments: Vec<_>| arguments.iter().map(ToString::to_string).collect();
         self.engine.peer_caps(peer).into_iter().map(|(name, arguments)| (name, text(arguments))).collect()
+    }
+
+    /// Says in the log what was refused, each reason at most once a minute.
+    pub(super) fn tell_refused(&mut self, now: Instant) {
+        if self.refused.deadline(self.refused_sum()).is_none_or(|at| at > now) && self.refused.began() {
+            return;
+        }
+        let bad = self.engine.counters().drops().filter(|(why, _)| why.is_bad_input());
+        let bad = bad.map(|(why, n)| (why.name(), n)).chain(crate::refused::named());
+        self.refused.look(now, bad, |reason, count| {
+            tracing::warn!(pod = self.board.pod_uid(), reason, count, "refused bad input");
+        });
+    }
+
+    /// All that may be told of.
+    pub(super) fn refused_sum(&self) -> u64 {
+        let bad = self.engine.counters().drops().filter(|(why, _)| why.is_bad_input());
+        bad.map(|(_, n)| n).chain(crate::refused::named().map(|(_, n)| n)).fold(0, u64::wrapping_add)
     }
 
     pub(super) fn peers(&self, now: Instant) -> Vec<PeerStatus> {

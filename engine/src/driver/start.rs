@@ -168,6 +168,7 @@ impl Checked {
             snapshot_writer: None,
             snapshot_piece: Vec::new(),
             membership: Membership::Connecting,
+            refused: crate::refused::Lines::default(),
             trouble: String::new(),
             logging_out: None,
             logout_answer: None,

@@ -308,6 +308,30 @@ drop_reasons! {
     TooManyPeers = "too_many_peers",
 }
 
+impl DropReason {
+    /// Whether somebody sent what no sound program sends, or far too much; the others happen to everybody.
+    #[must_use]
+    pub fn is_bad_input(self) -> bool {
+        matches!(
+            self,
+            Self::Malformed
+                | Self::SourceNotOurs
+                | Self::TooBig
+                | Self::TooManyPeers
+                | Self::UnknownDatagram
+                | Self::UnknownSession
+                | Self::UnknownPeer
+                | Self::BadCrypto
+                | Self::UnderLoad
+                | Self::PeerSource
+                | Self::NotForUs
+                | Self::BadDisco
+                | Self::UnknownDisco
+                | Self::DiscoFlood
+        )
+    }
+}
+
 /// Counters since the start.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counters {

@@ -18,6 +18,8 @@ use crate::key::NodePublic;
 const IDLE: Duration = Duration::from_secs(60);
 /// Packets that wait for one region's connection.
 const MAX_WAITING: usize = 64;
+/// The same for all regions together.
+const MAX_WAITING_ALL: usize = 256;
 /// Regions in use at a time, besides home.
 const MAX_REGIONS: usize = 64;
 /// Regions kept connected only because a peer with a direct path lives there.
@@ -196,6 +198,11 @@ impl Relays {
         out: &mut Outbox,
         events: &mut VecDeque<Event>,
     ) -> bool {
+        let waiting: usize = if self.is_connected(to.region) {
+            0
+        } else {
+            self.regions.values().map(|relay| relay.waiting.len()).sum()
+        };
         let Some(relay) = self.connect(to.region, now, events) else { return false };
         relay.last_sent = Some(now);
         if relay.connected {
@@ -210,7 +217,10 @@ impl Relays {
             // The newest is sent when the relay is connected; several at once would be taken for a flood.
             return true;
         }
-        let full = relay.waiting.len() >= MAX_WAITING && relay.waiting.pop_front().is_some();
+        let full = relay.waiting.len() >= MAX_WAITING || waiting >= MAX_WAITING_ALL;
+        if full && relay.waiting.pop_front().is_none() {
+            return false;
+        }
         relay.waiting.push_back((to.peer, packet.to_vec()));
         !full
     }

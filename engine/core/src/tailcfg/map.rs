@@ -7,8 +7,9 @@ use std::time::Duration;
 use base64::Engine as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::lenient::Elements;
-use super::lenient::{list, map, opt_list, opt_map, or_default, soft};
+use super::lenient::{
+    Elements, counting, field_list, field_map, field_opt_list, field_opt_map, list, or_default, soft,
+};
 use super::{DerpMap, DnsConfig, FilterRule, Hostinfo, Node, NodeId, PeerChange, UnixTime, UserProfile};
 use crate::key::{DiscoPublic, NodePublic};
 
@@ -154,7 +155,7 @@ impl<'de> Deserialize<'de> for EndpointType {
 #[serde(rename_all = "PascalCase", default)]
 pub struct MapResponse {
     /// Nothing changed.
-    #[serde(deserialize_with = "or_default", skip_serializing_if = "is_false")]
+    #[serde(deserialize_with = "soft", skip_serializing_if = "is_false")]
     pub keep_alive: bool,
     /// The server wants to know whether this node is alive.
     #[serde(deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
@@ -169,22 +170,22 @@ pub struct MapResponse {
     #[serde(rename = "DERPMap", deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
     pub derp_map: Option<DerpMap>,
     /// All peers; empty means unchanged.
-    #[serde(deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "field_list", skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<Node>,
     /// Peers that are new or changed.
-    #[serde(deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "field_list", skip_serializing_if = "Vec::is_empty")]
     pub peers_changed: Vec<Node>,
     /// Peers that are gone.
-    #[serde(deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "field_list", skip_serializing_if = "Vec::is_empty")]
     pub peers_removed: Vec<NodeId>,
     /// Small changes to peers.
-    #[serde(deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "field_list", skip_serializing_if = "Vec::is_empty")]
     pub peers_changed_patch: Vec<PeerChange>,
     /// Peers seen just now (true), or of which it is not known when (false).
-    #[serde(deserialize_with = "map", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(deserialize_with = "field_map", skip_serializing_if = "BTreeMap::is_empty")]
     pub peer_seen_change: BTreeMap<NodeId, bool>,
     /// Peers that came or went.
-    #[serde(deserialize_with = "map", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(deserialize_with = "field_map", skip_serializing_if = "BTreeMap::is_empty")]
     pub online_change: BTreeMap<NodeId, bool>,
     /// Name resolution.
     #[serde(rename = "DNSConfig", deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
@@ -196,19 +197,19 @@ pub struct MapResponse {
     #[serde(deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
     pub collect_services: Option<bool>,
     /// The whole packet filter, in its older form.
-    #[serde(deserialize_with = "opt_list", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "field_opt_list", skip_serializing_if = "Option::is_none")]
     pub packet_filter: Option<Vec<FilterRule>>,
     /// Named parts of the packet filter; none for a name deletes it, for `*` all before.
     #[serde(deserialize_with = "filters", skip_serializing_if = "Option::is_none")]
     pub packet_filters: Option<BTreeMap<String, Option<Vec<FilterRule>>>>,
     /// Users, added to those known.
-    #[serde(deserialize_with = "list", skip_serializing_if = "Vec::is_empty")]
+    #[serde(deserialize_with = "field_list", skip_serializing_if = "Vec::is_empty")]
     pub user_profiles: Vec<UserProfile>,
     /// Problems the server sees with this node, all of them.
-    #[serde(deserialize_with = "opt_list", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "field_opt_list", skip_serializing_if = "Option::is_none")]
     pub health: Option<Vec<String>>,
     /// Problems by name; none for a name clears it, for `*` all before.
-    #[serde(deserialize_with = "opt_map", skip_serializing_if = "Option::is_none")]
+    #[serde(deserialize_with = "field_opt_map", skip_serializing_if = "Option::is_none")]
     pub display_messages: Option<BTreeMap<String, Option<DisplayMessage>>>,
     /// The server's clock.
     #[serde(deserialize_with = "soft", skip_serializing_if = "Option::is_none")]
@@ -236,10 +237,22 @@ pub struct TkaInfo {
     pub disabled: bool,
 }
 
+impl MapResponse {
+    /// Reads one message, and how many of its fields, elements and entries were passed over because they
+    /// were not what they should be.
+    ///
+    /// # Errors
+    /// When it is not a JSON object at all.
+    pub fn from_json(message: &[u8]) -> Result<(Self, u64), serde_json::Error> {
+        let (decoded, skipped) = counting(|| serde_json::from_slice(message));
+        Ok((decoded?, skipped))
+    }
+}
+
 type FilterChunks = BTreeMap<String, Option<Vec<FilterRule>>>;
 
 fn filters<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FilterChunks>, D::Error> {
-    let chunks: Option<BTreeMap<String, Option<Elements<FilterRule>>>> = opt_map(deserializer)?;
+    let chunks: Option<BTreeMap<String, Option<Elements<FilterRule>>>> = field_opt_map(deserializer)?;
     Ok(chunks.map(|chunks| chunks.into_iter().map(|(name, rules)| (name, rules.map(|r| r.0))).collect()))
 }
 

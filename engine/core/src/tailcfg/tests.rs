@@ -334,3 +334,45 @@ proptest! {
         let _ = serde_json::from_slice::<MapResponse>(&bytes);
     }
 }
+
+#[test]
+fn a_field_of_the_wrong_kind_costs_that_field_alone() {
+    let good = r#""Domain":"example.test","PeersRemoved":[7],"PeerSeenChange":{"5":true}"#;
+    let fields = [
+        "KeepAlive",
+        "Node",
+        "DERPMap",
+        "Peers",
+        "PeersChanged",
+        "PeersChangedPatch",
+        "OnlineChange",
+        "DNSConfig",
+        "PacketFilter",
+        "PacketFilters",
+        "UserProfiles",
+        "Health",
+        "DisplayMessages",
+        "ControlTime",
+        "Debug",
+        "PingRequest",
+        "CollectServices",
+        "ControlDialPlan",
+    ];
+    for field in fields {
+        for odd in ["17", "-1", "1.5", "\"text\"", "[[1]]", "{\"1\":{\"a\":[]}}", "true"] {
+            let text = format!("{{{good},\"{field}\":{odd}}}");
+            let (message, skipped) = MapResponse::from_json(text.as_bytes()).expect(&text);
+            assert_eq!(message.domain, "example.test", "{text}");
+            assert_eq!(message.peers_removed, [NodeId(7)], "{text}");
+            assert_eq!(message.peer_seen_change.get(&NodeId(5)), Some(&true), "{text}");
+            assert!(message.peers.is_empty() && message.packet_filter.is_none_or(|f| f.is_empty()), "{text}");
+            assert!(skipped <= 1, "{text}");
+        }
+        let (_, skipped) =
+            MapResponse::from_json(format!("{{{good},\"{field}\":\"odd\"}}").as_bytes()).unwrap();
+        assert_eq!(skipped, 1, "{field}");
+        let (_, skipped) = MapResponse::from_json(format!("{{{good},\"{field}\":null}}").as_bytes()).unwrap();
+        assert_eq!(skipped, 0, "{field}");
+    }
+    assert!(MapResponse::from_json(b"17").is_err() && MapResponse::from_json(b"{").is_err());
+}

@@ -110,3 +110,15 @@ fn a_new_home_leaves_the_old_one_in_a_while_and_a_vanished_one_at_once() {
     assert_eq!(events.back(), Some(&Event::DerpClose { region: B }));
     assert!(!relays.home().is_some());
 }
+
+#[test]
+fn what_waits_is_bounded_over_all_regions() {
+    let (mut relays, mut events, mut out) = (Relays::default(), VecDeque::new(), Outbox::default());
+    let now = Instant::now();
+    relays.set_known((1..=60).map(RegionId).collect(), &mut events);
+    for n in 0..20_000 {
+        relays.send(to(RegionId(1 + n % 60)), &[0; 1300], now, &mut out, &mut events);
+    }
+    let waiting: usize = relays.regions.values().map(|relay| relay.waiting.len()).sum();
+    assert!((MAX_WAITING_ALL - 60..=MAX_WAITING_ALL).contains(&waiting), "{waiting}");
+}
