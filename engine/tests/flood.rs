@@ -177,13 +177,13 @@ struct Sums {
 }
 
 impl Sums {
-    fn print(&self, what: &str, rss_kib: u64) {
+    fn text(&self, what: &str, rss_kib: u64) -> String {
         let seconds = PHASE.as_millis() * u128::from(rounds());
         let mbit = |bytes: u64| u128::from(bytes) * 8 / seconds / 1000;
         let percent = |a: u64, b: u64| a * 100 / b.max(1);
         let per_cpu = |bytes: u64, cpu: Duration| u128::from(bytes) / cpu.as_millis().max(1);
         let (calm, busy) = (per_cpu(self.peace, self.cpu_peace), per_cpu(self.flooded, self.cpu_flooded));
-        println!(
+        format!(
             "{what}: {} Mbit/s in peace, {} with a flood elsewhere, {} with it here: {} % raw, {} % of a \
              flood elsewhere; {calm} and {busy} bytes a millisecond of the engine's CPU; {} packets of \
              garbage a second, RssAnon {rss_kib} KiB",
@@ -193,7 +193,7 @@ impl Sums {
             percent(self.flooded, self.peace),
             percent(self.flooded, self.elsewhere),
             u128::from(self.sent) * 1000 / seconds,
-        );
+        )
     }
 }
 
@@ -232,7 +232,7 @@ fn strangers_garbage_leaves_peers_their_traffic() {
                 sums.sent += flood.end();
                 rss = rss.max(process(&a).rss_kib);
             }
-            sums.print("a stranger", rss);
+            println!("{}", sums.text("a stranger", rss));
             let metrics = a.client().metrics(patient()).await.unwrap();
             assert!(dropped(&metrics.drops) > sums.sent / 20, "{metrics:?} of {}", sums.sent);
             for reason in ["unknown_datagram", "unknown_session", "under_load", "unknown_disco"] {
@@ -288,7 +288,7 @@ fn a_pods_garbage_leaves_other_pods_their_traffic() {
                 sums.sent += flood.end();
                 rss = rss.max(process(&hostile).rss_kib);
             }
-            sums.print("a pod", rss);
+            println!("{}", sums.text("a pod", rss));
             let metrics = hostile.client().metrics(patient()).await.unwrap();
             assert!(metrics.drops.iter().any(|(name, n)| name == "no_peer" && *n > 0), "{metrics:?}");
             assert!(sums.flooded > sums.elsewhere / 5, "{sums:?}");

@@ -86,6 +86,14 @@ pub fn drops(metrics: &EngineMetrics) -> Vec<(&str, u64)> {
     kept
 }
 
+/// A name that control chose, as a label.
+#[must_use]
+pub fn label(name: &str) -> String {
+    let mut label: String = name.chars().take(MAX_REASON).collect();
+    tame(&mut label, MAX_REASON);
+    label
+}
+
 /// Lets something happen so often in the long run, and so many times at once.
 #[derive(Debug)]
 pub struct Pace {

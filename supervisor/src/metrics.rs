@@ -198,7 +198,8 @@ impl Series {
         }
         // One more than the engine tells at most, besides its own words.
         for (by, count) in m.filter_passed.iter().take(72) {
-            self.filter_passed.with_label_values(&[own[0], own[1], own[2], by]).inc_by(*count);
+            let by = distrust::label(by);
+            self.filter_passed.with_label_values(&[own[0], own[1], own[2], &by]).inc_by(*count);
         }
         self.filter_rules.with_label_values(&with("in_force")).set(float(m.filter_rules));
         self.filter_rules.with_label_values(&with("left_out")).set(float(m.filter_skipped));
