@@ -164,6 +164,7 @@ mod tests {
             node: Some(node),
             home_derp: 0,
             health: vec![problem; 1000],
+            routes_version: 0,
             accepted_routes: vec!["10.0.0.0/8".parse().unwrap(); 100_000],
             exit_node_id: Some(long),
         };
