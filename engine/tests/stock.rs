@@ -16,7 +16,9 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use common::{Join, PATIENCE, Pod, echo, patient, probe};
-use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig, RegionConfig};
+use hickory_proto::op::{Message, MessageType, OpCode, Query};
+use hickory_proto::rr::{Name, RecordType};
+use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig, DnsSettings, RegionConfig};
 use podtether_net::netlink::{Netlink, VethEnd};
 use podtether_net::netns::Netns;
 use podtether_net::testing::{block_on, in_namespaces};
@@ -39,6 +41,17 @@ fn a_pod_and_stock_nodes_reach_each_other() {
     };
     in_namespaces("a_pod_and_stock_nodes_reach_each_other", |dir| {
         block_on(Box::pin(scenario(&Stock { daemon, client, dir: dir.to_owned() })));
+    });
+}
+
+#[test]
+fn names_are_answered_as_stock_answers_them() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("names_are_answered_as_stock_answers_them", |dir| {
+        block_on(Box::pin(names(&Stock { daemon, client, dir: dir.to_owned() })));
     });
 }
 
@@ -141,11 +154,12 @@ async fn make_underlay() -> IpAddr {
     ADDRESS.parse().unwrap()
 }
 
-async fn start_devnet(dir: &Path, ip: IpAddr) -> Devnet {
+async fn start_devnet(dir: &Path, ip: IpAddr, dns: DnsSettings) -> Devnet {
     let config = DevnetConfig {
         http_listen: vec![SocketAddr::new(ip, 0)],
         https_listen: vec![SocketAddr::new(ip, 0)],
         regions: vec![RegionConfig::new(1, vec![ip])],
+        dns,
         ..DevnetConfig::default()
     };
     let devnet = Devnet::start(config).await.unwrap();
@@ -174,7 +188,7 @@ async fn path(pod: &Pod, name: &str) -> PathStatus {
 
 async fn scenario(stock: &Stock) {
     let ip = make_underlay().await;
-    let devnet = start_devnet(&stock.dir, ip).await;
+    let devnet = start_devnet(&stock.dir, ip, DnsSettings::default()).await;
     let _echo = serve_echo().await;
     let mut pod = Pod::make(&stock.dir, "pod").await;
     let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() }).secret;
@@ -226,4 +240,128 @@ async fn scenario(stock: &Stock) {
         assert!(probed.answered >= 360, "{name}: {probed:?}");
     }
     assert_eq!(devnet.complaints(), Vec::<String>::new());
+}
+
+/// What the engine says where it differs from stock.
+type Ours = Option<(u16, &'static [&'static str])>;
+
+/// A response code, and what the records say, sorted.
+type Said = (u16, Vec<String>);
+
+/// What a stock node's own resolver says.
+async fn stock_says(node: &Node<'_>, name: &str, kind: RecordType) -> Said {
+    let kind = if kind == RecordType::ANY { "ALL".to_owned() } else { kind.to_string() };
+    let (_, text) = node.run(&["dns", "query", "--json", name, &kind]).await;
+    let said: serde_json::Value =
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{name} {kind}: {e}: {text}"));
+    let codes = ["RCodeSuccess", "RCodeFormatError", "RCodeServerFailure", "RCodeNameError"];
+    let codes = [&codes[..], &["RCodeNotImplemented", "RCodeRefused"]].concat();
+    let code = codes.iter().position(|code| said["ResponseCode"] == *code);
+    let answers = said["Answers"].as_array().into_iter().flatten();
+    let mut bodies: Vec<String> =
+        answers.map(|a| a["Body"].as_str().unwrap_or_default().to_owned()).collect();
+    bodies.sort();
+    (u16::try_from(code.unwrap_or_else(|| panic!("{said}"))).unwrap(), bodies)
+}
+
+/// What the engine says.
+async fn engine_says(pod: &Pod, from: IpAddr, name: &str, kind: RecordType) -> Said {
+    let socket = pod.udp((from, 0).into()).await;
+    let mut query = Message::new(77, MessageType::Query, OpCode::Query);
+    query.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+    socket.send_to(&query.to_vec().unwrap(), "100.100.100.100:53").await.unwrap();
+    let mut buffer = [0; 1500];
+    let answer = tokio::time::timeout(PATIENCE, socket.recv(&mut buffer)).await.unwrap().unwrap();
+    let answer = Message::from_vec(&buffer[..answer]).unwrap();
+    let mut bodies: Vec<String> = answer.answers.iter().map(|record| record.data.to_string()).collect();
+    bodies.sort();
+    (answer.metadata.response_code.into(), bodies)
+}
+
+async fn names(stock: &Stock) {
+    use RecordType as T;
+    const AS_STOCK: Ours = None;
+    let ip = make_underlay().await;
+    let dns = DnsSettings {
+        routes: vec![("local.test".into(), vec![])],
+        extra_records: vec![
+            ("db.tailnet.test".into(), "100.64.0.77".parse().unwrap()),
+            ("outside.example".into(), "2001:db8::7".parse().unwrap()),
+        ],
+        ..DnsSettings::default()
+    };
+    let devnet = start_devnet(&stock.dir, ip, dns).await;
+    let mut pod = Pod::make(&stock.dir, "pod").await;
+    let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() }).secret;
+    let join = Join {
+        control_url: devnet.https_url(),
+        ca_pem: devnet.ca_pem().to_owned(),
+        auth_key: Some(key),
+        addresses: vec![ip],
+    };
+    let from = pod.join(&join).await[0];
+    let node = stock.join("stock", &devnet, &[]).await;
+    let stock_address = node.address().await.to_string();
+    until("everybody knows everybody", async || {
+        engine_says(&pod, from, "stock.tailnet.test.", T::A).await.1 == [stock_address.clone()]
+            && !stock_says(&node, "pod.tailnet.test.", T::A).await.1.is_empty()
+    })
+    .await;
+    let reverse = |ip: &str| {
+        let octets: Vec<&str> = ip.split('.').rev().collect();
+        format!("{}.in-addr.arpa.", octets.join("."))
+    };
+    let (of_stock, of_pod) = (reverse(&stock_address), reverse(&from.to_string()));
+    let ula = "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa.";
+    let table: &[(&str, T, Ours)] = &[
+        ("stock.tailnet.test.", T::A, AS_STOCK),
+        ("pod.tailnet.test.", T::A, AS_STOCK),
+        ("PoD.TailNet.test.", T::A, AS_STOCK),
+        ("pod.tailnet.test.", T::AAAA, AS_STOCK),
+        ("pod.tailnet.test.", T::MX, AS_STOCK),
+        ("pod.tailnet.test.", T::TXT, AS_STOCK),
+        ("pod.tailnet.test.", T::SRV, AS_STOCK),
+        ("pod.tailnet.test.", T::ANY, AS_STOCK),
+        ("gone.tailnet.test.", T::A, AS_STOCK),
+        ("gone.tailnet.test.", T::AAAA, AS_STOCK),
+        ("a.pod.tailnet.test.", T::A, AS_STOCK),
+        ("db.tailnet.test.", T::A, AS_STOCK),
+        ("db.tailnet.test.", T::AAAA, AS_STOCK),
+        ("outside.example.", T::AAAA, AS_STOCK),
+        ("outside.example.", T::A, AS_STOCK),
+        ("gone.local.test.", T::A, AS_STOCK),
+        (&of_stock, T::PTR, AS_STOCK),
+        (&of_pod, T::PTR, AS_STOCK),
+        ("9.9.99.100.in-addr.arpa.", T::PTR, AS_STOCK),
+        (ula, T::PTR, AS_STOCK),
+        ("some.onion.", T::A, AS_STOCK),
+        ("magicdns.localhost-tailscale-daemon.", T::A, AS_STOCK),
+        ("magicdns.localhost-tailscale-daemon.", T::AAAA, AS_STOCK),
+        ("100.100.100.100.in-addr.arpa.", T::PTR, AS_STOCK),
+        ("10-1-2-3-via-7.", T::AAAA, AS_STOCK),
+        ("10-1-2-3-via-7.", T::A, AS_STOCK),
+        // The zone itself, which stock says does not exist: a resolver that believed it would look up nothing
+        // below it (RFC 8020).
+        ("tailnet.test.", T::A, Some((0, &[]))),
+        ("local.test.", T::A, Some((0, &[]))),
+        // Stock does not implement these; no such record is no data.
+        ("pod.tailnet.test.", T::NS, Some((0, &[]))),
+        ("pod.tailnet.test.", T::SOA, Some((0, &[]))),
+        // Nobody to ask: stock fails, we refuse, so that a stub resolver asks its next server.
+        ("example.org.", T::A, Some((5, &[]))),
+    ];
+    let mut differences = vec![];
+    for (name, kind, ours) in table {
+        let (stock, engine) =
+            (stock_says(&node, name, *kind).await, engine_says(&pod, from, name, *kind).await);
+        println!("{name} {kind}: stock {stock:?}, engine {engine:?}");
+        let expected = match ours {
+            None => stock,
+            Some((code, bodies)) => (*code, bodies.iter().map(|b| (*b).to_owned()).collect()),
+        };
+        if engine != expected {
+            differences.push(format!("{name} {kind}: {engine:?}, not {expected:?}"));
+        }
+    }
+    assert_eq!(differences, [""; 0]);
 }

@@ -14,7 +14,7 @@ use crate::config::Tailnet;
 use crate::record::Attachment;
 
 /// A pod's own choice, over its tailnet's.
-pub const ANNOTATION: &str = "podtether.io/dns";
+pub const ANNOTATION: &str = "podtether.dev/dns";
 
 /// What is done about names that a pod asks its own name servers for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -145,7 +145,7 @@ fn primary(pod: &Pod) -> (Vec<IpAddr>, [SocketAddr; 2]) {
 
 fn intercepted(servers: &[SocketAddr]) -> CniCall {
     CniCall {
-        annotations: vec![("podtether.io/dns".into(), "intercept".into())],
+        annotations: vec![("podtether.dev/dns".into(), "intercept".into())],
         name_servers: servers.iter().map(SocketAddr::ip).collect(),
         ..CniCall::new("ADD")
     }

@@ -10,7 +10,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use hickory_proto::op::{Edns, Message, Query, ResponseCode};
@@ -19,7 +19,7 @@ use hickory_proto::rr::{Name, RData, Record, RecordType};
 use hickory_proto::serialize::binary::{BinEncodable, BinEncoder};
 
 use super::reverse::Reverse;
-use super::upstream::Upstreams;
+use super::upstream::{SERVICE_V4, SERVICE_V6, Upstreams};
 use super::wire::MAX_UDP_ANSWER;
 use crate::tailcfg::{DnsConfig, Node, NodeId};
 
@@ -31,7 +31,7 @@ const NEGATIVE_TTL_S: u32 = 10;
 pub(super) const CAP_PEER_AAAA: &str = "magicdns-aaaa";
 /// What stock nodes call their resolver.
 const SERVICE_NAME: &str = "magicdns.localhost-tailscale-daemon";
-const SERVICE: IpAddr = IpAddr::V4(Ipv4Addr::new(100, 100, 100, 100));
+const SERVICE: [IpAddr; 2] = [IpAddr::V4(SERVICE_V4), IpAddr::V6(SERVICE_V6)];
 
 /// Names and addresses of the tailnet.
 #[derive(Debug, Clone, Default)]
@@ -189,7 +189,7 @@ impl Names {
                 self.records.entry(name).or_default().push(value);
             }
         }
-        self.records.insert(SERVICE_NAME.into(), vec![SERVICE]);
+        self.records.insert(SERVICE_NAME.into(), SERVICE.into());
         self.above_records = self.records.keys().flat_map(|name| above(name)).map(Box::from).collect();
         changed
     }
@@ -245,6 +245,15 @@ impl Names {
         if let Some(data) = self.forward(name, kind) {
             return if data.is_empty() { Found::NoData(local(zone)) } else { Found::Records(data) };
         }
+        if let Some(ip) =
+            via(name).filter(|_| matches!(kind, RecordType::A | RecordType::AAAA | RecordType::ANY))
+        {
+            return if kind == RecordType::A {
+                Found::NoData(None)
+            } else {
+                Found::Records(vec![RData::AAAA(AAAA(ip))])
+            };
+        }
         if name == "onion" || name.ends_with(".onion") {
             // RFC 7686: such a name must not reach a name server.
             return Found::NoName("onion".into());
@@ -253,7 +262,7 @@ impl Names {
         if let Some(reverse) = &reverse {
             let holder = reverse.address.and_then(|ip| self.addresses.holders.get(&ip));
             let host = holder.and_then(|id| self.hosts.get(id)).map(|host| &*host.name);
-            let service = (reverse.address == Some(SERVICE)).then_some(SERVICE_NAME);
+            let service = reverse.address.filter(|ip| SERVICE.contains(ip)).map(|_| SERVICE_NAME);
             if let Some(name) = host.or(service).and_then(wire_name) {
                 return if matches!(kind, RecordType::PTR | RecordType::ANY) {
                     Found::Records(vec![RData::PTR(PTR(name))])
@@ -312,6 +321,25 @@ impl Names {
         }
         Some(data)
     }
+}
+
+/// The address that a name like `192-168-1-2-via-7` stands for: an IPv4 address behind the subnet router of a
+/// site, in `fd7a:115c:a1e0:b1a::/64`.
+fn via(name: &str) -> Option<Ipv6Addr> {
+    let (label, domain) = name.split_once('.').unwrap_or((name, ""));
+    if !(domain.is_empty() || is_within(domain, "ts.net") || is_within(domain, "tailscale.net")) {
+        return None;
+    }
+    let (address, site) = label.split_once("-via-")?;
+    let address: Ipv4Addr = address.replace('-', ".").parse().ok()?;
+    let site: u32 = match site.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16).ok()?,
+        None => site.parse().ok()?,
+    };
+    let [high, low] = [site >> 16, site & 0xffff].map(|half| u16::try_from(half).unwrap_or(0));
+    let [a, b, c, d] = address.octets();
+    let (first, last) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    Some(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0xb1a, high, low, first, last))
 }
 
 /// True when `name` is `zone` or lies under it.

@@ -305,8 +305,18 @@ fn names_of_special_use() {
     let mut magic = tailnet();
     let service = "magicdns.localhost-tailscale-daemon.";
     assert_eq!(addresses(&ask(&mut magic, service, RecordType::A)), ["100.100.100.100"]);
+    assert_eq!(addresses(&ask(&mut magic, service, RecordType::AAAA)), ["fd7a:115c:a1e0::53"]);
     let ptr = ask(&mut magic, "100.100.100.100.in-addr.arpa.", RecordType::PTR);
     assert_eq!(addresses(&ptr), [service]);
+    for name in ["192-168-1-2-via-7.", "192-168-1-2-via-0x7.tail9.ts.net."] {
+        let addresses = addresses(&ask(&mut magic, name, RecordType::AAAA));
+        assert_eq!(addresses, ["fd7a:115c:a1e0:b1a:0:7:c0a8:102"], "{name}");
+        let a = ask(&mut magic, name, RecordType::A);
+        assert_eq!((code(&a), a.answers.len()), (ResponseCode::NoError, 0), "{name}");
+    }
+    for name in ["192-168-1-2-via-.", "192-168-1-via-7.", "192-168-1-2-via-7.example.com.", "-via-."] {
+        assert_eq!(code(&ask(&mut magic, name, RecordType::AAAA)), ResponseCode::Refused, "{name}");
+    }
     let onion = ask(&mut magic, "facebookcorewwwi.onion.", RecordType::A);
     assert_eq!(code(&onion), ResponseCode::NXDomain);
     assert_eq!(code(&ask(&mut magic, "xonion.", RecordType::A)), ResponseCode::Refused);

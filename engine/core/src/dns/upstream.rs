@@ -13,8 +13,10 @@ const PORT: u16 = 53;
 const MAX_UPSTREAMS: usize = 8;
 /// Most sentences about servers that cannot be asked.
 const MAX_PROBLEMS: usize = 8;
-const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
-const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
+/// Where a node's own resolver answers.
+pub(super) const SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
+/// See [`SERVICE_V4`].
+pub(super) const SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
 /// The servers of `resolvers` that plain DNS reaches. What is wrong with the others goes to `problems`:
 /// names that only those know are answered with a failure, never by somebody else.
