@@ -35,6 +35,8 @@ const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
 const IPV6_FRAGMENT_HEADER: usize = 8;
 const IPV6_FRAGMENT: u8 = 44;
+const ICMP_HEADER: usize = 8;
+const ICMP_RESERVED: u8 = 255;
 const HOP_BY_HOP: u8 = 0;
 const RESERVED: u8 = 255;
 /// The largest IPv4 header plus a TCP header, in the 8-byte blocks fragment offsets count: a later
@@ -56,8 +58,10 @@ pub struct Parsed {
     pub dst_port: u16,
     /// TCP flags, 0 for anything else; see [`tcp_flag`].
     pub tcp_flags: u8,
-    /// ICMP type, 0 for anything else.
+    /// ICMP type, 0 for anything else, 255 (reserved) for ICMP that is shorter than its own header.
     pub icmp_type: u8,
+    /// ICMP code, 0 for anything else.
+    pub icmp_code: u8,
     /// Whether the transport header is here.
     pub fragment: Fragment,
     /// Where the transport header (or the later fragment's data) starts.
@@ -125,7 +129,9 @@ impl Parsed {
     /// True for the answer to a ping.
     #[must_use]
     pub fn is_echo_reply(&self) -> bool {
-        self.has_icmp_header() && self.icmp_type == if self.src.is_ipv4() { 0 } else { 129 }
+        self.has_icmp_header()
+            && self.icmp_code == 0
+            && self.icmp_type == if self.src.is_ipv4() { 0 } else { 129 }
     }
 
     /// True for ICMP's word that another packet did not arrive: unreachable, too big, time exceeded,
@@ -160,6 +166,7 @@ impl Parsed {
             dst_port: 0,
             tcp_flags: 0,
             icmp_type: 0,
+            icmp_code: 0,
             fragment: fragment_place(fragment & 0x1fff, fragment & 0x2000 != 0)?,
             transport,
             length,
@@ -188,6 +195,7 @@ impl Parsed {
             dst_port: 0,
             tcp_flags: 0,
             icmp_type: 0,
+            icmp_code: 0,
             fragment: Fragment::Whole,
             transport: IPV6_HEADER,
             length,
@@ -242,7 +250,10 @@ impl Parsed {
                     self.tcp_flags = header[13];
                 }
             }
-            protocol::ICMPV4 | protocol::ICMPV6 => self.icmp_type = header[0],
+            protocol::ICMPV4 | protocol::ICMPV6 => {
+                self.icmp_type = if header.len() < ICMP_HEADER { ICMP_RESERVED } else { header[0] };
+                self.icmp_code = header[1];
+            }
             _ => {}
         }
         Ok(self)

@@ -108,6 +108,7 @@ impl Engine {
                 protocol::ICMPV6 => 128,
                 _ => 0,
             },
+            icmp_code: 0,
             fragment: Fragment::Whole,
             transport: 0,
             length: 0,
