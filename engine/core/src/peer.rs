@@ -170,6 +170,9 @@ pub(crate) struct Upserted {
     pub(crate) renamed: bool,
 }
 
+/// Most addresses remembered that two peers have.
+const MAX_SHADOWED: usize = 1024;
+
 /// All peers, with the look-ups that the data path needs. Changing one peer costs that peer.
 #[derive(Default)]
 pub(crate) struct PeerTable {
@@ -179,6 +182,8 @@ pub(crate) struct PeerTable {
     by_key: Index,
     by_disco: Index,
     by_host: Index,
+    /// Peers whose address a later one has as well, until that goes. A sane server names none.
+    shadowed: Vec<(IpAddr, Slot)>,
     routes: RouteTable,
     caps: CapSets,
     count: usize,
@@ -373,7 +378,13 @@ impl PeerTable {
             self.by_disco.set(&peer.disco, slot, |at| get(at).is_some_and(|other| other.disco == peer.disco));
         }
         for ip in peer.hosts() {
-            self.by_host.set(&ip, slot, |at| get(at).is_some_and(|other| other.has_host(ip)));
+            let has = |at| get(at).is_some_and(|other| other.has_host(ip));
+            if let Some(other) = self.by_host.get(&ip, has).filter(|other| *other != slot)
+                && self.shadowed.len() < MAX_SHADOWED
+            {
+                self.shadowed.push((ip, other));
+            }
+            self.by_host.set(&ip, slot, has);
         }
     }
 
@@ -384,6 +395,23 @@ impl PeerTable {
         self.by_disco.unset(&peer.disco, slot);
         for ip in peer.hosts() {
             self.by_host.unset(&ip, slot);
+        }
+        if !self.shadowed.is_empty() {
+            self.give_back(slot, peer);
+        }
+    }
+
+    /// Addresses that a peer had taken from others are theirs again.
+    fn give_back(&mut self, slot: Slot, peer: &Peer) {
+        self.shadowed.retain(|(_, other)| *other != slot);
+        for ip in peer.hosts() {
+            let has =
+                |at: Slot| self.slots.get(at.at()).and_then(Option::as_ref).is_some_and(|p| p.has_host(ip));
+            let heir = self.shadowed.iter().rposition(|(shadowed, heir)| *shadowed == ip && has(*heir));
+            if let Some(at) = heir.filter(|_| self.by_host.get(&ip, has).is_none()) {
+                let (ip, heir) = self.shadowed.remove(at);
+                self.by_host.set(&ip, heir, |at| at == heir);
+            }
         }
     }
 

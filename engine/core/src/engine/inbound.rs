@@ -252,8 +252,10 @@ impl Engine {
             Inner::Refused(reason, answer) => {
                 let plain = self.peers.get(slot).is_none_or(|peer| peer.wireguard_only);
                 if !plain && self.rejections.may_send(now) {
-                    self.counters.rejects_sent += 1;
-                    self.send_data(slot, answer.packet(), now, out)?;
+                    match self.send_data(slot, answer.packet(), now, out) {
+                        Ok(()) => self.counters.rejects_sent += 1,
+                        Err(unsent) => self.counters.drop(unsent, 1),
+                    }
                 }
                 Err(reason)
             }
