@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
 use podtether_core::batch::{Batch, Outbox};
-use podtether_core::dns::DnsAction;
+use podtether_core::dns::{Action, Asked, Client};
 use podtether_core::engine::{Config, ControlEvent, Decision, DropReason, Engine, Question};
 use podtether_core::key::{DiscoPrivate, DiscoPublic, NodePrivate};
 use podtether_core::tailcfg::{
@@ -375,9 +375,12 @@ fn a_shared_in_peer_has_its_name_its_rules_and_its_capabilities() {
         query.extend(label.bytes());
     }
     query.extend([0, 0, 1, 0, 1]);
-    let mut reply = Vec::new();
-    assert_eq!(pair.engines[0].handle_dns(&query, pair.now, &mut reply), DnsAction::Reply);
-    assert!(reply.ends_with(&peer.octets()), "{reply:?}");
+    let client = Client { listener: 0, from: SocketAddr::new(ours.into(), 4000), stream: None };
+    pair.engines[0].handle_dns(Asked { client, meant_for: None }, &query, pair.now);
+    match pair.engines[0].poll_dns() {
+        Some(Action::Reply { message, .. }) => assert!(message.ends_with(&peer.octets()), "{message:?}"),
+        other => panic!("{other:?}"),
+    }
     pair.send(1, &tcp(peer, ours, 22, SYN));
     assert!(pair.take(0).is_empty(), "it does not have the capability");
     shared.cap_map.insert("shared".into(), Vec::new());
@@ -422,10 +425,10 @@ impl Plain {
 
     fn seal(&mut self, packet: &[u8]) -> Vec<Vec<u8>> {
         let mut buf = [0; 2048];
-        match self.tunn.encapsulate(packet, &mut buf) {
-            TunnResult::WriteToNetwork(datagram) => vec![datagram.to_vec()],
-            other => panic!("{other:?}"),
-        }
+        let TunnResult::WriteToNetwork(datagram) = self.tunn.encapsulate(packet, &mut buf) else {
+            panic!("nothing to send")
+        };
+        vec![datagram.to_vec()]
     }
 }
 
@@ -536,10 +539,11 @@ fn tsmp_is_for_the_node_and_never_for_the_pod() {
     let mut plain = Plain::new();
     let hello = {
         let mut buf = [0; 2048];
-        match plain.tunn.format_handshake_initiation(&mut buf, false) {
-            TunnResult::WriteToNetwork(datagram) => vec![datagram.to_vec()],
-            other => panic!("{other:?}"),
-        }
+        let TunnResult::WriteToNetwork(datagram) = plain.tunn.format_handshake_initiation(&mut buf, false)
+        else {
+            panic!("no initiation")
+        };
+        vec![datagram.to_vec()]
     };
     let mut out = Outbox::default();
     let mut tell =
