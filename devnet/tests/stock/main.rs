@@ -10,6 +10,7 @@
 
 mod commands;
 mod membership;
+mod people;
 mod routes;
 
 use std::net::{IpAddr, SocketAddr};

@@ -40,7 +40,7 @@ pub struct Pod {
     /// The node's namespace; `None` for the test's own.
     node: Option<Netns>,
     machine_key: [u8; 32],
-    node_key: [u8; 32],
+    pub node_key: [u8; 32],
     lives: u32,
     /// Uid and gid for the engine.
     pub ids: Option<u32>,
