@@ -26,6 +26,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use nix::unistd::Pid;
 use podtether_proto::exit::EngineExit;
 use podtether_proto::fds as descriptor;
 use tokio::signal::unix::{SignalKind, signal};
@@ -39,7 +40,7 @@ use reason::{Ending, ReasonFile};
 const LAST_ANSWER: Duration = Duration::from_millis(20);
 
 fn main() -> ExitCode {
-    let parent = nix::unistd::getppid();
+    let parent = supervisor();
     let supervisor_uid = nix::unistd::getuid().as_raw();
     let named = std::env::var(descriptor::ENV).ok();
     // SAFETY: first thing in the process; nothing has opened a descriptor yet.
@@ -68,6 +69,12 @@ fn main() -> ExitCode {
         Err(error) => Ending::new(EngineExit::Sandbox, format!("the engine cannot confine itself: {error}")),
     };
     reason.finish(&ending)
+}
+
+/// Who has to be this process's parent. What `getppid` says here may be another process already.
+fn supervisor() -> Pid {
+    let named = std::env::var(podtether_proto::fds::SUPERVISOR_PID).ok().and_then(|text| text.parse().ok());
+    named.map_or_else(nix::unistd::getppid, Pid::from_raw)
 }
 
 /// Ids that the supervisor found mapped.

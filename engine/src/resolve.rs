@@ -17,6 +17,8 @@ use tokio::net::UdpSocket;
 /// One server's time to answer; there are [`ROUNDS`] over all of them.
 const ANSWER_TIMEOUT: Duration = Duration::from_millis(1500);
 const ROUNDS: usize = 2;
+/// How long one family's addresses wait for the other's.
+const OTHER_FAMILY: Duration = Duration::from_millis(100);
 const MAX_REMEMBERED: usize = 64;
 const MAX_ADDRESSES: usize = 16;
 
@@ -115,30 +117,49 @@ async fn ask_all(host: &str, servers: &[SocketAddr]) -> Result<Vec<IpAddr>, Reso
     }
     for _ in 0..ROUNDS {
         for server in servers {
-            let both = async {
-                tokio::join!(ask(&name, RecordType::A, *server), ask(&name, RecordType::AAAA, *server))
+            let (v4, v6) = ask_both(&name, *server).await;
+            let (failed, no_such_name) = match (&v4, &v6) {
+                (Answer::Failed, Answer::Failed) => (true, false),
+                (Answer::NoSuchName, _) | (_, Answer::NoSuchName) => (false, true),
+                _ => (false, false),
             };
-            let Ok((v4, v6)) = tokio::time::timeout(ANSWER_TIMEOUT, both).await else { continue };
-            match (v4, v6) {
-                // A server that only answers one of the two is used for that one.
-                (Answer::Failed, Answer::Failed) => {}
-                (Answer::NoSuchName, _) | (_, Answer::NoSuchName) => {
-                    return Err(ResolveError::NoSuchName(host.to_owned()));
-                }
-                (v4, v6) => {
-                    let mut addresses = v4.addresses();
-                    addresses.extend(v6.addresses());
-                    addresses.truncate(MAX_ADDRESSES);
-                    if addresses.is_empty() {
-                        return Err(ResolveError::NoAddress(host.to_owned()));
-                    }
-                    return Ok(addresses);
-                }
+            // A server that only answers one of the two is used for that one.
+            let mut addresses = v4.addresses();
+            addresses.extend(v6.addresses());
+            addresses.truncate(MAX_ADDRESSES);
+            if !addresses.is_empty() {
+                return Ok(addresses);
+            }
+            if no_such_name {
+                return Err(ResolveError::NoSuchName(host.to_owned()));
+            }
+            if !failed {
+                return Err(ResolveError::NoAddress(host.to_owned()));
             }
         }
     }
     let asked = servers.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
     Err(ResolveError::NoAnswer(host.to_owned(), asked))
+}
+
+/// Asks for both families at once. When one has addresses, the other gets little more time: some servers
+/// never answer for IPv6.
+async fn ask_both(name: &Name, server: SocketAddr) -> (Answer, Answer) {
+    let (ask_v4, ask_v6) = (ask(name, RecordType::A, server), ask(name, RecordType::AAAA, server));
+    let patience = tokio::time::sleep(ANSWER_TIMEOUT);
+    tokio::pin!(ask_v4, ask_v6, patience);
+    let (mut v4, mut v6) = (None, None);
+    while v4.is_none() || v6.is_none() {
+        let answer = tokio::select! {
+            answer = &mut ask_v4, if v4.is_none() => v4.insert(answer),
+            answer = &mut ask_v6, if v6.is_none() => v6.insert(answer),
+            () = &mut patience => break,
+        };
+        if matches!(answer, Answer::Addresses(found) if !found.is_empty()) {
+            patience.as_mut().reset(tokio::time::Instant::now() + OTHER_FAMILY);
+        }
+    }
+    (v4.unwrap_or(Answer::Failed), v6.unwrap_or(Answer::Failed))
 }
 
 enum Answer {
@@ -211,6 +232,15 @@ mod tests {
                         let data = RData::A(rdata::A::new(192, 0, 2, 7));
                         m.add_answer(Record::from_rdata(query.name().clone(), 5, data));
                     }
+                    "lame.test." if query.query_type() == RecordType::A => {
+                        let data = RData::A(rdata::A::new(192, 0, 2, 8));
+                        m.add_answer(Record::from_rdata(query.name().clone(), 5, data));
+                    }
+                    "lame.test." => continue,
+                    "odd.test." if query.query_type() == RecordType::A => {
+                        let data = RData::A(rdata::A::new(192, 0, 2, 9));
+                        m.add_answer(Record::from_rdata(query.name().clone(), 5, data));
+                    }
                     "control.test." => {}
                     "broken.test." => m.metadata.response_code = ResponseCode::ServFail,
                     _ => m.metadata.response_code = ResponseCode::NXDomain,
@@ -239,6 +269,18 @@ mod tests {
         task.abort();
         let _ = task.await;
         assert_eq!(resolver.lookup("control.test").await, Ok(expected));
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_wrong_about_one_family_is_good_for_the_other() {
+        let (server, task) = name_server().await;
+        let resolver = Resolver::default();
+        resolver.set_underlay(&Underlay { name_servers: vec![server], ..Underlay::default() });
+        // Silent about IPv6, and sure that the name does not exist in IPv6.
+        for (name, last) in [("lame.test", 8), ("odd.test", 9)] {
+            assert_eq!(resolver.lookup(name).await, Ok(vec![IpAddr::from([192, 0, 2, last])]), "{name}");
+        }
+        task.abort();
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! Starts an engine process with exactly the descriptors it is given, and notices its end.
 //!
 //! The child inherits descriptors 0 to 2 and those named in [`fds::ENV`]; everything else is
-//! close-on-exec. It gets its own session, an environment of four variables, and is a child of the
+//! close-on-exec. It gets its own session, an environment of five variables, and is a child of the
 //! supervisor's main thread, which lives as long as the process (its parent-death signal is tied to
 //! that thread).
 
@@ -63,6 +63,7 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
     command
         .env_clear()
         .env(fds::ENV, names.join(":"))
+        .env(fds::SUPERVISOR_PID, std::process::id().to_string())
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -24,9 +24,9 @@ pub use time::UnixTime;
 
 use serde::{Deserialize, Serialize};
 
-/// The capability version this node claims. It promises what is implemented and no more: from 117 on
-/// a server may count on display messages, from 120 on on peer relays.
-pub const CAPABILITY_VERSION: u16 = 115;
+/// The capability version this node claims. It promises what is implemented and no more: from 118 on
+/// a server may want to know whether state is encrypted, from 120 on count on peer relays.
+pub const CAPABILITY_VERSION: u16 = 117;
 
 /// A node's number in its tailnet; the server's, never reused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

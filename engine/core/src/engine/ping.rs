@@ -369,7 +369,13 @@ impl Engine {
         let peer_ip = facts.and_then(|facts| facts.addresses().next()).map(|net| net.addr());
         let result = PingResult { id, kind, ip, peer, peer_ip, outcome };
         match asker {
-            Some(asker) => self.respond(&asker, response(&result)),
+            Some(asker) => {
+                let mut response = response(&result);
+                if let Some(region) = self.netmap.derp_map().region(response.derp_region_id) {
+                    response.derp_region_code.clone_from(&region.region_code);
+                }
+                self.respond(&asker, response);
+            }
             None => self.events.push_back(Event::Pong(Box::new(result))),
         }
     }
@@ -388,7 +394,8 @@ fn response(result: &PingResult) -> PingResponse {
         r#type: result.kind.name().to_owned(),
         ip: result.ip.to_string(),
         node_ip: result.peer_ip.map(|ip| ip.to_string()).unwrap_or_default(),
-        node_name: result.peer.clone(),
+        // As stock nodes say it: the first label.
+        node_name: result.peer.split('.').next().unwrap_or_default().to_owned(),
         ..PingResponse::default()
     };
     match &result.outcome {

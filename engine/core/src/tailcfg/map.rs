@@ -332,6 +332,9 @@ pub struct PingResponse {
     /// The region that carried the answer.
     #[serde(rename = "DERPRegionID")]
     pub derp_region_id: super::RegionId,
+    /// Its short code.
+    #[serde(rename = "DERPRegionCode", skip_serializing_if = "String::is_empty")]
+    pub derp_region_code: String,
 }
 
 /// Requests for odd behaviour.
