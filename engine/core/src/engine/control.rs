@@ -100,7 +100,14 @@ impl Engine {
         }
         // The peers that may now be reachable where they were not.
         for slot in changes.moved {
-            self.hasten(slot, now, out);
+            // The shared key went with the old disco key, and a process that has a new one has no sessions:
+            // without traffic of its own it would tell us nothing until we miss its answers for 15 s.
+            let restarted = self
+                .active(slot)
+                .is_some_and(|a| a.shared.is_none() && a.tunnel.ready(now) && a.path.active(now));
+            if !restarted || !self.initiate(slot, false, now, out) {
+                self.hasten(slot, now, out);
+            }
         }
         self.snapshot_dirty(now);
     }

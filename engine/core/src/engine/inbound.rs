@@ -344,6 +344,9 @@ impl Engine {
     /// A message for a session that is not ours any more: its sender will find out in 15 s by itself, or
     /// at once from a handshake.
     fn nudge(&mut self, via: Via, now: Instant, out: &mut Outbox) {
+        if self.patience == Patience::Stock {
+            return;
+        }
         if !self.load.admit_nudge(via, now) {
             return;
         }

@@ -83,3 +83,30 @@ fn a_silent_relay_connection_is_found_by_pings_within_ten_seconds() {
         }
     }
 }
+
+/// A stock node that restarts has a new disco key and no sessions, and does not say so to who sends to it.
+#[test]
+fn a_new_disco_key_brings_a_new_session_before_answers_are_missed() {
+    for seed in seeds(10) {
+        let mut world = World::new(seed);
+        for nat in [Nat::PortRestricted, Nat::None] {
+            world.add(nat);
+        }
+        world.nodes[1].stock = true;
+        world.boot(0, false);
+        world.boot(1, false);
+        world.run_for(secs(5));
+        let mut next = 0;
+        world.chat(0, 1, ms(50), secs(6), &mut next);
+        world.kill(1);
+        world.run_for(ms(300));
+        world.boot(1, false);
+        let back = world.now;
+        while !world.got(0, 1).contains(&next) {
+            assert!(world.now - back < secs(2), "seed {seed}: {:?}", world.now - back);
+            next += 1;
+            world.send(0, 1, next);
+            world.run_for(ms(50));
+        }
+    }
+}
