@@ -386,6 +386,14 @@ impl Devnet {
         self.shared().with_state(|state| state.remove_node(id))
     }
 
+    /// Removes a node as Headscale does: its stream stays open and has keepalives, but no news.
+    pub fn delete_node_silently(&self, id: NodeId) -> bool {
+        self.shared().with_state(|state| {
+            state.unaware.extend(state.nodes.get(&id).map(|node| node.session));
+            state.remove_node(id)
+        })
+    }
+
     /// Sends a ping request on the node's map stream and waits for its answer. `types` is empty for the
     /// plain liveness check, or `c2n` with an HTTP/1 request as `payload`.
     ///

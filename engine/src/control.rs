@@ -136,6 +136,8 @@ pub(crate) struct Timing {
     /// A request that waits for a login is made again after this, in a new session: the old one may be
     /// dead without anybody noticing.
     pub(crate) login: Duration,
+    /// A node that has nothing to report asks this often whether it is still known.
+    pub(crate) still_known: Duration,
 }
 
 impl Default for Timing {
@@ -145,6 +147,7 @@ impl Default for Timing {
             register: Duration::from_secs(30),
             login_told: Duration::from_millis(1500),
             login: Duration::from_secs(120),
+            still_known: Duration::from_secs(60),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! that can alter who sees whom or any filter: a node came, went, or changed its name, tags or
 //! addresses, or the policy changed.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -183,6 +183,8 @@ pub(crate) struct State {
     pub(crate) device_approval: bool,
     /// Who carries a prefix that is no exit route.
     pub(crate) primaries: BTreeMap<IpNet, NodeId>,
+    /// Sessions of nodes that were removed without a word to them.
+    pub(crate) unaware: HashSet<u64>,
     pub(crate) derp_map: wire::DerpMap,
     pub(crate) derp_revision: u64,
     pub(crate) topology: u64,
@@ -234,6 +236,7 @@ impl State {
             policy: config.policy.clone(),
             device_approval: false,
             primaries: BTreeMap::new(),
+            unaware: HashSet::new(),
             derp_map: wire::DerpMap::default(),
             derp_revision: 1,
             topology: 1,

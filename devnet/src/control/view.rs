@@ -52,7 +52,7 @@ impl View {
     /// Compares and remembers: what is returned counts as sent.
     pub(crate) fn update(&mut self, state: &State, now: Timestamp) -> Update {
         let Some(own) = state.nodes.get(&self.node).filter(|node| node.session == self.session) else {
-            return Update::End;
+            return if state.unaware.contains(&self.session) { Update::Nothing } else { Update::End };
         };
         let Some(mut sent) = self.sent.take() else {
             return self.first(state, own, now);

@@ -16,11 +16,11 @@ use podtether_core::tailcfg::{
 };
 use podtether_proto::exit::EngineExit;
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::answer::Answers;
-use super::{Client, Event, Failure, Gone, Identity, Steps, random_u64};
+use super::{Client, Event, Failure, Gone, Identity, Steps, random_u64, unit};
 use crate::dial::ControlUrl;
 use crate::reason::Ending;
 use crate::refused::Refused;
@@ -154,10 +154,7 @@ impl Client {
         };
         match response.status() {
             StatusCode::OK => {}
-            StatusCode::NOT_FOUND => {
-                let reason = "the control server does not know this node any more";
-                return Ok(Err(Failure::Fatal(Ending::new(EngineExit::NodeUnknown, reason))));
-            }
+            StatusCode::NOT_FOUND => return Ok(Err(unknown())),
             _ => return Ok(Err(session.refusal("the map request", &response))),
         }
         *established = true;
@@ -165,8 +162,16 @@ impl Client {
         self.tell(Event::SessionStarted).await?;
         tracing::info!(control = %self.identity.url, "map session open");
         let mut updates = JoinSet::new();
-        updates.spawn(keep_updated(session.clone(), self.identity.clone(), self.host.clone()));
-        self.follow(session, response.into_body(), steps).await
+        let (gone, forgotten) = oneshot::channel();
+        let host = self.host.clone();
+        updates.spawn(keep_updated(
+            session.clone(),
+            self.identity.clone(),
+            host,
+            self.timing.still_known,
+            gone,
+        ));
+        self.follow(session, response.into_body(), steps, forgotten).await
     }
 
     async fn follow(
@@ -174,6 +179,7 @@ impl Client {
         session: Session,
         mut body: RecvStream,
         steps: Steps,
+        mut forgotten: oneshot::Receiver<()>,
     ) -> Result<Result<Infallible, Failure>, Gone> {
         let mut first = Some(steps);
         let mut frames = MapFrames::default();
@@ -237,6 +243,7 @@ impl Client {
                     heard = Instant::now();
                     continue;
                 }
+                Ok(()) = &mut forgotten => return Ok(Err(unknown())),
                 answer = self.answers.recv() => {
                     answers.send(answer.ok_or(Gone)?);
                     continue;
@@ -273,9 +280,21 @@ impl Client {
     }
 }
 
+fn unknown() -> Failure {
+    let reason = "the control server does not know this node any more";
+    Failure::Fatal(Ending::new(EngineExit::NodeUnknown, reason))
+}
+
 /// Reports endpoints and NetInfo: at once, because the streaming request does not count as a report
-/// everywhere, and on every change.
-async fn keep_updated(session: Session, identity: Arc<Identity>, mut host: watch::Receiver<HostUpdate>) {
+/// everywhere, on every change, and every `still_known` or so. Headscale keeps the stream of a node that was
+/// deleted open and silent but for keepalives; only the answer to a report tells, through `gone`.
+async fn keep_updated(
+    session: Session,
+    identity: Arc<Identity>,
+    mut host: watch::Receiver<HostUpdate>,
+    still_known: Duration,
+    gone: oneshot::Sender<()>,
+) {
     let mut backoff = Backoff::default();
     loop {
         tokio::time::sleep(UPDATE_SETTLE).await;
@@ -284,6 +303,10 @@ async fn keep_updated(session: Session, identity: Arc<Identity>, mut host: watch
         let sent = tokio::time::timeout(UPDATE_TIMEOUT, session.post("/machine/map", &request)).await;
         let failure = match sent {
             Ok(Ok(response)) if response.status() == StatusCode::OK => None,
+            Ok(Ok(response)) if response.status() == StatusCode::NOT_FOUND => {
+                let _ = gone.send(());
+                return;
+            }
             Ok(Ok(response)) => Some(session.refusal("an update", &response)),
             Ok(Err(failure)) => Some(failure),
             Err(_) => Some(Failure::Unreachable("no answer".to_owned())),
@@ -291,7 +314,8 @@ async fn keep_updated(session: Session, identity: Arc<Identity>, mut host: watch
         match failure {
             None => {
                 backoff.reset();
-                if host.changed().await.is_err() {
+                let again = still_known.mul_f64(0.75 + 0.5 * unit(random_u64()));
+                if let Ok(Err(_)) = tokio::time::timeout(again, host.changed()).await {
                     return;
                 }
             }

@@ -27,6 +27,25 @@ async fn a_silent_stream_is_dropped_and_dialled_again() {
 }
 
 #[tokio::test]
+async fn a_node_deleted_behind_an_open_stream_learns_it() {
+    let mut place = Place::new(|config| config.keep_alive = Duration::from_millis(100)).await;
+    place.timing.still_known = Duration::from_millis(500);
+    let mut control = place.start(&Node::new(Some(&place.key())));
+    until(&mut control, started).await;
+    let node = place.devnet.node("pod").unwrap();
+    // Being asked again and again does no harm.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(place.devnet.node("pod").unwrap(), node);
+    assert!(place.devnet.delete_node_silently(node.id));
+    let ending = until(&mut control, |event| {
+        assert_eq!(trying(event), None, "no other session was needed to learn it");
+        ended(event)
+    });
+    assert_eq!(ending.await.exit, EngineExit::NodeUnknown);
+    assert_eq!(place.devnet.complaints(), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn a_person_lets_the_node_in_once_and_for_all_lives() {
     let place = Place::new(|_| {}).await;
     let mut node = Node::new(None);
