@@ -209,7 +209,7 @@ async fn a_known_node_needs_no_key_and_its_rotation_does() {
 async fn logging_out_expires_a_node_and_forgets_an_ephemeral_one() {
     let devnet = devnet(|_| {}).await;
     let (lasting, fleeting) = (Machine::new("lasting"), Machine::new("fleeting"));
-    let (mut control, mut stream) = lasting.join(&devnet, tagged()).await;
+    let (mut control, mut stream) = lasting.join(&devnet, AuthKeyOptions::default()).await;
     let (mut other, _) = fleeting.join(&devnet, AuthKeyOptions { ephemeral: true, ..tagged() }).await;
     let logout = |machine: &Machine| {
         let mut request = machine.register_request(Some("stale key"));
@@ -229,7 +229,7 @@ async fn logging_out_expires_a_node_and_forgets_an_ephemeral_one() {
     assert_eq!(expired, true);
     assert_eq!(control.register(&lasting.register_request(None)).await["NodeKeyExpired"], true);
     let address = devnet.node("lasting").unwrap().addresses[0];
-    let key = devnet.create_auth_key(tagged());
+    let key = devnet.create_auth_key(AuthKeyOptions::default());
     assert_eq!(control.register(&lasting.register_request(Some(&key.secret))).await["NodeKeyExpired"], false);
     let node = devnet.node("lasting").unwrap();
     assert_eq!((node.expired, node.addresses[0]), (false, address));
@@ -237,6 +237,13 @@ async fn logging_out_expires_a_node_and_forgets_an_ephemeral_one() {
     let mut request = lasting.register_request(None);
     request["Expiry"] = json!("2999-01-01T00:00:00Z");
     assert_eq!(control.register(&request).await["Error"], "extending key is not allowed");
+
+    // Headscale leaves the expiry of a node with tags alone.
+    let spent = Machine::new("spent");
+    let (mut control, _stream) = spent.join(&devnet, tagged()).await;
+    assert_eq!(control.register(&logout(&spent)).await["NodeKeyExpired"], true);
+    let key = devnet.create_auth_key(tagged());
+    assert_eq!(control.register(&spent.register_request(Some(&key.secret))).await["NodeKeyExpired"], true);
 }
 
 #[tokio::test]
