@@ -98,7 +98,7 @@ fn a_newer_sandbox_takes_the_identity_over() {
             assert_eq!(devnet.nodes().len(), 1);
             client.del(within(TIMEOUT), newer.attachment).await.unwrap().unwrap();
             assert!(devnet.wait_for(SOON, <[_]>::is_empty).await);
-            assert_eq!(rig.leftovers(), [""; 0]);
+            rig.until_clean(SOON).await;
         });
     });
 }
@@ -282,11 +282,7 @@ fn control_forgets_expires_and_deletes() {
             assert_eq!(devnet.nodes().len(), 1);
             devnet.set_refusing(false);
             assert!(devnet.wait_for(Duration::from_secs(20), <[_]>::is_empty).await, "{:?}", devnet.nodes());
-            let start = Instant::now();
-            while !rig.leftovers().is_empty() {
-                assert!(start.elapsed() < SOON, "{:?}", rig.leftovers());
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+            rig.until_clean(SOON).await;
         });
     });
 }
@@ -483,11 +479,7 @@ fn an_add_that_died_with_its_supervisor_is_rolled_back() {
             rig.start();
             rig.client().await;
             assert!(devnet.wait_for(SOON, <[_]>::is_empty).await, "{:?}", devnet.nodes());
-            let start = Instant::now();
-            while !rig.leftovers().is_empty() {
-                assert!(start.elapsed() < SOON, "{:?}", rig.leftovers());
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
+            rig.until_clean(SOON).await;
             let netlink = podtether_net::netlink::Netlink::open(&ns).await.unwrap();
             assert!(netlink.link("ts0").await.unwrap().is_none());
             rig.add("a").await.unwrap();

@@ -142,11 +142,7 @@ pub(crate) async fn leave(pair: &Pair, admin: &Admin) {
     pair.rig.del("a").await.unwrap();
     pair.rig.del("b").await.unwrap();
     admin.until("empty", <[Value]>::is_empty).await;
-    let start = Instant::now();
-    while !pair.rig.leftovers().is_empty() {
-        assert!(start.elapsed() < PATIENCE, "{:?}", pair.rig.leftovers());
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    pair.rig.until_clean(PATIENCE).await;
 }
 
 fn headscale(v2: bool) -> (Devnet, Admin) {
@@ -240,11 +236,7 @@ fn a_removal_waits_for_an_api_that_is_away_and_touches_no_other_node() {
                 rig.client().await;
                 rig.del("a").await.unwrap();
                 devnet.clear_faults();
-                let start = Instant::now();
-                while !rig.leftovers().is_empty() {
-                    assert!(start.elapsed() < PATIENCE, "{:?}", rig.leftovers());
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
+                rig.until_clean(PATIENCE).await;
                 assert_eq!(devnet.nodes().len(), 1, "somebody else's node stays");
                 assert_eq!(devnet.nodes()[0].stable_id, stranger);
             });

@@ -163,6 +163,15 @@ impl Rig {
         }
     }
 
+    /// Waits until nothing is left: an identity's record goes after its device, which DEL need not wait for.
+    pub async fn until_clean(&self, within: Duration) {
+        let start = std::time::Instant::now();
+        while !self.leftovers().is_empty() {
+            assert!(start.elapsed() < within, "{:?}", self.leftovers());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
     pub fn leftovers(&self) -> Vec<String> {
         let mut found = Vec::new();
         for dir in ["run/netns", "run/engines", "state/attachments", "state/identities"] {
