@@ -239,7 +239,7 @@ fn requests_are_written_as_servers_want_them() {
     let stream = serde_json::to_value(MapRequest::streaming(node, disco, host.clone(), &endpoints)).unwrap();
     assert_eq!(
         stream,
-        json!({"Version": 115, "KeepAlive": true, "Stream": true, "NodeKey": key(7),
+        json!({"Version": 117, "KeepAlive": true, "Stream": true, "NodeKey": key(7),
             "DiscoKey": format!("discokey:{}", "02".repeat(32)),
             "Endpoints": ["192.0.2.1:5"], "EndpointTypes": [1],
             "Hostinfo": {"OS": "linux", "IPNVersion": "0.1.0", "Hostname": "pod", "Services": [], "RoutableIPs": []}})
