@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use counting::{ALLOCATIONS, BYTES};
 use podtether_core::batch::{Batch, Outbox};
-use podtether_core::engine::{Config, Engine};
-use podtether_core::key::{DiscoPrivate, NodePrivate};
+use podtether_core::engine::{Config, ControlEvent, Engine, Event};
+use podtether_core::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
+use podtether_core::map_frame::{MapFrames, encode};
 use podtether_core::snapshot::{MAX_BYTES, Snapshot};
 use podtether_core::tailcfg::{MapResponse, UnixTime};
+use serde_json::json;
 use tailnet::{DELTAS, apply, engine, peer};
 
 const SIZES: [u32; 3] = [100, 1_000, 10_000];
@@ -173,4 +175,91 @@ fn packets_and_timers_look_only_at_active_peers() {
     let slower = fastest[1].0.as_secs_f64() / fastest[0].0.as_secs_f64();
     assert!(slower < 10.0, "{slower:.1} times slower: {fastest:?}");
     assert!(fastest[1].1.abs_diff(fastest[0].1) < 50, "{fastest:?}");
+}
+
+/// A thousand deltas a second for a minute, from the bytes of the stream to the snapshots they cause.
+#[test]
+fn a_minute_of_a_thousand_deltas_a_second_leaves_memory_as_it_was() {
+    const PEERS: u32 = 10_000;
+    let start = Instant::now();
+    let empty = BYTES.get();
+    let mut engine = engine(PEERS, start);
+    let began_with = BYTES.get() - empty;
+    let (mut most, mut spent, mut slowest) = (0, Duration::ZERO, Duration::ZERO);
+    let (mut snapshots, mut writer, mut piece) = (0, None, Vec::new());
+    let mut frames = MapFrames::new();
+    let mut now = start;
+    for turn in 0..60_000u32 {
+        // Every peer in turn, far from the one before.
+        let n = turn.wrapping_mul(7919) % PEERS;
+        let id = n + 1000;
+        let message = match turn % 4 {
+            0 => json!({"PeersChangedPatch": [{"NodeID": id, "DERPRegion": turn % 20 + 1,
+                "Endpoints": [format!("192.0.2.1:{}", turn % 60_000 + 1), "10.1.2.3:41641"]}]}),
+            1 => json!({"OnlineChange": {id.to_string(): turn % 8 == 1}}),
+            2 => json!({"PeersRemoved": [id]}),
+            _ => {
+                // The one that the turn before removed.
+                let n = (turn - 1).wrapping_mul(7919) % PEERS;
+                json!({"PeersChanged": [node_json(n, turn)]})
+            }
+        };
+        let text = message.to_string().into_bytes();
+        let mut framed = Vec::with_capacity(text.len() + 4);
+        encode(&text, &mut framed).expect("short");
+        drop((text, message));
+        now += Duration::from_millis(1);
+
+        let began = Instant::now();
+        frames.push(&framed);
+        while let Some(message) = frames.next_message().expect("whole") {
+            let message: MapResponse = serde_json::from_slice(message).expect("a message");
+            engine.handle_control(ControlEvent::Map(Box::new(message)), now, &mut Outbox::default());
+        }
+        if engine.poll_timeout().is_some_and(|at| at <= now) {
+            engine.handle_timeout(now, &mut Outbox::default());
+        }
+        while let Some(event) = engine.poll_event() {
+            if event == Event::SnapshotDirty && writer.is_none() {
+                writer = Some(engine.begin_snapshot(now, &mut piece));
+                snapshots += 1;
+            }
+        }
+        if let Some(under_way) = writer.as_mut()
+            && !engine.continue_snapshot(under_way, &mut piece)
+        {
+            writer = None;
+        }
+        let took = began.elapsed();
+        spent += took;
+        slowest = slowest.max(took);
+        piece.clear();
+        most = most.max(BYTES.get() - empty);
+    }
+    let ends_with = BYTES.get() - empty;
+    println!(
+        "{PEERS} peers, 60,000 deltas: {began_with} bytes before, {ends_with} after, {most} at most; \
+         {spent:?} of work in 60 s, the longest {slowest:?}; {snapshots} snapshots"
+    );
+    assert_eq!(engine.gauges(now).peers, 10_000);
+    assert!(snapshots > 0, "restarts would be cold");
+    let bound = i64::from(PEERS) * 1024;
+    assert!(most <= bound, "{most} bytes at most for {PEERS} peers");
+    assert!(ends_with <= began_with + began_with / 10, "{began_with} bytes became {ends_with}");
+}
+
+fn node_json(n: u32, turn: u32) -> serde_json::Value {
+    let [_, _, high, low] = n.to_be_bytes();
+    let mut key = [7; 32];
+    key[..4].copy_from_slice(&n.to_be_bytes());
+    let own = json!([format!("100.65.{high}.{low}/32"), format!("fd7a:115c:a1e0::{n:x}/128")]);
+    json!({
+        "ID": n + 1000, "StableID": format!("n{n}CNTRL"), "Name": format!("production-web-frontend-{n}.tail1234.ts.net."),
+        "User": 4321, "Key": NodePublic::from_bytes(key), "DiscoKey": DiscoPublic::from_bytes(key),
+        "KeyExpiry": "2030-01-01T00:00:00Z", "Created": "2024-01-01T00:00:00Z", "Addresses": own, "AllowedIPs": own,
+        "Endpoints": [format!("192.0.2.9:{}", turn % 60_000 + 1), "10.1.2.3:41641", "[2001:db8::1]:41641"],
+        "HomeDERP": 1, "Cap": 115, "Online": true, "MachineAuthorized": true, "Tags": ["tag:web", "tag:prod"],
+        "CapMap": {"https://tailscale.com/cap/is-admin": null, "funnel": [1]},
+        "Hostinfo": {"OS": "linux", "Hostname": format!("production-web-frontend-{n}")},
+    })
 }
