@@ -81,7 +81,7 @@ pub(crate) async fn serve(
 }
 
 async fn connection(stream: UnixStream, service: Service) {
-    let requests = BaseChannel::with_defaults(transport::framed(stream)).execute(service.serve());
+    let requests = BaseChannel::with_defaults(transport::served(stream)).execute(service.serve());
     let mut running = JoinSet::new();
     tokio::pin!(requests);
     loop {

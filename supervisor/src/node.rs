@@ -84,7 +84,7 @@ pub async fn serve(socket: &Socket, table: Handle) {
 }
 
 async fn connection(stream: UnixStream, service: Service) {
-    let requests = BaseChannel::with_defaults(transport::framed(stream)).execute(service.serve());
+    let requests = BaseChannel::with_defaults(transport::served(stream)).execute(service.serve());
     // A caller that goes away takes its calls with it.
     let mut running = JoinSet::new();
     tokio::pin!(requests);

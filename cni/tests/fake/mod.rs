@@ -120,7 +120,7 @@ impl Service {
             connections.spawn(async move {
                 let hang_up = Arc::clone(&service.hang_up);
                 let mut requests =
-                    Box::pin(BaseChannel::with_defaults(transport::framed(stream)).execute(service.serve()));
+                    Box::pin(BaseChannel::with_defaults(transport::served(stream)).execute(service.serve()));
                 let mut running = JoinSet::new();
                 loop {
                     tokio::select! {

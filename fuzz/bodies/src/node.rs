@@ -5,8 +5,9 @@ use std::pin::Pin;
 use bytes::BytesMut;
 use podtether_proto::engine::{EngineRequest, EngineResponse};
 use podtether_proto::node::{NodeRequest, NodeResponse};
+use podtether_proto::transport::Requests;
 use serde::{Deserialize, Serialize};
-use tarpc::{ClientMessage, Response};
+use tarpc::Response;
 use tokio_serde::Deserializer as _;
 use tokio_serde::formats::Bincode;
 
@@ -33,13 +34,18 @@ pub fn cni(data: &[u8]) {
 
 /// A frame of either service, in either direction.
 pub fn rpc(data: &[u8]) {
-    read::<ClientMessage<EngineRequest>>(data);
-    read::<Response<EngineResponse>>(data);
-    read::<ClientMessage<NodeRequest>>(data);
-    read::<Response<NodeResponse>>(data);
+    request::<EngineRequest>(data);
+    response::<EngineResponse>(data);
+    request::<NodeRequest>(data);
+    response::<NodeResponse>(data);
 }
 
-fn read<T: for<'de> Deserialize<'de> + Serialize + Unpin>(data: &[u8]) {
-    let mut format = Bincode::<T, T>::default();
+fn request<T: for<'de> Deserialize<'de>>(data: &[u8]) {
+    let mut format = Requests::<T, ()>::default();
+    let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
+}
+
+fn response<T: for<'de> Deserialize<'de> + Serialize + Unpin>(data: &[u8]) {
+    let mut format = Bincode::<Response<T>, Response<T>>::default();
     let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
 }
