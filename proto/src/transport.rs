@@ -133,10 +133,7 @@ mod tests {
             message: NodeRequest::Status {},
         });
         let bytes = bincode::DefaultOptions::new().serialize(&request).expect("serializable");
-        match read(&bytes).expect("a request") {
-            ClientMessage::Request(back) => assert_eq!(back.id, 7),
-            other => panic!("{other:?}"),
-        }
+        assert!(matches!(read(&bytes), Ok(ClientMessage::Request(back)) if back.id == 7));
         let cancel =
             ClientMessage::<NodeRequest>::Cancel { trace_context: Default::default(), request_id: 9 };
         let bytes = bincode::DefaultOptions::new().serialize(&cancel).expect("serializable");
