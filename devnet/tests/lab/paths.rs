@@ -1,5 +1,6 @@
 //! Direct where UDP goes through, by relay where it does not.
 
+use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
 use podtether_devnet::DevnetConfig;
@@ -93,5 +94,51 @@ fn blocked_udp_means_relay_and_unblocked_means_direct_again() {
         rig.lab.unblock_udp().unwrap();
         is("direct");
         assert!(pings.wait_for_replies(20, PATIENCE));
+    });
+}
+
+/// The link's MTU is 1280: the largest packets arrive whole.
+#[test]
+fn full_size_packets_go_both_ways_straight_and_by_relay() {
+    lab_test("paths::full_size_packets_go_both_ways_straight_and_by_relay", |dir| {
+        let mut rig = Rig::start(dir, 2, DevnetConfig::default());
+        let pods = rig.join(&[(0, "one"), (1, "two")]);
+        let [one, two] = &pods[..] else { panic!("two pods") };
+        wait_reachable(one, two.v4().unwrap());
+        let is = |kind: &'static str| {
+            wait_for(kind, || path(&rig.nodes[0], one, "two").filter(|found| found == kind));
+        };
+        let bind = |pod: &Pod, ip: IpAddr| {
+            let socket = pod.netns.run_blocking(move || UdpSocket::bind((ip, 0))).unwrap().unwrap();
+            socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+            socket
+        };
+        for kind in ["direct", "relay"] {
+            if kind == "relay" {
+                rig.lab.block_udp().unwrap();
+            }
+            is(kind);
+            for (from, to) in [(one, two), (two, one)] {
+                for (ours, theirs) in from.addresses().iter().zip(to.addresses()) {
+                    // IP and UDP headers.
+                    let payload = if ours.is_ipv4() { 1280 - 28 } else { 1280 - 48 };
+                    let (sender, receiver) = (bind(from, *ours), bind(to, *theirs));
+                    let target = receiver.local_addr().unwrap();
+                    let bytes: Vec<u8> = (0..payload).map(|n| u8::try_from(n % 251).unwrap()).collect();
+                    let mut got = [0; 2048];
+                    let arrived = wait_for("a full packet there and back", || {
+                        sender.send_to(&bytes, target).ok()?;
+                        let (length, source) = receiver.recv_from(&mut got).ok()?;
+                        receiver.send_to(&got[..length], source).ok()?;
+                        sender.recv(&mut got).ok()
+                    });
+                    assert_eq!(
+                        (arrived, &got[..arrived]),
+                        (payload, &bytes[..]),
+                        "{kind} {ours} to {theirs}"
+                    );
+                }
+            }
+        }
     });
 }
