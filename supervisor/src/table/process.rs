@@ -99,6 +99,10 @@ impl Table {
         if had.is_some_and(|had| had.seq > status.seq) {
             return;
         }
+        // Said before the engine logged out, and held up on its way: the device is not registered any more.
+        if pod.logout_tried {
+            return;
+        }
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
         if let NodeState::Connecting { reason } = &status.state {
             pod.reason.clone_from(reason);
