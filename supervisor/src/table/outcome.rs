@@ -88,6 +88,8 @@ impl Table {
             Outcome::LoggedOut(Ok(())) => {
                 pod.logout_tried = true;
                 pod.key = None;
+                // A node that is logging out looks like one whose key has run out.
+                pod.awaits_person = false;
                 // Servers keep a device that is not ephemeral, logged out and expired.
                 let kept = !self.context.forgets_who_logs_out(&pod.record.tailnet);
                 if !kept {
@@ -113,6 +115,7 @@ impl Table {
             }
             Outcome::DeviceDeleted(Ok(())) => {
                 pod.key_given = false;
+                pod.awaits_person = false;
                 pod.device_spent = false;
                 left(identity);
             }
