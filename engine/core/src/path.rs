@@ -30,6 +30,8 @@ const UPGRADE_EVERY: Duration = Duration::from_secs(60);
 const GOOD_ENOUGH: Duration = Duration::from_millis(5);
 /// Candidates are looked for at most so often while there is no trusted path.
 const SEARCH_EVERY: Duration = Duration::from_secs(1);
+/// So long after the news of a peer's new home packets go there, if that is connected.
+const NEW_HOME: Duration = Duration::from_secs(10);
 /// Packets go out and nothing was heard on the best address for so long: it is asked before its heartbeat.
 const SILENCE: Duration = Duration::from_millis(50);
 /// Pings because of silence are so far apart at least: what a flow in one direction costs.
@@ -157,6 +159,8 @@ pub(crate) struct PathAgent {
     last_call: Option<Instant>,
     /// Relay region the peer was last heard on.
     pub(crate) heard: Option<RegionId>,
+    /// Until when it is reached at its home, wherever it was heard: control has just told that it moved there.
+    pub(crate) at_home_until: Option<Instant>,
 }
 
 impl PathAgent {
@@ -176,7 +180,14 @@ impl PathAgent {
             last_full_ping: None,
             last_call: None,
             heard: None,
+            at_home_until: None,
         }
+    }
+
+    /// The peer has another home. Each side of a relayed conversation answers where it hears the other, so
+    /// one of them has to begin.
+    pub(crate) fn note_new_home(&mut self, now: Instant) {
+        self.at_home_until = Some(now + NEW_HOME);
     }
 
     /// The peer's endpoints, as control has them now.

@@ -313,6 +313,9 @@ impl PeerTable {
                     active.shared = None;
                     active.path.restart(now);
                 }
+                if old.home != new.home {
+                    active.path.note_new_home(now);
+                }
                 if endpoints_moved {
                     let endpoints: Vec<SocketAddr> = new.facts.endpoints().collect();
                     active.path.set_endpoints(&endpoints);

@@ -58,11 +58,16 @@ impl Engine {
             }
             DerpEvent::PeerGone { peer } => {
                 self.relays.handle_heard(region, now);
-                let slot = self.peers.by_key(&peer);
-                if let Some(active) = slot.and_then(|slot| self.active(slot))
-                    && active.path.heard == Some(region)
+                if let Some(slot) = self.peers.by_key(&peer)
+                    && let Some(peer) = self.peers.get_mut(slot)
+                    && let Some(active) = peer.active.as_deref_mut()
                 {
-                    active.path.heard = None;
+                    if active.path.heard == Some(region) {
+                        active.path.heard = None;
+                    }
+                    if peer.home == region {
+                        active.path.at_home_until = None;
+                    }
                 }
             }
             DerpEvent::Packet { source, payload } => {

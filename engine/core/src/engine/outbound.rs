@@ -126,7 +126,7 @@ impl Engine {
             return Sent::NoSession;
         }
         let route = active.path.route(now);
-        let to = relay_for(active, home, key, &self.relays);
+        let to = relay_for(active, home, key, &self.relays, now);
         let need = (packet.len() + OVERHEAD).max(INITIATION_LEN);
         let mut sealed = None;
         if let Some(addr) = route.udp {
@@ -198,7 +198,7 @@ impl Engine {
         for slot in slots {
             let Some(peer) = self.peers.get(slot) else { continue };
             let Some(active) = peer.active.as_deref() else { continue };
-            let Some(to) = relay_for(active, peer.home, peer.key, &self.relays) else { continue };
+            let Some(to) = relay_for(active, peer.home, peer.key, &self.relays, now) else { continue };
             let Some(message) = active.tunnel.current_initiation().copied() else { continue };
             if to.region == region && !self.hasten(slot, now, out) {
                 self.relays.send(to, &message, now, out, &mut self.events);
@@ -241,7 +241,7 @@ impl Engine {
         let both = both && !peer.wireguard_only;
         let Some(active) = peer.active.as_deref_mut() else { return };
         let Route { udp, derp } = active.path.route(now);
-        let to = relay_for(active, home, key, &self.relays).filter(|_| derp || both);
+        let to = relay_for(active, home, key, &self.relays, now).filter(|_| derp || both);
         let mut sent = false;
         for addr in [udp, answers.filter(|a| Some(*a) != udp)].into_iter().flatten() {
             sent |= out.udp.push(addr, message);
@@ -287,14 +287,16 @@ impl Engine {
 }
 
 /// The relay a peer is reached through: where it was last heard as long as that is connected, else its
-/// home, else ours.
+/// home, else ours; a new home before all.
 pub(super) fn relay_for(
     active: &Active,
     home: RegionId,
     peer: NodePublic,
     relays: &Relays,
+    now: Instant,
 ) -> Option<DerpDestination> {
-    let heard = active.path.heard.filter(|region| relays.is_connected(*region));
+    let moved = active.path.at_home_until.is_some_and(|until| now < until) && relays.is_connected(home);
+    let heard = active.path.heard.filter(|region| !moved && relays.is_connected(*region));
     let region = heard.or(Some(home)).filter(|r| relays.knows(*r)).unwrap_or(relays.home());
     region.is_some().then_some(DerpDestination { region, peer })
 }

@@ -282,7 +282,7 @@ impl Engine {
         }
         let active = peer.active.as_deref().ok_or(PingError::NoPeer)?;
         let (key, best) = (peer.key, active.path.best());
-        let relay = outbound::relay_for(active, peer.home, key, &self.relays);
+        let relay = outbound::relay_for(active, peer.home, key, &self.relays, now);
         // As packets go: by the best path, and by the relay when that is in doubt.
         let trusted = active.path.trusted(now).is_some();
         if let Some(best) = best {

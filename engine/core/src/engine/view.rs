@@ -103,7 +103,7 @@ impl Engine {
         if !active.path.active(now) {
             return PathView::Idle;
         }
-        let to = outbound::relay_for(active, home, self.node_key.public(), &self.relays);
+        let to = outbound::relay_for(active, home, self.node_key.public(), &self.relays, now);
         to.map_or(PathView::Idle, |to| PathView::Relay(to.region))
     }
 
