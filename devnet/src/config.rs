@@ -130,13 +130,22 @@ pub struct RegionConfig {
     pub derp_port: u16,
     /// UDP port of the STUN server; 0 takes a free one.
     pub stun_port: u16,
+    /// How far away the region is: added to every round trip to its relay and its STUN server. At most
+    /// 10 s counts.
+    pub distance: Duration,
 }
 
 impl RegionConfig {
     /// A region on these addresses with free ports.
     #[must_use]
     pub fn new(id: u32, addresses: Vec<IpAddr>) -> Self {
-        Self { id, code: format!("r{id}"), addresses, derp_port: 0, stun_port: 0 }
+        Self { id, code: format!("r{id}"), addresses, derp_port: 0, stun_port: 0, distance: Duration::ZERO }
+    }
+
+    /// The same, so far away.
+    #[must_use]
+    pub fn at(self, distance: Duration) -> Self {
+        Self { distance, ..self }
     }
 
     /// The name in the relay's certificate.

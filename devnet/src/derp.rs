@@ -24,6 +24,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::distance::Distance;
 use crate::http_server::{empty, text};
 use crate::listen::Gate;
 use crate::random;
@@ -58,6 +59,10 @@ pub enum Mode {
 pub struct RelayStats {
     /// Connected node keys.
     pub clients: usize,
+    /// Connections that were greeted since the start.
+    pub greeted: u64,
+    /// STUN requests answered.
+    pub stun_answers: u64,
     /// Packets passed on.
     pub packets: u64,
     /// Their bytes.
@@ -88,12 +93,15 @@ enum ClientError {
 /// One region's relay.
 pub(crate) struct Relay {
     pub(crate) id: u32,
+    pub(crate) distance: Arc<Distance>,
     key: NodePrivate,
     shared: Arc<Shared>,
     /// Per node key, oldest connection first.
     clients: Mutex<HashMap<NodePublic, Vec<Arc<Client>>>>,
     mode: Mutex<Mode>,
     pub(crate) gate: watch::Sender<Gate>,
+    greeted: AtomicU64,
+    pub(crate) stun_answers: AtomicU64,
     packets: AtomicU64,
     bytes: AtomicU64,
     dropped: AtomicU64,
@@ -110,20 +118,25 @@ struct Queue {
     packets: VecDeque<(NodePublic, Vec<u8>)>,
     disco: VecDeque<(NodePublic, Vec<u8>)>,
     gone: VecDeque<(NodePublic, GoneReason)>,
+    /// Whole frames that somebody wants it told.
+    said: VecDeque<Vec<u8>>,
     /// Only the latest matters: who pings faster than it reads needs no more.
     pong: Option<[u8; 8]>,
     seen: HashSet<NodePublic>,
 }
 
 impl Relay {
-    pub(crate) fn new(id: u32, shared: Arc<Shared>, key: NodePrivate) -> Self {
+    pub(crate) fn new(id: u32, distance: Duration, shared: Arc<Shared>, key: NodePrivate) -> Self {
         Self {
             id,
+            distance: Arc::new(Distance::new(distance)),
             key,
             shared,
             clients: Mutex::default(),
             mode: Mutex::new(Mode::Up),
             gate: watch::Sender::new(Gate::OPEN),
+            greeted: AtomicU64::new(0),
+            stun_answers: AtomicU64::new(0),
             packets: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -147,6 +160,8 @@ impl Relay {
     pub(crate) fn stats(&self) -> RelayStats {
         RelayStats {
             clients: lock(&self.clients).len(),
+            greeted: self.greeted.load(Ordering::Relaxed),
+            stun_answers: self.stun_answers.load(Ordering::Relaxed),
             packets: self.packets.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             dropped: self.dropped.load(Ordering::Relaxed),
@@ -156,6 +171,21 @@ impl Relay {
     /// Whether a node is connected here.
     pub(crate) fn has_client(&self, key: &NodePublic) -> bool {
         lock(&self.clients).contains_key(key)
+    }
+
+    /// Sends every connection of `key` a frame; false without any, or with too many that wait.
+    pub(crate) fn say(&self, key: &NodePublic, frame: &[u8]) -> bool {
+        let clients = lock(&self.clients);
+        let Some(connections) = clients.get(key) else { return false };
+        connections.iter().fold(true, |said, client| {
+            let mut queue = lock(&client.queue);
+            let room = queue.said.len() < QUEUE_NOTES;
+            if room {
+                queue.said.push_back(frame.to_vec());
+                client.ready.notify_one();
+            }
+            said && room
+        })
     }
 
     fn drop_packet(&self) {
@@ -223,6 +253,9 @@ impl Queue {
     fn drain(&mut self, out: &mut Vec<u8>) {
         for (key, reason) in self.gone.drain(..) {
             Frame::PeerGone(key, reason).encode(out);
+        }
+        for frame in self.said.drain(..) {
+            out.extend_from_slice(&frame);
         }
         if let Some(data) = self.pong.take() {
             Frame::Pong(data).encode(out);
@@ -317,6 +350,7 @@ impl Relay {
         let client = Arc::new(Client { key, queue: Mutex::default(), ready: Notify::new() });
         let registration = Registration { relay: self, client };
         self.register(&registration.client);
+        self.greeted.fetch_add(1, Ordering::Relaxed);
         // Only now may the client believe that it is reachable here.
         let mut info = Vec::new();
         let mut nonce = [0; 24];
@@ -487,7 +521,7 @@ mod tests {
     #[test]
     fn a_full_queue_loses_its_oldest_and_spares_disco() {
         let shared = Shared::new(DevnetConfig::default(), MachinePrivate::generate().unwrap());
-        let relay = Relay::new(1, Arc::new(shared), NodePrivate::generate().unwrap());
+        let relay = Relay::new(1, Duration::ZERO, Arc::new(shared), NodePrivate::generate().unwrap());
         let [source, key] = [1, 2].map(|byte| NodePublic::from_bytes([byte; 32]));
         let client = Arc::new(Client { key, queue: Mutex::default(), ready: Notify::new() });
         relay.register(&client);
@@ -495,7 +529,10 @@ mod tests {
         for number in 0..100 {
             assert!(relay.forward(source, &key, &[number]));
         }
-        assert_eq!(relay.stats(), RelayStats { clients: 1, packets: 101, bytes: 166, dropped: 68 });
+        assert_eq!(
+            relay.stats(),
+            RelayStats { clients: 1, packets: 101, bytes: 166, dropped: 68, ..RelayStats::default() }
+        );
         let mut reader = FrameReader::new();
         let mut bytes = Vec::new();
         lock(&client.queue).drain(&mut bytes);

@@ -16,7 +16,7 @@ use crate::config::RegionConfig;
 use crate::control::state::{AuthKey, AuthKeyOptions, NewNode, Node, NodeId};
 use crate::control::wire::{self, Hostinfo};
 use crate::control::{map, register};
-use crate::derp::{Mode, Relay, RelayStats};
+use crate::derp::{Mode, Relay};
 use crate::fault::{Fault, Target};
 use crate::random;
 use crate::shared::Shared;
@@ -479,32 +479,6 @@ impl Devnet {
     /// Holds map streams open and sends nothing on them, not even keepalives.
     pub fn set_stalled(&self, stalled: bool) {
         self.shared().stalled.send_replace(stalled);
-    }
-
-    fn relay(&self, region: u32) -> Option<&Arc<Relay>> {
-        self.inner.relays.iter().find(|relay| relay.id == region)
-    }
-
-    /// Makes a region work, refuse, or swallow everything; false when there is no such region.
-    pub fn set_region(&self, region: u32, mode: Mode) -> bool {
-        self.relay(region).map(|relay| relay.set_mode(mode)).is_some()
-    }
-
-    /// Cuts every connection of a region's relay; false when there is no such region.
-    pub fn restart_region(&self, region: u32) -> bool {
-        self.relay(region).map(|relay| relay.restart()).is_some()
-    }
-
-    /// What a region's relay did so far.
-    #[must_use]
-    pub fn region_stats(&self, region: u32) -> Option<RelayStats> {
-        self.relay(region).map(|relay| relay.stats())
-    }
-
-    /// Whether the node with this key is connected to a region's relay.
-    #[must_use]
-    pub fn is_on_relay(&self, region: u32, key: &NodePublic) -> bool {
-        self.relay(region).is_some_and(|relay| relay.has_client(key))
     }
 
     /// Ends every fault.

@@ -20,7 +20,7 @@
 //! | control server | `control`, inside the connections of `http_server` |
 //! | access rules | [`acl`] |
 //! | admin API | `api` |
-//! | relays | `derp`, `stun` |
+//! | relays | `derp`, `stun`, `regions`, `distance` |
 //! | what goes wrong on request | [`fault`] |
 
 pub mod acl;
@@ -30,11 +30,13 @@ mod config;
 pub mod control;
 mod derp;
 mod devnet;
+mod distance;
 pub mod fault;
 mod http_server;
 pub mod lab;
 mod listen;
 mod random;
+mod regions;
 mod shared;
 mod start;
 mod stun;
@@ -44,5 +46,6 @@ pub use config::{DevnetConfig, Dialect, DnsSettings, Families, HeadscaleApi, Oau
 pub use control::state::AuthKeyOptions;
 pub use derp::{Mode, RelayStats};
 pub use devnet::{AuthKeyInfo, Devnet, NodeInfo};
+pub use regions::RelayNotice;
 pub use start::StartError;
 pub mod probe;

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use podtether_core::key::{MachinePrivate, NodePrivate};
-use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -19,6 +20,7 @@ use crate::config::{DevnetConfig, RegionConfig};
 use crate::control::wire;
 use crate::derp::{self, Relay};
 use crate::devnet::{Devnet, Inner};
+use crate::distance;
 use crate::http_server;
 use crate::listen;
 use crate::random;
@@ -108,7 +110,8 @@ impl Devnet {
         let mut bound = Vec::new();
         let mut regions = BTreeMap::new();
         for region in &shared.config.regions {
-            let relay = Arc::new(Relay::new(region.id, shared.clone(), NodePrivate::generate()?));
+            let relay =
+                Arc::new(Relay::new(region.id, region.distance, shared.clone(), NodePrivate::generate()?));
             let region = start_region(region, &relay, &authority, &mut tasks).await?;
             regions.insert(region.id, region_json(&region, &shared.config.base_domain));
             bound.push(region);
@@ -215,7 +218,10 @@ fn certificate_names(config: &DevnetConfig) -> Vec<String> {
     names
 }
 
-async fn secure(acceptor: &TlsAcceptor, stream: TcpStream) -> Option<TlsStream<TcpStream>> {
+async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
+    acceptor: &TlsAcceptor,
+    stream: S,
+) -> Option<TlsStream<S>> {
     match tokio::time::timeout(TLS_TIMEOUT, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => Some(stream),
         Ok(Err(error)) => {
@@ -241,6 +247,7 @@ async fn start_region(
         tasks.spawn(listen::accept(listener, relay.gate.subscribe(), move |stream, token| {
             let (relay, acceptor) = (own.clone(), acceptor.clone());
             async move {
+                let stream = distance::far(stream, relay.distance.clone());
                 if let Some(stream) = secure(&acceptor, stream).await {
                     derp::serve(relay, stream, token).await;
                 }

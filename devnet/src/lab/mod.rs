@@ -18,6 +18,7 @@ mod pod;
 mod programs;
 mod snapshot;
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use podtether_net::netlink::{Blackhole, Netlink, Route, VethEnd};
 use podtether_net::{Netns, netns, sysctl};
 
+use self::nat::nft;
 pub use self::nat::{Gateway, Inside, Nat};
 pub use self::node::{Node, Tailnet};
 pub use self::pod::{CniCall, CniOutcome, Pod};
@@ -74,32 +76,43 @@ impl Lab {
         &self.router
     }
 
-    /// Starts a devnet on addresses of its own at the router: control, admin API, one DERP region and STUN,
-    /// on IPv4 and IPv6. Its root certificate lies in `dir/devnet-K.pem`.
+    /// Starts a devnet at the router: control, admin API, and the regions that `config` names, each with
+    /// addresses of its own (10.255.R.K and fd10:ffff:R::K, R counted from 0) in both families. Its root
+    /// certificate lies in `dir/devnet-K.pem`.
     ///
     /// # Errors
     /// As [`Devnet::start`].
     pub fn start_devnet(&mut self, config: DevnetConfig) -> Result<(Devnet, PathBuf)> {
         self.devnets += 1;
         let k = self.devnets;
-        let v4 = Ipv4Addr::new(10, 255, 0, k);
-        let v6 = Ipv6Addr::new(0xfd10, 0xffff, 0, 0, 0, 0, 0, u16::from(k));
+        let regions: Vec<RegionConfig> = (0..=u8::MAX)
+            .zip(&config.regions)
+            .map(|(r, region)| RegionConfig {
+                addresses: region_addresses(r, k).to_vec(),
+                derp_port: 8443,
+                stun_port: 3478,
+                ..region.clone()
+            })
+            .collect();
+        let v4 = region_addresses(0, k)[0];
+        let own: BTreeSet<IpAddr> = regions
+            .iter()
+            .flat_map(|region| region.addresses.clone())
+            .chain(region_addresses(0, k))
+            .collect();
         block_on(async {
             let netlink = Netlink::open(&self.router).await?;
             let lo = index_of(&netlink, "lo").await?;
-            netlink.add_address(lo, Ipv4Net::from(v4).into()).await?;
-            netlink.add_address(lo, Ipv6Net::from(v6).into()).await?;
-            netlink.wait_local(&[v6.into()]).await.map_err(anyhow::Error::from)
+            for address in &own {
+                netlink.add_address(lo, IpNet::from(*address)).await?;
+            }
+            let own: Vec<IpAddr> = own.iter().copied().filter(IpAddr::is_ipv6).collect();
+            netlink.wait_local(&own).await.map_err(anyhow::Error::from)
         })?;
-        let addresses = [IpAddr::V4(v4), IpAddr::V6(v6)];
         let config = DevnetConfig {
-            http_listen: vec![SocketAddr::new(v4.into(), 80)],
-            https_listen: vec![SocketAddr::new(v4.into(), 443)],
-            regions: vec![RegionConfig {
-                derp_port: 8443,
-                stun_port: 3478,
-                ..RegionConfig::new(1, addresses.to_vec())
-            }],
+            http_listen: vec![SocketAddr::new(v4, 80)],
+            https_listen: vec![SocketAddr::new(v4, 443)],
+            regions,
             ..config
         };
         let router = self.router.clone();
@@ -196,6 +209,30 @@ impl Lab {
         })
     }
 
+    /// Lets the router swallow whatever is sent to these addresses, or comes from them, without a word to
+    /// anybody, or ends that with an empty list.
+    ///
+    /// # Errors
+    /// As `nft` says.
+    pub fn silence(&self, addresses: &[IpAddr]) -> Result<()> {
+        let list = |v4: bool| {
+            let texts: Vec<String> =
+                addresses.iter().filter(|a| a.is_ipv4() == v4).map(ToString::to_string).collect();
+            (!texts.is_empty()).then(|| texts.join(", "))
+        };
+        let rules = |hook: &str, side: &str| {
+            let v4 = list(true).map(|list| format!("ip {side} {{ {list} }} drop;"));
+            let v6 = list(false).map(|list| format!("ip6 {side} {{ {list} }} drop;"));
+            let rules = [v4, v6].into_iter().flatten().collect::<String>();
+            format!("chain {hook} {{ type filter hook {hook} priority filter; {rules} }}\n")
+        };
+        let chains = [rules("input", "daddr"), rules("output", "saddr"), rules("forward", "daddr")].concat();
+        nft(
+            &self.router,
+            &format!("table inet silence\ndelete table inet silence\ntable inet silence {{ {chains} }}"),
+        )
+    }
+
     /// Undoes [`Lab::block_udp`].
     ///
     /// # Errors
@@ -226,6 +263,12 @@ impl Lab {
         }
         rules
     }
+}
+
+/// Of region number `r` of devnet `k`; the first region's are the control server's too.
+fn region_addresses(r: u8, k: u8) -> [IpAddr; 2] {
+    let v6 = Ipv6Addr::new(0xfd10, 0xffff, r.into(), 0, 0, 0, 0, k.into());
+    [Ipv4Addr::new(10, 255, r, k).into(), v6.into()]
 }
 
 /// The router's and the node's address on the link of node `n`, IPv4 and IPv6.

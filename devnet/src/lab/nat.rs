@@ -169,17 +169,22 @@ impl Gateway {
     }
 
     fn nft(&self, script: &str) -> Result<()> {
-        let mut command = Command::new("nft");
-        command.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child =
-            self.netns.run_blocking(|| command.spawn())?.context("run nft; the package nftables has it")?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(script.as_bytes())?;
-        }
-        let output = child.wait_with_output()?;
-        if !output.status.success() {
-            bail!("nft: {}\n{script}", String::from_utf8_lossy(&output.stderr));
-        }
-        Ok(())
+        nft(&self.netns, script)
     }
+}
+
+/// Runs an `nft` script in a namespace.
+pub(super) fn nft(netns: &Netns, script: &str) -> Result<()> {
+    let mut command = Command::new("nft");
+    command.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut child =
+        netns.run_blocking(|| command.spawn())?.context("run nft; the package nftables has it")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(script.as_bytes())?;
+    }
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        bail!("nft: {}\n{script}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
 }
