@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::acl::Policy;
+use crate::control::crowd::Crowd;
 
 /// Everything a devnet is told at start. The defaults give a working tailnet on loopback.
 #[derive(Clone, Debug)]
@@ -48,6 +49,8 @@ pub struct DevnetConfig {
     pub families: Families,
     /// The admin API is Headscale's; `None` for the hosted service's.
     pub headscale: Option<HeadscaleApi>,
+    /// Peers that exist in netmaps alone.
+    pub crowd: Crowd,
 }
 
 /// Address families of a tailnet.
@@ -93,6 +96,7 @@ impl Default for DevnetConfig {
             open_relays: false,
             families: Families::Both,
             headscale: None,
+            crowd: Crowd::default(),
         }
     }
 }

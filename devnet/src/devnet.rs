@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -13,6 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::acl::Policy;
 use crate::api;
 use crate::config::RegionConfig;
+use crate::control::crowd::Crowd;
 use crate::control::state::{AuthKey, AuthKeyOptions, NewNode, Node, NodeId};
 use crate::control::wire::{self, Hostinfo};
 use crate::control::{map, register};
@@ -20,6 +22,7 @@ use crate::derp::{Mode, Relay};
 use crate::fault::{Fault, Target};
 use crate::random;
 use crate::shared::Shared;
+use crate::sync::lock;
 
 /// A running devnet. Clones are handles on the same one, usable from any thread; it stops when the last
 /// is dropped.
@@ -349,6 +352,34 @@ impl Devnet {
             state.revision += 1;
             true
         })
+    }
+
+    /// Sends these bytes, framed as a map message, to a node that has a stream, or to its next one, before
+    /// what [`Self::tell`] sends; false when there is no such node.
+    pub fn tell_raw(&self, id: NodeId, bytes: &[u8]) -> bool {
+        self.shared().with_state(|state| {
+            let Some(node) = state.nodes.get_mut(&id) else { return false };
+            node.raw.push_back(bytes.to_vec());
+            state.revision += 1;
+            true
+        })
+    }
+
+    /// Sends these bytes, framed as a map message, ahead of every session's first one; or nothing.
+    pub fn set_first_message(&self, bytes: Option<&[u8]>) {
+        *lock(&self.shared().first_message) = bytes.map(<[u8]>::to_vec);
+    }
+
+    /// Changes how many peers are in netmaps alone, for sessions that begin from now on, and how much is
+    /// told of them.
+    pub fn set_crowd(&self, crowd: Crowd) {
+        self.shared().crowd.send_replace(crowd);
+    }
+
+    /// Messages about those peers so far, to each session that was open.
+    #[must_use]
+    pub fn deltas_made(&self) -> u64 {
+        self.shared().deltas_made.load(Ordering::Relaxed)
     }
 
     /// Lets a node's key expire now.

@@ -15,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
 use crate::api;
+use crate::control::crowd::Crowd;
 use crate::control::wire::ServerKeys;
 use crate::control::{noise_server, register};
 use crate::fault::{Fault, Refusal, Target};
@@ -180,7 +181,8 @@ async fn verify(shared: &Shared, request: Request<Incoming>) -> Result<Response<
 
 /// `{"target": "register", "fault": {"status": 429, "retry_after": "3"}}` sets a fault, and without
 /// `fault` clears it. `{"stall": true}` silences the map streams, `{"expire": 3}` lets a node's key
-/// expire, `{"cut": true}` cuts every connection, this one too.
+/// expire, `{"crowd": {"peers": 10000, "deltas_per_second": 1000}}` makes the tailnet look large,
+/// `{"cut": true}` cuts every connection, this one too.
 async fn debug_fault(shared: &Shared, request: Request<Incoming>) -> Result<Response<Body>, Refusal> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -189,6 +191,7 @@ async fn debug_fault(shared: &Shared, request: Request<Incoming>) -> Result<Resp
         fault: Option<Fault>,
         stall: Option<bool>,
         expire: Option<u64>,
+        crowd: Option<Crowd>,
         #[serde(default)]
         cut: bool,
     }
@@ -206,6 +209,9 @@ async fn debug_fault(shared: &Shared, request: Request<Incoming>) -> Result<Resp
             }
             if let Some(stall) = order.stall {
                 shared.stalled.send_replace(stall);
+            }
+            if let Some(crowd) = order.crowd {
+                shared.crowd.send_replace(crowd);
             }
             if let Some(node) = order.expire {
                 let now = jiff::Timestamp::now();

@@ -43,6 +43,7 @@ mod stun;
 mod sync;
 
 pub use config::{DevnetConfig, Dialect, DnsSettings, Families, HeadscaleApi, OauthConfig, RegionConfig};
+pub use control::crowd::Crowd;
 pub use control::state::AuthKeyOptions;
 pub use derp::{Mode, RelayStats};
 pub use devnet::{AuthKeyInfo, Devnet, NodeInfo};

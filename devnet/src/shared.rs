@@ -1,21 +1,24 @@
 //! What every part of a running devnet holds on to.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use jiff::SignedDuration;
 use podtether_core::key::MachinePrivate;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{broadcast, oneshot, watch};
 
 use crate::api::Tokens;
 use crate::config::DevnetConfig;
+use crate::control::crowd::Crowd;
 use crate::control::state::State;
 use crate::fault::Switchboard;
 use crate::listen::Gate;
 use crate::sync::lock;
 
 const MAX_COMPLAINTS: usize = 1000;
+/// Deltas about the crowd that a session may be behind.
+const DELTA_QUEUE: usize = 16_384;
 
 pub(crate) struct Shared {
     pub(crate) config: DevnetConfig,
@@ -28,6 +31,14 @@ pub(crate) struct Shared {
     pub(crate) gate: watch::Sender<Gate>,
     /// While true, map streams stay open and silent.
     pub(crate) stalled: watch::Sender<bool>,
+    /// Who is in netmaps alone.
+    pub(crate) crowd: watch::Sender<Crowd>,
+    /// The JSON of map messages about them.
+    pub(crate) deltas: broadcast::Sender<Arc<str>>,
+    /// How many of those there were.
+    pub(crate) deltas_made: AtomicU64,
+    /// What every session is sent ahead of its first message.
+    pub(crate) first_message: Mutex<Option<Vec<u8>>>,
     /// Waiting answers to ping requests, by their id.
     pings: Mutex<HashMap<String, oneshot::Sender<Vec<u8>>>>,
     server_url: OnceLock<String>,
@@ -42,6 +53,7 @@ impl Shared {
         let api_key = config.headscale.as_ref().map(|api| api.api_key.clone()).unwrap_or_default();
         Self {
             state: Mutex::new(State::new(&config)),
+            crowd: watch::Sender::new(config.crowd),
             config,
             noise_key,
             tokens: Tokens::new(api_key),
@@ -49,6 +61,9 @@ impl Shared {
             changed: watch::Sender::new(1),
             gate: watch::Sender::new(Gate::OPEN),
             stalled: watch::Sender::new(false),
+            deltas: broadcast::Sender::new(DELTA_QUEUE),
+            deltas_made: AtomicU64::new(0),
+            first_message: Mutex::default(),
             pings: Mutex::default(),
             server_url: OnceLock::new(),
             complaints: Mutex::default(),

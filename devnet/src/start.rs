@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::ca::Authority;
 use crate::config::{DevnetConfig, RegionConfig};
-use crate::control::wire;
+use crate::control::{crowd, wire};
 use crate::derp::{self, Relay};
 use crate::devnet::{Devnet, Inner};
 use crate::distance;
@@ -120,6 +120,7 @@ impl Devnet {
         let map = wire::DerpMap { regions, omit_default_regions: true };
         shared.with_state(|state| state.set_derp_map(map));
         tasks.spawn(pass_time(shared.clone()));
+        tasks.spawn(crowd::churn(shared.clone()));
         let (finished, stopped) = watch::channel(false);
         let stopping = stop.clone();
         tokio::spawn(async move {

@@ -14,11 +14,12 @@ use podtether_core::key::MachinePublic;
 use tokio::time::timeout;
 
 use super::noise_server::{Reply, respond};
-use super::routes;
 use super::state::{NodeId, State, text};
 use super::view::{Update, View};
 use super::wire::{self, MapRequest, MapResponse};
+use super::{crowd, routes};
 use crate::shared::Shared;
+use crate::sync::lock;
 
 /// Why a map stream ended early.
 #[derive(Debug, thiserror::Error)]
@@ -169,14 +170,29 @@ impl Session {
             View::new(self.node, self.number, request.version, base_domain, shared.config.dns.clone());
         let mut changed = shared.changed.subscribe();
         let mut stalled = shared.stalled.subscribe();
+        let mut deltas = shared.deltas.subscribe();
         let mut keep_alive = tokio::time::interval(shared.config.keep_alive);
+        let mut first = true;
+        let ahead = lock(&shared.first_message).clone();
+        if let Some(ahead) = ahead {
+            self.send(&mut stream, ahead, compress).await?;
+        }
         loop {
             if stalled.wait_for(|stalled| !stalled).await.is_err() {
                 return Ok(());
             }
             changed.mark_unchanged();
+            let raw = |state: &mut State| state.nodes.get_mut(&self.node)?.raw.pop_front();
+            if !first && let Some(raw) = shared.with_state(raw) {
+                self.send(&mut stream, raw, compress).await?;
+                continue;
+            }
             match shared.with_state(|state| self.next(state, &mut view)) {
-                Update::Send(message) => {
+                Update::Send(mut message) => {
+                    if std::mem::take(&mut first) {
+                        let count = shared.crowd.borrow().peers;
+                        message.peers.extend(crowd::peers(&shared.config, count));
+                    }
                     self.write(&mut stream, &message, compress).await?;
                     keep_alive.reset();
                     continue;
@@ -187,6 +203,12 @@ impl Session {
             tokio::select! {
                 _ = changed.changed() => {}
                 _ = stalled.changed() => {}
+                delta = deltas.recv() => {
+                    // Those it missed would be missed for ever.
+                    let delta = delta.map_err(|_| StreamError::Slow)?;
+                    self.send(&mut stream, delta.as_bytes().to_vec(), compress).await?;
+                    keep_alive.reset();
+                }
                 _ = keep_alive.tick() => {
                     let message = MapResponse { keep_alive: true, ..MapResponse::default() };
                     self.write(&mut stream, &message, compress).await?;
@@ -228,7 +250,16 @@ impl Session {
         message: &MapResponse,
         compress: bool,
     ) -> Result<(), StreamError> {
-        let mut json = serde_json::to_vec(message).map_err(|error| StreamError::Encode(error.to_string()))?;
+        let json = serde_json::to_vec(message).map_err(|error| StreamError::Encode(error.to_string()))?;
+        self.send(stream, json, compress).await
+    }
+
+    async fn send(
+        &self,
+        stream: &mut SendStream<Bytes>,
+        mut json: Vec<u8>,
+        compress: bool,
+    ) -> Result<(), StreamError> {
         if compress {
             json = zstd::bulk::compress(&json, 1).map_err(|error| StreamError::Encode(error.to_string()))?;
         }

@@ -5,6 +5,7 @@
 //! difference. So nothing is queued per session, and a client that reads slowly gets one merged
 //! message, or is cut off when it reads nothing for the write timeout.
 
+pub(crate) mod crowd;
 pub(crate) mod map;
 pub(crate) mod noise_server;
 pub mod noise_stream;

@@ -60,6 +60,8 @@ pub(crate) struct Node {
     pub(crate) primary: Vec<IpNet>,
     /// Ping requests its stream has to deliver.
     pub(crate) pings: VecDeque<wire::PingRequest>,
+    /// Bytes for its stream that need not be a message's.
+    pub(crate) raw: VecDeque<Vec<u8>>,
     /// Fields of map messages that somebody wants it told.
     pub(crate) extras: VecDeque<serde_json::Map<String, Value>>,
     pub(crate) revision: u64,
@@ -406,6 +408,7 @@ impl State {
                 routes: Vec::new(),
                 primary: Vec::new(),
                 pings: VecDeque::new(),
+                raw: VecDeque::new(),
                 extras: VecDeque::new(),
                 revision: 0,
             },

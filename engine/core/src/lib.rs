@@ -25,6 +25,7 @@ pub mod filter;
 pub mod health;
 pub mod key;
 pub mod map_frame;
+pub mod map_stream;
 mod nat;
 mod netcheck;
 pub mod netmap;

@@ -16,7 +16,7 @@ thread_local! {
 }
 
 /// What `decode` gives, and how many fields, elements and entries it passed over because they did not fit.
-pub(super) fn counting<T>(decode: impl FnOnce() -> T) -> (T, u64) {
+pub(crate) fn counting<T>(decode: impl FnOnce() -> T) -> (T, u64) {
     SKIPPED.set(0);
     let decoded = decode();
     (decoded, SKIPPED.get())
