@@ -15,10 +15,10 @@ mod tests;
 use std::time::{Duration, Instant, SystemTime};
 
 use podtether_core::backoff::Backoff;
-use podtether_core::engine::{ControlAnswer, HostUpdate};
+use podtether_core::engine::{ControlAnswer, HostUpdate, PeerList};
 use podtether_core::key::{MachinePrivate, NodePublic};
 use podtether_core::retry_after;
-use podtether_core::tailcfg::{ControlDialPlan, HostParams, Hostinfo, MapResponse, UnixTime};
+use podtether_core::tailcfg::{ControlDialPlan, HostParams, Hostinfo, MapResponse, Node, UnixTime};
 use podtether_proto::secret::SecretString;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -29,8 +29,9 @@ use crate::reason::Ending;
 use connect::Way;
 use session::Session;
 
-/// Map messages that wait for the driver; more stay in the session's flow control window.
-const EVENT_QUEUE: usize = 8;
+/// Pieces of map messages that wait for the driver; more stay in the session's flow control window. Each may
+/// be large.
+const EVENT_QUEUE: usize = 2;
 const ANSWER_QUEUE: usize = 8;
 /// Longest wait after a server that could not be reached: a server that is back is found within 5 s.
 const RECONNECT_MAX: Duration = Duration::from_secs(4);
@@ -84,8 +85,12 @@ pub(crate) enum Event {
     Registered { approved: bool },
     /// A map stream is open.
     SessionStarted,
-    /// A message of the map stream.
+    /// Nodes of a message of the map stream whose rest is still to come.
+    Peers(PeerList, Vec<Node>),
+    /// A message of the map stream, or the rest of it.
     Map(Box<MapResponse>),
+    /// The message whose nodes came was passed over.
+    PeersUnfinished,
     /// The map stream ended.
     SessionLost,
     /// The engine has to end: what is wrong does not go away by trying again.

@@ -364,6 +364,12 @@ impl Driver {
                 self.trouble.clear();
                 ControlEvent::SessionStarted
             }
+            control::Event::Peers(list, nodes) => {
+                // A message's end is what status has news from.
+                let event = ControlEvent::Peers { list, nodes };
+                return self.engine.handle_control(event, now, &mut self.outbox);
+            }
+            control::Event::PeersUnfinished => ControlEvent::PeersUnfinished,
             control::Event::Map(message) => {
                 self.board.control_heard(now);
                 ControlEvent::Map(message)

@@ -7,7 +7,7 @@
 //! | part | modules |
 //! |---|---|
 //! | the node as a whole | `engine`, `batch`, `snapshot`, `health` |
-//! | control protocol | `noise`, `map_frame`, `tailcfg`, `netmap`, `register`, `c2n`, `dial_plan`, `retry_after`, `backoff` |
+//! | control protocol | `noise`, `map_stream`, `tailcfg`, `netmap`, `register`, `c2n`, `dial_plan`, `retry_after`, `backoff` |
 //! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp`, `routes` |
 //! | what flows | `wg`, `packet`, `nat`, `filter`, `dns` |
 //! | names of things | `key` |
@@ -24,7 +24,6 @@ pub mod engine;
 pub mod filter;
 pub mod health;
 pub mod key;
-pub mod map_frame;
 pub mod map_stream;
 mod nat;
 mod netcheck;

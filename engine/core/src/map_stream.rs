@@ -3,60 +3,74 @@
 //! The stream is messages, each a u32 little-endian length and that many bytes of JSON. A full map of ten
 //! thousand peers is ten megabytes of it. So the elements of `Peers` and `PeersChanged` are decoded and
 //! handed on one portion at a time as they come in, and only what is left of the message is gathered
-//! until its end. What is odd is skipped and counted; only a message that is no JSON object, or one that
-//! is too large without its peers, ends the stream.
+//! until its end. What is odd is skipped and counted; a message that is no JSON object, or is too large
+//! without its peers, is passed over, because its length says where the next one begins.
 
 use crate::peer::PeerList;
 use crate::tailcfg::{MapResponse, Node, counting};
 
-/// Largest message taken, bytes.
-const MAX_MESSAGE_BYTES: usize = 128 << 20;
+/// Largest message taken, bytes. A netmap of ten thousand peers is a tenth of it.
+pub const MAX_MESSAGE_BYTES: usize = 128 << 20;
 /// Largest part of a message beside its peers, bytes.
 const MAX_REST_BYTES: usize = 16 << 20;
 /// Largest description of one peer, bytes; a larger one is skipped.
 const MAX_PEER_BYTES: usize = 256 << 10;
 /// Peers handed on at a time: some tenths of a millisecond to decode and to take in.
 const PORTION: usize = 32;
+/// JSON of so many bytes is a portion as well.
+const PORTION_BYTES: usize = 64 << 10;
 /// Longest name of a field that is told apart.
 const MAX_KEY: usize = 16;
 /// What idle buffers keep allocated, bytes.
 const KEEP_BYTES: usize = 16 << 10;
 
-/// Why a stream cannot go on.
+/// The server announced a message over [`MAX_MESSAGE_BYTES`]: it or we have lost the beginning of
+/// messages, and the stream cannot go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("map message of {0} bytes is over the limit")]
+pub struct TooLarge(pub usize);
+
+/// Why a message cannot be taken.
 #[derive(Debug, thiserror::Error)]
-pub enum MapStreamError {
-    /// More than is taken.
-    #[error("a map message of {0} bytes is over the limit")]
-    TooLarge(usize),
-    /// Not the JSON of a message.
-    #[error("a map message that is not JSON: {0}")]
+pub enum BadMessage {
+    /// It is too large even without its peers.
+    #[error("it is over {MAX_REST_BYTES} bytes without its peers")]
+    TooLarge,
+    /// It is not a JSON object.
+    #[error("it is not JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
 
-/// A part of a message. All of its peers come before the rest.
+/// A part of a message. All of its peers come before its end.
 #[derive(Debug)]
 pub enum Piece {
-    /// Some peers.
+    /// Some peers of one of its lists.
     Peers(PeerList, Vec<Node>),
-    /// Everything else, which ends the message, and how much of all of it was passed over.
+    /// Everything else, which ends the message, and how many elements of all of it were passed over.
     Rest(Box<MapResponse>, u64),
+    /// The end of a message that is none. Some of its peers may have been handed on.
+    Bad(BadMessage),
 }
 
 /// Where in a message the scanner is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum At {
-    /// Anywhere but in a list of peers.
+    /// Anywhere but in one of the lists.
     Rest,
     /// Between the elements of a list of peers.
     List(PeerList),
     /// In an element of it.
     Element(PeerList),
+    /// In a list that nobody needs.
+    Unneeded,
+    /// Behind what made the message too large.
+    TooLarge,
 }
 
 /// Incremental decoder: `push` what arrived, then take pieces with `next_piece` until there is none.
 ///
 /// INVARIANT: nothing is set aside for a length that was merely announced; memory grows with what arrived,
-/// and by no more than one peer and the rest of one message.
+/// and by no more than one portion of peers and the rest of one message.
 #[derive(Debug)]
 pub struct MapStream {
     input: Vec<u8>,
@@ -76,6 +90,8 @@ pub struct MapStream {
     element: Vec<u8>,
     element_too_large: bool,
     nodes: Vec<Node>,
+    /// Bytes of JSON that `nodes` were.
+    nodes_bytes: usize,
     skipped: u64,
 }
 
@@ -104,6 +120,7 @@ impl MapStream {
             element: Vec::new(),
             element_too_large: false,
             nodes: Vec::new(),
+            nodes_bytes: 0,
             skipped: 0,
         }
     }
@@ -124,14 +141,14 @@ impl MapStream {
     ///
     /// # Errors
     /// When the stream cannot go on.
-    pub fn next_piece(&mut self) -> Result<Option<Piece>, MapStreamError> {
+    pub fn next_piece(&mut self) -> Result<Option<Piece>, TooLarge> {
         let input = std::mem::take(&mut self.input);
         let piece = self.scan(&input);
         self.input = input;
         piece
     }
 
-    fn scan(&mut self, input: &[u8]) -> Result<Option<Piece>, MapStreamError> {
+    fn scan(&mut self, input: &[u8]) -> Result<Option<Piece>, TooLarge> {
         loop {
             let Some(left) = self.left else {
                 let Some(byte) = input.get(self.start) else { return Ok(None) };
@@ -140,7 +157,7 @@ impl MapStream {
                 if let Some(prefix) = self.prefix.first_chunk::<4>() {
                     let length = usize::try_from(u32::from_le_bytes(*prefix)).unwrap_or(usize::MAX);
                     if length > MAX_MESSAGE_BYTES {
-                        return Err(MapStreamError::TooLarge(length));
+                        return Err(TooLarge(length));
                     }
                     self.prefix.clear();
                     self.left = Some(length);
@@ -148,51 +165,104 @@ impl MapStream {
                 continue;
             };
             if left == 0 {
-                return self.end_message().map(Some);
+                return Ok(Some(self.end_message()));
             }
-            let Some(byte) = input.get(self.start) else { return Ok(None) };
-            self.start += 1;
-            self.left = Some(left - 1);
-            if let Some(list) = self.byte(*byte)? {
+            let here = &input[self.start..input.len().min(self.start + left)];
+            if here.is_empty() {
+                return Ok(None);
+            }
+            let (used, ready) = self.take(here);
+            self.start += used;
+            self.left = Some(left - used);
+            if let Some(list) = ready {
+                self.nodes_bytes = 0;
                 return Ok(Some(Piece::Peers(list, std::mem::take(&mut self.nodes))));
             }
         }
     }
 
-    /// Takes one byte of JSON; the list of which a portion is ready, if so.
-    fn byte(&mut self, byte: u8) -> Result<Option<PeerList>, MapStreamError> {
+    /// Takes some of what is here, which is not empty: how much, and the list of which a portion is ready.
+    fn take(&mut self, here: &[u8]) -> (usize, Option<PeerList>) {
+        let plain = match self.at {
+            At::TooLarge => here.len(),
+            At::List(_) => 0,
+            At::Rest | At::Element(_) | At::Unneeded if self.escaped => 0,
+            At::Rest | At::Element(_) | At::Unneeded => {
+                let special: &[u8] = if self.in_string { b"\"\\" } else { b"\"{}[],:" };
+                here.iter().position(|byte| special.contains(byte)).unwrap_or(here.len())
+            }
+        };
+        if plain == 0 {
+            return (1, here.first().and_then(|byte| self.byte(*byte)));
+        }
+        let here = &here[..plain];
+        self.keep(here);
+        if self.at == At::Rest && self.depth == 1 {
+            if self.in_string {
+                let room = MAX_KEY - self.key.len().min(MAX_KEY);
+                self.key.extend_from_slice(&here[..room.min(plain)]);
+            } else if here.iter().any(|byte| !byte.is_ascii_whitespace()) {
+                self.key_stands = false;
+            }
+        }
+        (plain, None)
+    }
+
+    /// Sets bytes aside for the decoder of what they are part of.
+    fn keep(&mut self, bytes: &[u8]) {
+        match self.at {
+            At::Rest if self.rest.len() + bytes.len() > MAX_REST_BYTES => self.at = At::TooLarge,
+            At::Rest => self.rest.extend_from_slice(bytes),
+            At::Element(_) if self.element.len() + bytes.len() > MAX_PEER_BYTES => {
+                self.element_too_large = true;
+            }
+            At::Element(_) => self.element.extend_from_slice(bytes),
+            At::List(_) | At::Unneeded | At::TooLarge => {}
+        }
+    }
+
+    /// Takes one byte that may matter; the list of which a portion is ready, if so.
+    fn byte(&mut self, byte: u8) -> Option<PeerList> {
         match self.at {
             At::Rest => {
-                if self.rest.len() >= MAX_REST_BYTES {
-                    return Err(MapStreamError::TooLarge(self.rest.len()));
-                }
-                self.rest.push(byte);
+                self.keep(&[byte]);
                 self.rest_byte(byte);
-                Ok(None)
+                None
             }
             At::List(list) => {
                 match byte {
                     b' ' | b'\t' | b'\r' | b'\n' | b',' => {}
-                    b']' => return Ok(self.end_list(list)),
+                    b']' => return self.end_list(list),
                     _ => {
                         self.at = At::Element(list);
-                        self.element_byte(byte);
+                        self.keep(&[byte]);
+                        self.step(byte);
                     }
                 }
-                Ok(None)
+                None
             }
             At::Element(list) if !self.in_string && self.depth == 2 && matches!(byte, b',' | b']') => {
                 self.end_element();
                 self.at = At::List(list);
                 if byte == b']' {
-                    return Ok(self.end_list(list));
+                    return self.end_list(list);
                 }
-                Ok((self.nodes.len() >= PORTION).then_some(list))
+                (self.nodes.len() >= PORTION || self.nodes_bytes >= PORTION_BYTES).then_some(list)
             }
             At::Element(_) => {
-                self.element_byte(byte);
-                Ok(None)
+                self.keep(&[byte]);
+                self.step(byte);
+                None
             }
+            At::Unneeded => {
+                self.step(byte);
+                if self.depth == 1 {
+                    self.at = At::Rest;
+                    self.keep(b"]");
+                }
+                None
+            }
+            At::TooLarge => None,
         }
     }
 
@@ -204,34 +274,25 @@ impl MapStream {
             }
         } else if at_top {
             let list = match self.key.as_slice() {
-                b"Peers" => Some(PeerList::All),
-                b"PeersChanged" => Some(PeerList::Changed),
+                b"Peers" => Some(At::List(PeerList::All)),
+                b"PeersChanged" => Some(At::List(PeerList::Changed)),
+                b"UserProfiles" => Some(At::Unneeded),
                 _ => None,
             };
-            match byte {
-                b'"' => self.key.clear(),
-                b':' => self.key_stands = true,
-                b' ' | b'\t' | b'\r' | b'\n' => {}
-                b'[' if self.key_stands && list.is_some() => {
+            match (byte, list) {
+                // A text for a value is no name.
+                (b'"', _) => {
+                    self.key.clear();
+                    self.key_stands = false;
+                }
+                (b':', _) => self.key_stands = true,
+                (b'[', Some(list)) if self.key_stands && self.at == At::Rest => {
                     // For the rest, the list is empty.
-                    self.at = list.map_or(At::Rest, At::List);
+                    self.at = list;
                     self.key_stands = false;
                 }
                 _ => self.key_stands = false,
             }
-            if byte == b'"' && self.key_stands {
-                // A text for a value is no name.
-                self.key_stands = false;
-            }
-        }
-        self.step(byte);
-    }
-
-    fn element_byte(&mut self, byte: u8) {
-        if self.element.len() < MAX_PEER_BYTES {
-            self.element.push(byte);
-        } else {
-            self.element_too_large = true;
         }
         self.step(byte);
     }
@@ -256,12 +317,17 @@ impl MapStream {
     }
 
     fn end_element(&mut self) {
-        match counting(|| serde_json::from_slice(&self.element)) {
-            (Ok(node), skipped) if !self.element_too_large => {
-                self.nodes.push(node);
-                self.skipped += skipped;
+        if self.element_too_large {
+            self.skipped += 1;
+        } else {
+            self.nodes_bytes += self.element.len();
+            match counting(|| serde_json::from_slice(&self.element)) {
+                (Ok(node), skipped) => {
+                    self.nodes.push(node);
+                    self.skipped += skipped;
+                }
+                (Err(_), _) => self.skipped += 1,
             }
-            (Ok(_) | Err(_), _) => self.skipped += 1,
         }
         self.element.clear();
         self.element_too_large = false;
@@ -271,22 +337,50 @@ impl MapStream {
     fn end_list(&mut self, list: PeerList) -> Option<PeerList> {
         self.at = At::Rest;
         self.depth = 1;
-        self.rest.push(b']');
+        self.keep(b"]");
         (!self.nodes.is_empty()).then_some(list)
     }
 
-    fn end_message(&mut self) -> Result<Piece, MapStreamError> {
-        let (message, skipped) = MapResponse::from_json(&self.rest)?;
-        let skipped = skipped + std::mem::take(&mut self.skipped);
+    fn end_message(&mut self) -> Piece {
+        let piece = if self.at == At::TooLarge {
+            Piece::Bad(BadMessage::TooLarge)
+        } else {
+            match MapResponse::from_json(&self.rest) {
+                Ok((message, skipped)) => Piece::Rest(Box::new(message), skipped + self.skipped),
+                Err(error) => Piece::Bad(error.into()),
+            }
+        };
         self.left = None;
+        self.at = At::Rest;
         self.depth = 0;
+        self.in_string = false;
+        self.escaped = false;
         self.key.clear();
         self.key_stands = false;
         self.rest.clear();
         self.rest.shrink_to(KEEP_BYTES);
+        self.element.clear();
         self.element.shrink_to(KEEP_BYTES);
-        Ok(Piece::Rest(Box::new(message), skipped))
+        self.element_too_large = false;
+        self.nodes = Vec::new();
+        self.nodes_bytes = 0;
+        self.skipped = 0;
+        piece
     }
+}
+
+/// Puts the prefix before `message`: what a server sends.
+///
+/// # Errors
+/// When the message is over [`MAX_MESSAGE_BYTES`].
+pub fn encode(message: &[u8], out: &mut Vec<u8>) -> Result<(), TooLarge> {
+    let len = u32::try_from(message.len()).map_err(|_| TooLarge(message.len()))?;
+    if message.len() > MAX_MESSAGE_BYTES {
+        return Err(TooLarge(message.len()));
+    }
+    out.extend_from_slice(&len.to_le_bytes());
+    out.extend_from_slice(message);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -297,9 +391,14 @@ mod tests {
     use super::*;
 
     fn frame(json: &[u8]) -> Vec<u8> {
-        let mut out = u32::try_from(json.len()).unwrap().to_le_bytes().to_vec();
-        out.extend_from_slice(json);
+        let mut out = Vec::new();
+        encode(json, &mut out).unwrap();
         out
+    }
+
+    #[test]
+    fn length_is_little_endian() {
+        assert_eq!(frame(b"{}"), [2, 0, 0, 0, b'{', b'}']);
     }
 
     fn node(id: u64) -> Value {
@@ -307,12 +406,12 @@ mod tests {
     }
 
     /// The messages as they would have been decoded in one go, and what was skipped.
-    fn gather(wire: &[u8], cut: usize) -> Result<Vec<(MapResponse, u64)>, MapStreamError> {
+    fn gather(wire: &[u8], cut: usize) -> Vec<Result<(MapResponse, u64), BadMessage>> {
         let mut stream = MapStream::new();
         let (mut messages, mut peers, mut changed) = (Vec::new(), Vec::new(), Vec::new());
         for part in wire.chunks(cut) {
             stream.push(part);
-            while let Some(piece) = stream.next_piece()? {
+            while let Some(piece) = stream.next_piece().unwrap() {
                 match piece {
                     Piece::Peers(PeerList::All, nodes) => peers.extend(nodes),
                     Piece::Peers(PeerList::Changed, nodes) => changed.extend(nodes),
@@ -320,16 +419,21 @@ mod tests {
                         assert!(message.peers.is_empty() && message.peers_changed.is_empty());
                         message.peers = std::mem::take(&mut peers);
                         message.peers_changed = std::mem::take(&mut changed);
-                        messages.push((*message, skipped));
+                        messages.push(Ok((*message, skipped)));
+                    }
+                    Piece::Bad(bad) => {
+                        peers.clear();
+                        changed.clear();
+                        messages.push(Err(bad));
                     }
                 }
             }
         }
-        Ok(messages)
+        messages
     }
 
     fn one(json: &Value) -> (MapResponse, u64) {
-        gather(&frame(json.to_string().as_bytes()), 7).unwrap().pop().unwrap()
+        gather(&frame(json.to_string().as_bytes()), 7).pop().unwrap().unwrap()
     }
 
     #[test]
@@ -371,7 +475,7 @@ mod tests {
         assert_eq!((message.peers.len(), skipped), (2, 6));
         // Even where JSON itself is broken, as long as its brackets are right.
         let wire = frame(br#"{"PeersChanged": [{"ID": }, nonsense], "Domain": "d"}"#);
-        let (message, skipped) = gather(&wire, 1).unwrap().pop().unwrap();
+        let (message, skipped) = gather(&wire, 1).pop().unwrap().unwrap();
         assert_eq!((message.domain.as_str(), skipped), ("d", 2));
     }
 
@@ -392,14 +496,66 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_message_ends_the_stream() {
-        for bad in ["", "{", "{\"Peers\":[", "{\"Peers\":[{]", "{\"Peers\":[]", "\"", "{}}"] {
-            assert!(gather(&frame(bad.as_bytes()), 3).is_err(), "{bad}");
+    fn what_is_no_message_is_passed_over_and_the_next_one_taken() {
+        let good = json!({"Peers": [node(1)], "Domain": "d"}).to_string();
+        let cut_off = format!("{}", json!({"Peers": [node(5), node(6)]})).replace("]}", "");
+        let bad = [
+            "",
+            "{",
+            "{\"Peers\":[",
+            "{\"Peers\":[{]",
+            "{\"Peers\":[]",
+            "\"",
+            "\"\\",
+            "{}}",
+            "[1]",
+            &cut_off,
+        ];
+        for bad in bad {
+            for cut in [1, 3, 1000] {
+                let wire = [frame(bad.as_bytes()), frame(good.as_bytes())].concat();
+                let got = gather(&wire, cut);
+                assert!(matches!(&got[0], Err(BadMessage::Json(_))), "{bad}");
+                let (message, skipped) = got[1].as_ref().unwrap();
+                assert_eq!((message.peers.len(), message.domain.as_str(), *skipped), (1, "d", 0), "{bad}");
+            }
         }
+    }
+
+    #[test]
+    fn a_huge_announcement_is_refused_before_anything_is_set_aside() {
         let mut stream = MapStream::new();
         stream.push(&u32::MAX.to_le_bytes());
-        assert!(matches!(stream.next_piece(), Err(MapStreamError::TooLarge(_))));
+        assert!(matches!(stream.next_piece(), Err(TooLarge(_))));
         assert!(stream.rest.capacity() < 64);
+    }
+
+    #[test]
+    fn a_message_that_is_too_large_without_its_peers_is_passed_over() {
+        let mut wire = frame(json!({"Domain": "x".repeat(MAX_REST_BYTES)}).to_string().as_bytes());
+        wire.extend(frame(b"{\"Domain\":\"d\"}"));
+        let got = gather(&wire, 16 << 10);
+        assert!(matches!(got[0], Err(BadMessage::TooLarge)));
+        assert_eq!(got[1].as_ref().unwrap().0.domain, "d");
+        // What nobody needs does not count.
+        let profiles: Vec<Value> =
+            (0..9).map(|n| json!({"ID": n, "LoginName": "x".repeat(2 << 20)})).collect();
+        let wire = frame(json!({"Domain": "d", "UserProfiles": profiles}).to_string().as_bytes());
+        assert_eq!(gather(&wire, 16 << 10)[0].as_ref().unwrap().0.domain, "d");
+    }
+
+    #[test]
+    fn large_peers_make_small_portions() {
+        let large =
+            |id: u64| json!({"ID": id, "Key": format!("nodekey:{id:064x}"), "Name": "x".repeat(60_000)});
+        let json = json!({"PeersChanged": (1..=6).map(large).collect::<Vec<_>>()});
+        let mut stream = MapStream::new();
+        stream.push(&frame(json.to_string().as_bytes()));
+        let mut sizes = Vec::new();
+        while let Some(Piece::Peers(_, nodes)) = stream.next_piece().unwrap() {
+            sizes.push(nodes.len());
+        }
+        assert_eq!(sizes, [2, 2, 2]);
     }
 
     proptest! {
@@ -418,15 +574,20 @@ mod tests {
                 wire.extend(frame(json.as_bytes()));
                 expected.push((serde_json::from_str::<MapResponse>(&json).unwrap(), 0));
             }
-            prop_assert_eq!(gather(&wire, cut).unwrap(), expected);
+            let got: Result<Vec<_>, _> = gather(&wire, cut).into_iter().collect();
+            prop_assert_eq!(got.unwrap(), expected);
         }
 
         #[test]
         fn fuzz_any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 1_usize..20) {
-            let _ = gather(&frame(&bytes), cut);
             let mut json = b"{\"Peers\":[".to_vec();
             json.extend_from_slice(&bytes);
-            let _ = gather(&frame(&json), cut);
+            let end = frame(b"{\"Domain\":\"d\"}");
+            for bytes in [bytes, json] {
+                let got = gather(&[frame(&bytes), end.clone()].concat(), cut);
+                prop_assert_eq!(got.len(), 2);
+                prop_assert_eq!(&got[1].as_ref().unwrap().0.domain, "d");
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use counting::{ALLOCATIONS, BYTES};
 use podtether_core::batch::{Batch, Outbox};
 use podtether_core::engine::{Config, ControlEvent, Engine, Event};
 use podtether_core::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
-use podtether_core::map_frame::{MapFrames, encode};
+use podtether_core::map_stream::{MapStream, Piece, encode};
 use podtether_core::snapshot::{MAX_BYTES, Snapshot};
 use podtether_core::tailcfg::{MapResponse, UnixTime};
 use serde_json::json;
@@ -187,7 +187,7 @@ fn a_minute_of_a_thousand_deltas_a_second_leaves_memory_as_it_was() {
     let began_with = BYTES.get() - empty;
     let (mut most, mut spent, mut slowest) = (0, Duration::ZERO, Duration::ZERO);
     let (mut snapshots, mut writer, mut piece) = (0, None, Vec::new());
-    let mut frames = MapFrames::new();
+    let mut stream = MapStream::new();
     let mut now = start;
     for turn in 0..60_000u32 {
         // Every peer in turn, far from the one before.
@@ -211,10 +211,14 @@ fn a_minute_of_a_thousand_deltas_a_second_leaves_memory_as_it_was() {
         now += Duration::from_millis(1);
 
         let began = Instant::now();
-        frames.push(&framed);
-        while let Some(message) = frames.next_message().expect("whole") {
-            let message: MapResponse = serde_json::from_slice(message).expect("a message");
-            engine.handle_control(ControlEvent::Map(Box::new(message)), now, &mut Outbox::default());
+        stream.push(&framed);
+        while let Some(piece) = stream.next_piece().expect("whole") {
+            let event = match piece {
+                Piece::Peers(list, nodes) => ControlEvent::Peers { list, nodes },
+                Piece::Rest(message, 0) => ControlEvent::Map(message),
+                odd @ (Piece::Rest(..) | Piece::Bad(_)) => panic!("{odd:?}"),
+            };
+            engine.handle_control(event, now, &mut Outbox::default());
         }
         if engine.poll_timeout().is_some_and(|at| at <= now) {
             engine.handle_timeout(now, &mut Outbox::default());

@@ -10,7 +10,7 @@ use h2::client::SendRequest;
 use http::{Method, Request, Response, StatusCode};
 use podtether_core::backoff::Backoff;
 use podtether_core::engine::HostUpdate;
-use podtether_core::map_frame::MapFrames;
+use podtether_core::map_stream::{MapStream, Piece};
 use podtether_core::tailcfg::{
     CAPABILITY_VERSION, Debug, MapRequest, MapResponse, RegisterRequest, RegisterResponse, UnixTime,
 };
@@ -182,34 +182,33 @@ impl Client {
         mut forgotten: oneshot::Receiver<()>,
     ) -> Result<Result<Infallible, Failure>, Gone> {
         let mut first = Some(steps);
-        let mut frames = MapFrames::default();
+        let mut stream = MapStream::new();
         let mut answers = Answers::new(session.clone(), self.dialer.clone());
         // What the server wants to wait for, and the message that waits.
         let mut pause: Option<(Instant, Box<MapResponse>)> = None;
         let mut heard = Instant::now();
         loop {
             if pause.is_none() {
-                match frames.next_message() {
+                match stream.next_piece() {
                     Ok(None) => {}
-                    Ok(Some(frame)) => {
-                        let message = match MapResponse::from_json(frame) {
-                            Ok((message, skipped)) => {
-                                Refused::MapField.add(skipped);
-                                Box::new(message)
-                            }
-                            // Its length is known, so the next one can still be read.
-                            Err(_) if first.is_none() => {
-                                Refused::MapMessage.count();
-                                continue;
-                            }
+                    Ok(Some(Piece::Peers(list, nodes))) => {
+                        self.tell(Event::Peers(list, nodes)).await?;
+                        // Thousands may follow, and packets wait.
+                        tokio::task::yield_now().await;
+                        continue;
+                    }
+                    Ok(Some(Piece::Bad(bad))) => {
+                        Refused::MapMessage.count();
+                        if first.is_some() {
                             // Without the first there is nothing that others could change.
-                            Err(error) => {
-                                Refused::MapMessage.count();
-                                let url = &self.identity.url;
-                                let reason = format!("{url} sent a map message that is not JSON: {error}");
-                                return Ok(Err(Failure::refused(reason)));
-                            }
-                        };
+                            let reason = format!("{} sent a bad map message: {bad}", self.identity.url);
+                            return Ok(Err(Failure::refused(reason)));
+                        }
+                        self.tell(Event::PeersUnfinished).await?;
+                        continue;
+                    }
+                    Ok(Some(Piece::Rest(message, skipped))) => {
+                        Refused::MapField.add(skipped);
                         if let Some(mut steps) = first.take() {
                             steps.done("first map");
                             self.useful_since = Some(Instant::now());
@@ -267,7 +266,7 @@ impl Client {
             if let Err(error) = body.flow_control().release_capacity(chunk.len()) {
                 return Ok(Err(session.lost("following the map", &error)));
             }
-            frames.push(&chunk);
+            stream.push(&chunk);
         }
     }
 

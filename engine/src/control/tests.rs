@@ -3,6 +3,7 @@
 
 mod carriage;
 mod life;
+mod stream;
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -110,6 +111,7 @@ async fn until<T>(control: &mut Control, mut wanted: impl FnMut(&Event) -> Optio
             }
             seen.push(match &event {
                 Event::Map(_) => "a map message".to_owned(),
+                Event::Peers(list, nodes) => format!("{} peers of {list:?}", nodes.len()),
                 event => format!("{event:?}"),
             });
         }

@@ -4,23 +4,29 @@ use std::time::Instant;
 
 use podtether_core::batch::Outbox;
 use podtether_core::engine::{ControlEvent, PeerList};
-use podtether_core::map_frame::MapFrames;
+use podtether_core::map_stream::{MapStream, Piece};
 use podtether_core::register::{bounded, decide};
 use podtether_core::snapshot::Snapshot;
 use podtether_core::tailcfg::{EarlyNoise, MapResponse, RegisterResponse, ServerKeys};
 
 /// A map stream: the bytes as the stream itself, and in pieces as message bodies, applied in order.
 pub fn map(data: &[u8]) {
-    let mut frames = MapFrames::new();
-    for chunk in data.chunks(13) {
-        frames.push(chunk);
-        while let Ok(Some(message)) = frames.next_message() {
-            let _ = serde_json::from_slice::<MapResponse>(message);
-        }
-    }
     let (mut now, mut out) = (Instant::now(), Outbox::default());
     let mut engine = crate::packets::fresh(now);
     let (mut lists, mut applied) = ([PeerList::All, PeerList::Changed].into_iter().cycle(), 0);
+    let mut stream = MapStream::new();
+    for chunk in data.chunks(13) {
+        stream.push(chunk);
+        while let Ok(Some(piece)) = stream.next_piece() {
+            let event = match piece {
+                Piece::Peers(list, nodes) => ControlEvent::Peers { list, nodes },
+                Piece::Rest(message, _) => ControlEvent::Map(message),
+                Piece::Bad(_) => ControlEvent::PeersUnfinished,
+            };
+            engine.handle_control(event, now, &mut out);
+            applied += 1;
+        }
+    }
     for piece in super::pieces(data) {
         let event = if let Ok(message) = serde_json::from_slice::<MapResponse>(piece) {
             ControlEvent::Map(Box::new(message))

@@ -72,6 +72,8 @@ pub enum ControlEvent {
     },
     /// A message of the map stream, or the rest of it.
     Map(Box<MapResponse>),
+    /// The message whose nodes came has no end that makes sense. What was told of them stays; nobody goes.
+    PeersUnfinished,
     /// The map stream ended. The netmap stays in force.
     SessionLost,
 }

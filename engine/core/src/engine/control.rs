@@ -12,9 +12,10 @@ impl Engine {
             ControlEvent::SessionStarted => {
                 self.control_connected = true;
                 self.netmap.begin_session();
-                self.peers.begin_session();
+                self.peers.forget_message();
             }
             ControlEvent::SessionLost => self.control_connected = false,
+            ControlEvent::PeersUnfinished => self.peers.forget_message(),
             ControlEvent::Peers { list, nodes } => {
                 let wall = self.netmap.control_time(self.wall(now));
                 let mut peers = PeerChanges::default();
@@ -31,7 +32,9 @@ impl Engine {
                             self.answer_control(&request, now, out);
                         }
                         let mut peers = PeerChanges::default();
-                        if !change.keep_alive {
+                        if change.keep_alive {
+                            self.peers.forget_message();
+                        } else {
                             let wall = self.netmap.control_time(wall);
                             self.peers.finish(&message, change.session, wall, now, &mut peers);
                         }
@@ -39,7 +42,7 @@ impl Engine {
                         self.apply(change, now);
                     }
                     Err(error) => {
-                        self.peers.begin_session();
+                        self.peers.forget_message();
                         tracing::warn!(%error, "map message ignored");
                     }
                 }

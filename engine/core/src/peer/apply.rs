@@ -70,8 +70,8 @@ impl PeerChanges {
 }
 
 impl PeerTable {
-    /// A new map session: a message that was cut off in the middle does not count.
-    pub(crate) fn begin_session(&mut self) {
+    /// A message that was cut off in the middle: what it said of its nodes stays, but it takes nobody away.
+    pub(crate) fn forget_message(&mut self) {
         self.message = None;
     }
 

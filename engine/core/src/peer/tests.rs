@@ -108,7 +108,7 @@ impl Map {
 
     fn begin_session(&mut self) {
         self.map.begin_session();
-        self.peers.begin_session();
+        self.peers.forget_message();
     }
 
     fn apply(&mut self, value: Value) -> Change {
@@ -248,6 +248,17 @@ fn patches_change_what_they_name() {
 fn an_unchanged_peer_is_not_reported() {
     let mut map = Map::session(json!([wire(2)]));
     assert!(!map.apply(json!({"PeersChanged": [wire(2)], "OnlineChange": {}})).any);
+}
+
+#[test]
+fn a_message_that_was_passed_over_in_the_end_removes_nobody_later() {
+    let mut map = Map::session(json!([wire(2), wire(3)]));
+    map.take(PeerList::All, json!([wire(4)]));
+    map.peers.forget_message();
+    assert_eq!(map.apply(json!({"OnlineChange": {"2": true}})).removed, [0; 0]);
+    assert_eq!(map.ids(), [2, 3, 4]);
+    map.apply(json!({"Peers": [wire(3)]}));
+    assert_eq!(map.ids(), [3]);
 }
 
 #[test]

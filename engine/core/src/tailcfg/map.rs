@@ -244,6 +244,10 @@ impl MapResponse {
     /// # Errors
     /// When it is not a JSON object at all.
     pub fn from_json(message: &[u8]) -> Result<(Self, u64), serde_json::Error> {
+        if message.trim_ascii_start().first() == Some(&b'[') {
+            // serde would take it for the fields in their order.
+            return Err(serde::de::Error::custom("an array instead of an object"));
+        }
         let (decoded, skipped) = counting(|| serde_json::from_slice(message));
         Ok((decoded?, skipped))
     }
