@@ -32,6 +32,8 @@ const COMMON_KEYS: [&str; 10] = [
     "prevResult",
     "runtimeConfig",
 ];
+/// Where the supervisor is unless the configuration says otherwise.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/podtether/supervisor.sock";
 const OUR_KEYS: [&str; 5] = ["socket", "tailnet", "timeoutSeconds", "failurePolicy", "ifName"];
 
 /// A version of the specification that this plugin speaks.
@@ -153,12 +155,8 @@ impl Config {
         if network.is_empty() {
             return Err(invalid("the network configuration has no name", "give the network a name"));
         }
-        let socket = fields.text(
-            "socket",
-            "/run/podtether/supervisor.sock",
-            "an absolute path of at most 107 bytes",
-            |path| path.starts_with('/') && path.len() <= 107,
-        )?;
+        let socket =
+            fields.text("socket", DEFAULT_SOCKET, "an absolute path of at most 107 bytes", is_socket)?;
         let timeout_s = fields.get("timeoutSeconds", 60, "a number from 1 to 600", |value| {
             value.as_u64().filter(|seconds| (1..=600).contains(seconds))
         })?;
@@ -207,6 +205,15 @@ impl Config {
 }
 
 /// `runtimeConfig.dns.servers`. What is no address there is no name server that anybody could ask.
+/// Where the supervisor is, in a configuration that may be wrong otherwise.
+pub(crate) fn socket_of(object: &Map<String, Value>) -> Option<PathBuf> {
+    object.get("socket")?.as_str().filter(|path| is_socket(path)).map(PathBuf::from)
+}
+
+fn is_socket(path: &str) -> bool {
+    path.starts_with('/') && path.len() <= 107
+}
+
 fn name_servers(object: &Map<String, Value>) -> Vec<IpAddr> {
     let servers = || object.get("runtimeConfig")?.get("dns")?.get("servers")?.as_array();
     servers().into_iter().flatten().filter_map(|server| server.as_str()?.parse().ok()).collect()

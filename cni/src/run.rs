@@ -10,18 +10,23 @@
 //! | STATUS | 50 | 50 |
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, code};
 use serde_json::{Map, Value, json};
 
-use crate::config::{Config, SpecVersion, invalid, parse_object, read_bytes, version_of};
+use crate::config::{
+    Config, DEFAULT_SOCKET, SpecVersion, invalid, parse_object, read_bytes, socket_of, version_of,
+};
 use crate::env::{Lookup, Params, Verb};
 use crate::result::PrevResult;
 use crate::supervisor::{Supervisor, Unanswered};
 
 /// How long STATUS waits, so that its answer is out within three seconds.
 const STATUS_TIMEOUT: Duration = Duration::from_millis(2800);
+/// How long the supervisor is waited for when all it is told is that a call makes no sense.
+const COMPLAINT_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long the half-made attachment of a pod that starts without a tailnet may take to go.
 const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -66,37 +71,70 @@ struct Said {
 
 /// Runs the plugin with this environment and this stdin.
 pub async fn run(lookup: Lookup<'_>, stdin: &mut dyn Read) -> Outcome {
-    let mut version = SpecVersion::NEWEST;
-    match answer(lookup, stdin, &mut version).await {
+    let mut seen = Seen { version: SpecVersion::NEWEST, socket: DEFAULT_SOCKET.into(), asked: false };
+    match answer(lookup, stdin, &mut seen).await {
         Ok(said) => Outcome {
             stdout: said.result.map(|result| format!("{result}\n")).unwrap_or_default(),
             stderr: said.warning.map(|warning| format!("podtether-cni: {warning}\n")).unwrap_or_default(),
             success: true,
         },
-        Err(error) => Outcome::failure(version, &error),
+        Err(error) => {
+            // What was asked of the supervisor it has counted itself.
+            if !seen.asked && is_callers_fault(&error) {
+                complain(&seen, &error).await;
+            }
+            Outcome::failure(seen.version, &error)
+        }
     }
 }
 
-/// `version` becomes the configuration's as soon as it is known, for the error's sake.
-async fn answer(
-    lookup: Lookup<'_>,
-    stdin: &mut dyn Read,
-    version: &mut SpecVersion,
-) -> Result<Said, CniError> {
+/// What is known of a call so far, for its error's sake.
+struct Seen {
+    /// The configuration's, as soon as it is known.
+    version: SpecVersion,
+    /// See `version`.
+    socket: PathBuf,
+    /// Something was asked of the supervisor.
+    asked: bool,
+}
+
+fn is_callers_fault(error: &CniError) -> bool {
+    let codes = [
+        code::INCOMPATIBLE_VERSION,
+        code::UNSUPPORTED_FIELD,
+        code::BAD_ENV,
+        code::UNDECODABLE,
+        code::BAD_CONFIG,
+    ];
+    codes.contains(&error.code)
+}
+
+/// Tells the supervisor, for its counters, what it would not hear of. What the runtime is told does not
+/// depend on it.
+async fn complain(seen: &Seen, error: &CniError) {
+    if let Ok(supervisor) = Supervisor::reach(&seen.socket, Instant::now() + COMPLAINT_TIMEOUT).await {
+        let _ = supervisor.wait(supervisor.client.misread(supervisor.context(), error.clone())).await;
+    }
+}
+
+async fn answer(lookup: Lookup<'_>, stdin: &mut dyn Read, seen: &mut Seen) -> Result<Said, CniError> {
     let started = Instant::now();
     let params = Params::read(lookup)?;
     if params.verb == Verb::Version {
         return versions(stdin);
     }
     let object = parse_object(&read_bytes(stdin)?)?;
-    *version = version_of(&object)?;
-    let config = Config::read(params.verb, *version, object)?;
+    if let Some(socket) = socket_of(&object) {
+        seen.socket = socket;
+    }
+    seen.version = version_of(&object)?;
+    let config = Config::read(params.verb, seen.version, object)?;
     let deadline = started + config.timeout;
     match params.verb {
-        Verb::Add => add(&params, &config, deadline).await,
+        Verb::Add => add(&params, &config, deadline, seen).await,
         Verb::Del => del(&params, &config, deadline).await,
-        Verb::Check => check(&params, &config, deadline).await,
-        Verb::Gc => gc(&config, deadline).await,
+        Verb::Check => check(&params, &config, deadline, seen).await,
+        Verb::Gc => gc(&config, deadline, seen).await,
         Verb::Status => status(&config, started + STATUS_TIMEOUT.min(config.timeout)).await,
         Verb::Version => Ok(Said::default()),
     }
@@ -132,7 +170,7 @@ fn versions(stdin: &mut dyn Read) -> Result<Said, CniError> {
     Ok(Said { result: Some(result), warning: None })
 }
 
-async fn add(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+async fn add(params: &Params, config: &Config, deadline: Instant, seen: &mut Seen) -> Result<Said, CniError> {
     let Some(prev) = &config.prev_result else {
         return Err(invalid(
             "ADD without prevResult",
@@ -150,7 +188,7 @@ async fn add(params: &Params, config: &Config, deadline: Instant) -> Result<Said
     }
     let pod = params.pod()?;
     let joined = async {
-        let supervisor = reach(config, deadline).await?;
+        let supervisor = reach(config, deadline, seen).await?;
         let request = AddRequest {
             attachment: attachment(params, config),
             netns: params.netns.clone(),
@@ -212,7 +250,12 @@ async fn del(params: &Params, config: &Config, deadline: Instant) -> Result<Said
     Ok(Said::default())
 }
 
-async fn check(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+async fn check(
+    params: &Params,
+    config: &Config,
+    deadline: Instant,
+    seen: &mut Seen,
+) -> Result<Said, CniError> {
     let Some(prev) = &config.prev_result else {
         return Err(invalid("CHECK without prevResult", "the runtime must pass the result of the last ADD"));
     };
@@ -220,7 +263,7 @@ async fn check(params: &Params, config: &Config, deadline: Instant) -> Result<Sa
     let Some(ours) = PrevResult::read(prev, config.version)?.ours(&config.ifname) else {
         return Ok(Said::default());
     };
-    let supervisor = reach(config, deadline).await?;
+    let supervisor = reach(config, deadline, seen).await?;
     let request = CheckRequest {
         attachment: attachment(params, config),
         netns: params.netns.clone(),
@@ -232,9 +275,9 @@ async fn check(params: &Params, config: &Config, deadline: Instant) -> Result<Sa
     Ok(Said::default())
 }
 
-async fn gc(config: &Config, deadline: Instant) -> Result<Said, CniError> {
+async fn gc(config: &Config, deadline: Instant, seen: &mut Seen) -> Result<Said, CniError> {
     let request = GcRequest { network: config.network.clone(), valid: config.valid_attachments()? };
-    let supervisor = reach(config, deadline).await?;
+    let supervisor = reach(config, deadline, seen).await?;
     let call = supervisor.client.gc(supervisor.context(), request);
     supervisor.wait(call).await.map_err(|why| no_answer(config, &why))??;
     Ok(Said::default())
@@ -247,7 +290,8 @@ async fn status(config: &Config, deadline: Instant) -> Result<Said, CniError> {
     }
 }
 
-async fn reach(config: &Config, deadline: Instant) -> Result<Supervisor, CniError> {
+async fn reach(config: &Config, deadline: Instant, seen: &mut Seen) -> Result<Supervisor, CniError> {
+    seen.asked = true;
     Supervisor::reach(&config.socket, deadline).await.map_err(|why| no_answer(config, &why))
 }
 

@@ -129,3 +129,30 @@ fn calls_for_many_pods_at_once_do_not_wait_for_each_other() {
     });
     assert_eq!(fake.asked().iter().filter(|asked| matches!(asked, Asked::Add(_))).count(), 20);
 }
+
+#[test]
+fn the_supervisor_hears_of_calls_that_it_would_not_see_and_counts_its_own_itself() {
+    let fake = Fake::start(Script::default());
+    let with = |key: &str, value: Value| {
+        let mut config = config("ADD", "1.0.0", &fake.socket);
+        config[key] = value;
+        call(&environment("ADD"), config.to_string().as_bytes())
+    };
+    for (key, value, code) in [
+        ("sokcet", json!("/x"), 2),
+        ("timeoutSeconds", json!(0), 7),
+        ("cniVersion", json!("0.2.0"), 1),
+        ("prevResult", Value::Null, 7),
+    ] {
+        assert_eq!(printed(&with(key, value))["code"], code, "{key}");
+    }
+    assert_eq!(fake.misread(), [2, 7, 1, 7]);
+    assert_eq!(fake.asked(), []);
+    drop(fake);
+
+    let refuses = CniError { code: code::BAD_CONFIG, msg: "no such tailnet".into(), details: String::new() };
+    let fake = Fake::start(Script { add: Err(refuses), ..Script::default() });
+    let output = call(&environment("ADD"), config("ADD", "1.0.0", &fake.socket).to_string().as_bytes());
+    assert_eq!(printed(&output)["code"], 7);
+    assert_eq!(fake.misread(), [0; 0]);
+}

@@ -1,6 +1,7 @@
 //! As much HTTP/1.1 as a key fetch and two protocol upgrades need: one request, a bounded reply head,
 //! a bounded body.
 
+use std::fmt;
 use std::io;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -123,8 +124,25 @@ fn unchunk(mut raw: &[u8]) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
+/// What the server sent is not HTTP, or over a bound.
+#[derive(Debug)]
+struct Malformed(String);
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Malformed {}
+
+/// Whether an error of this module is about what came, not about the connection.
+pub(crate) fn is_malformed(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<Malformed>())
+}
+
 fn bad(text: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, text.to_owned())
+    io::Error::new(io::ErrorKind::InvalidData, Malformed(text.to_owned()))
 }
 
 #[cfg(test)]

@@ -5,36 +5,43 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What was passed over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(usize)]
-pub(crate) enum Refused {
-    /// A message of the map stream that is no JSON object.
-    MapMessage,
-    /// A field, list element or map entry in one.
-    MapField,
-    /// A DERP frame too short for its type.
-    DerpFrame,
-    /// A DERP frame over the limit, passed over unread.
-    DerpLongFrame,
-    /// A relayed packet that is too long for a tunnel.
-    DerpLongPacket,
-    /// A DERP frame that no server sends to a client, or not at this time.
-    DerpOutOfTurn,
+macro_rules! refused {
+    ($($name:ident = $text:literal, $meaning:literal;)*) => {
+        /// What was passed over.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[repr(usize)]
+        pub(crate) enum Refused {
+            $(#[doc = $meaning] $name,)*
+        }
+
+        impl Refused {
+            /// Every reason, its name in metrics and a sentence about it.
+            const NAMES: &'static [(Self, &'static str, &'static str)] = &[$((Self::$name, $text, $meaning)),*];
+        }
+    };
+}
+
+refused! {
+    ControlReply = "control_http_reply", "the control server answered with what is no HTTP, or to no such request";
+    ControlKey = "control_key", "the control server answered /key with something else than its key";
+    ControlNoise = "control_noise", "the control connection's Noise handshake or a record of it is broken";
+    ControlEarly = "control_early_payload", "the control server began its session with what is neither a payload nor HTTP/2";
+    ControlHttp2 = "control_http2", "the control server broke the rules of HTTP/2";
+    ControlRegister = "control_register", "the control server answered a registration with what is no such answer";
+    MapFrame = "control_map_frame", "the map stream announced a message that is too long";
+    MapMessage = "control_map_message", "a message of the map stream is no JSON object";
+    MapField = "control_map_field", "a field, list element or map entry of a map message makes no sense";
+    DerpGreeting = "derp_greeting", "a relay greeted with something else than DERP, or with another key's words";
+    DerpFrame = "derp_bad_frame", "a DERP frame is too short for its type";
+    DerpLongFrame = "derp_long_frame", "a DERP frame is over the limit and was passed over unread";
+    DerpLongPacket = "derp_long_packet", "a relayed packet is too long for a tunnel";
+    DerpOutOfTurn = "derp_out_of_turn", "a DERP frame is none that a server sends to a client, or not at this time";
+    RpcFrame = "rpc_frame", "a caller on the engine's socket sent what is no call";
 }
 
 static COUNTS: [AtomicU64; Refused::NAMES.len()] = [const { AtomicU64::new(0) }; Refused::NAMES.len()];
 
 impl Refused {
-    const NAMES: [(Self, &'static str); 6] = [
-        (Self::MapMessage, "control_map_message"),
-        (Self::MapField, "control_map_field"),
-        (Self::DerpFrame, "derp_bad_frame"),
-        (Self::DerpLongFrame, "derp_long_frame"),
-        (Self::DerpLongPacket, "derp_long_packet"),
-        (Self::DerpOutOfTurn, "derp_out_of_turn"),
-    ];
-
     /// Counts one.
     pub(crate) fn count(self) {
         self.add(1);
@@ -53,8 +60,13 @@ pub(crate) fn named() -> impl Iterator<Item = (&'static str, u64)> {
     Refused::NAMES
         .iter()
         .zip(&COUNTS)
-        .map(|((_, name), n)| (*name, n.load(Ordering::Relaxed)))
+        .map(|((_, name, _), n)| (*name, n.load(Ordering::Relaxed)))
         .filter(|(_, n)| *n > 0)
+}
+
+/// A sentence about one of these reasons.
+pub(crate) fn meaning(reason: &str) -> Option<&'static str> {
+    Refused::NAMES.iter().find(|(_, name, _)| *name == reason).map(|(_, _, meaning)| *meaning)
 }
 
 /// The least time between two lines about one reason.
@@ -124,9 +136,10 @@ mod tests {
 
     #[test]
     fn every_reason_has_its_own_counter() {
-        for (index, (why, name)) in Refused::NAMES.iter().enumerate() {
+        for (index, (why, name, _)) in Refused::NAMES.iter().enumerate() {
             assert_eq!(*why as usize, index, "{name}");
             why.add(2);
+            assert!(meaning(name).is_some_and(|m| m.contains(' ')), "{name}");
         }
         assert!(named().filter(|(_, n)| *n >= 2).count() == Refused::NAMES.len());
     }

@@ -18,6 +18,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
+use crate::refused::Refused;
 use crate::status::Board;
 
 /// Pending calls; more wait in the socket.
@@ -81,13 +82,19 @@ pub(crate) async fn serve(
 }
 
 async fn connection(stream: UnixStream, service: Service) {
-    let requests = BaseChannel::with_defaults(transport::served(stream)).execute(service.serve());
+    let requests = BaseChannel::with_defaults(transport::served(stream)).requests();
     let mut running = JoinSet::new();
     tokio::pin!(requests);
     loop {
         tokio::select! {
             request = requests.next() => match request {
-                Some(request) => { running.spawn(request); }
+                Some(Ok(request)) => { running.spawn(request.execute(service.clone().serve())); }
+                Some(Err(error)) => {
+                    if transport::is_malformed(&error) {
+                        Refused::RpcFrame.count();
+                    }
+                    break;
+                }
                 None => break,
             },
             Some(_) = running.join_next() => {}

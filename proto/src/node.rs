@@ -25,6 +25,8 @@ pub trait Node {
     async fn set_routing(pod: PodSelector, routing: Routing) -> Result<PodRouting, CniError>;
     /// Which routes of other nodes a pod uses.
     async fn routing(pod: PodSelector) -> Result<PodRouting, CniError>;
+    /// The plugin could not use what its runtime gave it: for the supervisor's counters and log.
+    async fn misread(error: CniError);
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
     async fn status() -> Version;
 }

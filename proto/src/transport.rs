@@ -98,6 +98,12 @@ where
     }
 }
 
+/// Whether a connection ended because of what came, not because it broke.
+#[must_use]
+pub fn is_malformed(error: &tarpc::ChannelError<io::Error>) -> bool {
+    matches!(error, tarpc::ChannelError::Read(error) if error.kind() == io::ErrorKind::InvalidData)
+}
+
 /// Connects to the service at `path`.
 ///
 /// # Errors

@@ -51,6 +51,7 @@ pub async fn run(config: Config) -> Result<()> {
         table::start(Arc::clone(&context), watch.now(), counters.clone()).await.map_err(|e| anyhow!(e))?;
     tokio::spawn(watch.follow(table.clone()));
 
+    let refused = counters.refused.clone();
     let web = Web { table: table.clone(), counters, ready: Arc::new(AtomicBool::new(true)) };
     let ready = Arc::clone(&web.ready);
     if let Some(listener) = http {
@@ -64,7 +65,7 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(socket = %run_dir.join("supervisor.sock").display(), "serving");
 
     let why = tokio::select! {
-        () = node::serve(&socket, table.clone()) => "the socket is gone",
+        () = node::serve(&socket, table.clone(), refused) => "the socket is gone",
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };

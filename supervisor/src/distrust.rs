@@ -22,7 +22,7 @@ const MAX_REASON: usize = 48;
 pub const OTHER: &str = "other";
 
 /// Cuts `text` to `most` characters, none of which moves a cursor.
-fn tame(text: &mut String, most: usize) {
+pub fn tame(text: &mut String, most: usize) {
     if text.chars().take(most + 1).any(char::is_control) || text.len() > most {
         *text = text.chars().take(most).map(|c| if c.is_control() { ' ' } else { c }).collect();
     }

@@ -19,6 +19,7 @@ pub mod node;
 pub mod output;
 pub mod plan;
 pub mod record;
+pub mod refused;
 pub mod restart;
 pub mod routing;
 pub mod spawn;

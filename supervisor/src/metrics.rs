@@ -12,6 +12,7 @@ use prometheus::{
 
 use crate::distrust;
 use crate::engine::within;
+use crate::refused::Refused;
 use crate::table::{Listing, PodReport};
 
 /// How long an engine may take to answer a scrape.
@@ -34,6 +35,8 @@ pub struct Counters {
     pub engine_exits: IntCounterVec,
     /// Time from an engine's death to its successor's start.
     pub recovery_seconds: Histogram,
+    /// What callers sent and files held that cannot be used.
+    pub refused: Refused,
 }
 
 impl Counters {
@@ -70,7 +73,21 @@ impl Counters {
         let options = Opts::new("podtether_engine_exits_total", "Engines that ended unasked, by kind.");
         let engine_exits = IntCounterVec::new(options, &["kind"])?;
         registry.register(Box::new(engine_exits.clone()))?;
-        Ok(Counters { registry, adds, adds_failed, add_seconds, mints, engine_exits, recovery_seconds })
+        let options =
+            Opts::new("podtether_refused_total", "Calls and records that cannot be used, by reason.");
+        let refused = IntCounterVec::new(options, &["reason"])?;
+        registry.register(Box::new(refused.clone()))?;
+        let refused = Refused::new(refused);
+        Ok(Counters {
+            registry,
+            adds,
+            adds_failed,
+            add_seconds,
+            mints,
+            engine_exits,
+            recovery_seconds,
+            refused,
+        })
     }
 }
 

@@ -16,7 +16,12 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::distrust;
+use crate::refused::{Reason, Refused};
 use crate::table::Handle;
+
+/// Characters of a plugin's complaint that are told.
+const MAX_MESSAGE: usize = 500;
 
 /// Callers at a time; more wait in the socket.
 const MAX_CONNECTIONS: usize = 512;
@@ -54,7 +59,7 @@ pub fn bind(run_dir: &Path) -> std::io::Result<Socket> {
 }
 
 /// Serves until dropped.
-pub async fn serve(socket: &Socket, table: Handle) {
+pub async fn serve(socket: &Socket, table: Handle, refused: Refused) {
     let places = std::sync::Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // SAFETY: reads an id of this process.
     let own = unsafe { libc::geteuid() };
@@ -75,7 +80,7 @@ pub async fn serve(socket: &Socket, table: Handle) {
                 continue;
             }
         }
-        let service = Service { table: table.clone() };
+        let service = Service { table: table.clone(), refused: refused.clone() };
         tokio::spawn(async move {
             connection(stream, service).await;
             drop(place);
@@ -84,14 +89,22 @@ pub async fn serve(socket: &Socket, table: Handle) {
 }
 
 async fn connection(stream: UnixStream, service: Service) {
-    let requests = BaseChannel::with_defaults(transport::served(stream)).execute(service.serve());
+    let refused = service.refused.clone();
+    let requests = BaseChannel::with_defaults(transport::served(stream)).requests();
     // A caller that goes away takes its calls with it.
     let mut running = JoinSet::new();
     tokio::pin!(requests);
     loop {
         tokio::select! {
             request = requests.next() => match request {
-                Some(request) => { running.spawn(request); }
+                Some(Ok(request)) => { running.spawn(request.execute(service.clone().serve())); }
+                Some(Err(error)) => {
+                    if transport::is_malformed(&error) {
+                        let what = "a caller on the supervisor's socket sent what is no call: is it of another build?";
+                        refused.count(Reason::RpcFrame, what);
+                    }
+                    return;
+                }
                 None => return,
             },
             Some(_) = running.join_next() => {}
@@ -102,11 +115,25 @@ async fn connection(stream: UnixStream, service: Service) {
 #[derive(Debug, Clone)]
 struct Service {
     table: Handle,
+    refused: Refused,
+}
+
+impl Service {
+    /// Counts a call that is wrong in itself.
+    fn told<T>(&self, answer: Result<T, CniError>) -> Result<T, CniError> {
+        if let Err(error) = &answer
+            && let Some(why) = Reason::of_cni(error.code)
+        {
+            self.refused.count(why, &error.to_string());
+        }
+        answer
+    }
 }
 
 impl Node for Service {
     async fn add(self, _: Context, request: AddRequest) -> Result<Attached, CniError> {
-        self.table.add(request).await
+        let answer = self.table.add(request).await;
+        self.told(answer)
     }
 
     async fn del(self, _: Context, request: AttachmentId) -> Result<(), CniError> {
@@ -114,11 +141,13 @@ impl Node for Service {
     }
 
     async fn check(self, _: Context, request: CheckRequest) -> Result<(), CniError> {
-        self.table.check(request).await
+        let answer = self.table.check(request).await;
+        self.told(answer)
     }
 
     async fn gc(self, _: Context, request: GcRequest) -> Result<(), CniError> {
-        self.table.gc(request).await
+        let answer = self.table.gc(request).await;
+        self.told(answer)
     }
 
     async fn set_routing(
@@ -127,11 +156,20 @@ impl Node for Service {
         pod: PodSelector,
         routing: Routing,
     ) -> Result<PodRouting, CniError> {
-        self.table.set_routing(pod, routing).await
+        let answer = self.table.set_routing(pod, routing).await;
+        self.told(answer)
     }
 
     async fn routing(self, _: Context, pod: PodSelector) -> Result<PodRouting, CniError> {
         self.table.routing(pod).await
+    }
+
+    async fn misread(self, _: Context, error: CniError) {
+        let CniError { code, mut msg, details: _ } = error;
+        distrust::tame(&mut msg, MAX_MESSAGE);
+        if let Some(why) = Reason::of_cni(code) {
+            self.refused.count(why, &msg);
+        }
     }
 
     async fn status(self, _: Context) -> Version {

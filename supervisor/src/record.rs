@@ -143,6 +143,8 @@ pub struct Aside {
     pub path: PathBuf,
     /// One sentence.
     pub reason: String,
+    /// What is wrong with it, in a word; `None` when an earlier supervisor put it aside.
+    pub found: Option<&'static str>,
 }
 
 /// The state directory, locked.

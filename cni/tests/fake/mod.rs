@@ -63,6 +63,7 @@ impl Default for Script {
 pub(crate) struct Fake {
     pub(crate) socket: PathBuf,
     asked: Arc<Mutex<Vec<Asked>>>,
+    misread: Arc<Mutex<Vec<CniError>>>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
     _dir: tempfile::TempDir,
@@ -74,7 +75,13 @@ impl Fake {
         let socket = dir.path().join("supervisor.sock");
         let asked = Arc::default();
         let (stop, stopped) = oneshot::channel();
-        let service = Service { script, asked: Arc::clone(&asked), hang_up: Arc::default() };
+        let misread = Arc::default();
+        let service = Service {
+            script,
+            asked: Arc::clone(&asked),
+            misread: Arc::clone(&misread),
+            hang_up: Arc::default(),
+        };
         let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         listener.set_nonblocking(true).unwrap();
         let thread = std::thread::spawn(move || {
@@ -87,7 +94,12 @@ impl Fake {
                 }
             });
         });
-        Self { socket, asked, stop: Some(stop), thread: Some(thread), _dir: dir }
+        Self { socket, asked, misread, stop: Some(stop), thread: Some(thread), _dir: dir }
+    }
+
+    /// Codes of what the plugin could not use.
+    pub(crate) fn misread(&self) -> Vec<u32> {
+        self.misread.lock().unwrap().iter().map(|error| error.code).collect()
     }
 
     pub(crate) fn asked(&self) -> Vec<Asked> {
@@ -108,6 +120,7 @@ impl Drop for Fake {
 struct Service {
     script: Script,
     asked: Arc<Mutex<Vec<Asked>>>,
+    misread: Arc<Mutex<Vec<CniError>>>,
     hang_up: Arc<Notify>,
 }
 
@@ -174,6 +187,10 @@ impl Node for Service {
     async fn routing(self, _: Context, pod: PodSelector) -> Result<PodRouting, CniError> {
         let msg = format!("the plugin asks nothing about routes: {pod:?}");
         Err(CniError { code: code::IO, msg, details: String::new() })
+    }
+
+    async fn misread(self, _: Context, error: CniError) {
+        self.misread.lock().unwrap().push(error);
     }
 
     async fn status(self, _: Context) -> Version {

@@ -85,15 +85,16 @@ pub enum Action {
 }
 
 macro_rules! counts {
-    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+    ($(#[doc = $doc:literal] $name:ident = $text:literal,)*) => {
         /// What is counted. A bounded set: these become metric labels.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Count {
-            $($(#[$doc])* $name,)*
+            $(#[doc = $doc] $name,)*
         }
 
         impl Count {
             const NAMES: &'static [&'static str] = &[$($text),*];
+            const MEANINGS: &'static [&'static str] = &[$($doc),*];
         }
     };
 }
@@ -129,6 +130,13 @@ impl Counts {
     fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
         Count::NAMES.iter().copied().zip(self.0)
     }
+}
+
+/// A sentence about one of the reasons that [`Dns::counts`] names.
+#[must_use]
+pub fn meaning(reason: &str) -> Option<&'static str> {
+    let at = Count::NAMES.iter().position(|name| *name == reason)?;
+    Count::MEANINGS.get(at).map(|text| text.trim_ascii())
 }
 
 impl From<Odd> for Count {

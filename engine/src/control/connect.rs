@@ -17,6 +17,7 @@ use super::session::Session;
 use super::{Failure, Identity, Steps};
 use crate::dial::{Carriage, ControlUrl, Dialer, Io, first_of, host_header};
 use crate::http1;
+use crate::refused::Refused;
 
 /// From the first packet to the HTTP/2 session.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(15);
@@ -94,18 +95,26 @@ async fn fetch_key(dialer: &Dialer, url: &ControlUrl, plan: &[Attempt]) -> Resul
         url.prefix,
         url.authority()
     );
-    let mut reply = http1::exchange(&mut stream, &request).await.map_err(failed())?;
+    let mut reply = http1::exchange(&mut stream, &request).await.inspect_err(count_reply).map_err(failed())?;
     if reply.status != 200 {
         return Err(refusal(url, "/key", &reply));
     }
-    let body = http1::body(&mut stream, &mut reply).await.map_err(failed())?;
+    let body = http1::body(&mut stream, &mut reply).await.inspect_err(count_reply).map_err(failed())?;
     let keys: ServerKeys = serde_json::from_slice(&body).map_err(|_| {
+        Refused::ControlKey.count();
         Failure::refused(format!("{url}/key did not answer with a key: is this a control server?"))
     })?;
     if keys.public_key.is_zero() {
+        Refused::ControlKey.count();
         return Err(Failure::refused(format!("{url} speaks no TS2021: it is too old, or no control server")));
     }
     Ok(keys.public_key)
+}
+
+fn count_reply(error: &io::Error) {
+    if http1::is_malformed(error) {
+        Refused::ControlReply.count();
+    }
 }
 
 fn refusal(url: &ControlUrl, path: &str, reply: &http1::Reply) -> Failure {
@@ -146,6 +155,9 @@ async fn upgrade(
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
         if let Err(error) = connection.await {
+            if error.is_library() {
+                Refused::ControlHttp2.count();
+            }
             tracing::debug!(%error, "the control connection ended");
         }
     });
@@ -186,18 +198,20 @@ async fn upgrade_one(
         url.prefix,
         STANDARD.encode(initiation)
     );
-    let reply = http1::exchange(&mut stream, &request).await.map_err(failed())?;
+    let reply = http1::exchange(&mut stream, &request).await.inspect_err(count_reply).map_err(failed())?;
     if reply.status != 101 {
         return Err(refusal(url, "/ts2021", &reply));
     }
     if !reply.header("upgrade").is_some_and(|v| v.eq_ignore_ascii_case(UPGRADE)) {
+        Refused::ControlReply.count();
         return Err(Failure::refused(format!("{url}/ts2021 switched to another protocol")));
     }
     let mut frames = RecordReader::new();
     frames.feed(&reply.rest);
     let transport = loop {
-        if let Some(frame) = frames.next_frame().map_err(|e| failed()(io::Error::other(e)))? {
-            let finished = handshake.finish(frame);
+        let frame = frames.next_frame().inspect_err(|_| Refused::ControlNoise.count());
+        if let Some(frame) = frame.map_err(|e| failed()(io::Error::other(e)))? {
+            let finished = handshake.finish(frame).inspect_err(|_| Refused::ControlNoise.count());
             break finished.map_err(|e| Failure::refused(format!("no Noise handshake with {url}: {e}")))?;
         }
         let mut bytes = [0; 1024];
@@ -225,7 +239,8 @@ where
         if count == 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "closed after the Noise handshake"));
         }
-        if let Some(done) = early.feed(&bytes[..count]).map_err(io::Error::other)? {
+        let fed = early.feed(&bytes[..count]).inspect_err(|_| Refused::ControlEarly.count());
+        if let Some(done) = fed.map_err(io::Error::other)? {
             noise.unread(&done.rest);
             return Ok(());
         }

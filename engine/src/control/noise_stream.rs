@@ -7,6 +7,8 @@ use std::task::{Context, Poll, ready};
 use podtether_core::noise::{MAX_PLAINTEXT_LEN, RecordReader, Transport};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::refused::Refused;
+
 /// Bytes taken from the stream below at a time.
 const READ_BYTES: usize = 8 << 10;
 /// Records sealed ahead of the stream below.
@@ -69,10 +71,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for NoiseStream<S> {
                 return Poll::Ready(Ok(()));
             }
             // An empty record is legal and only means another turn of this loop.
-            if let Some(record) = this.records.next_frame().map_err(io::Error::other)? {
+            let record = this.records.next_frame().inspect_err(|_| Refused::ControlNoise.count());
+            if let Some(record) = record.map_err(io::Error::other)? {
                 this.plain.clear();
                 this.plain_at = 0;
-                this.transport.open(record, &mut this.plain).map_err(io::Error::other)?;
+                let opened = this.transport.open(record, &mut this.plain);
+                opened.inspect_err(|_| Refused::ControlNoise.count()).map_err(io::Error::other)?;
                 continue;
             }
             let mut bytes = [0; READ_BYTES];

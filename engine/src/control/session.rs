@@ -51,6 +51,10 @@ impl Session {
     }
 
     fn lost(&self, doing: &str, error: &h2::Error) -> Failure {
+        // The connection as a whole is counted where it ends.
+        if error.is_reset() && error.is_library() {
+            Refused::ControlHttp2.count();
+        }
         Failure::Unreachable(format!("{} broke off while {doing}: {error}", self.url))
     }
 
@@ -94,6 +98,7 @@ impl Session {
         let body = read_all(response.into_body()).await.map_err(|e| self.lost("registering", &e))?;
         // Headscale answers the logout of an ephemeral node with `null`.
         let answer: Option<RegisterResponse> = serde_json::from_slice(&body).map_err(|e| {
+            Refused::ControlRegister.count();
             Failure::refused(format!("{} answered the registration with bad JSON: {e}", self.url))
         })?;
         Ok(answer.unwrap_or_default())
@@ -227,6 +232,7 @@ impl Client {
                         continue;
                     }
                     Err(error) => {
+                        Refused::MapFrame.count();
                         let reason = format!("{} sent a bad map frame: {error}", self.identity.url);
                         return Ok(Err(Failure::refused(reason)));
                     }

@@ -3,6 +3,7 @@
 
 mod carriage;
 mod life;
+mod refused;
 mod stream;
 
 use std::net::IpAddr;

@@ -143,16 +143,20 @@ impl Connection {
             "GET /derp HTTP/1.1\r\nHost: {}\r\nUser-Agent: podtether\r\nUpgrade: DERP\r\nConnection: Upgrade\r\n\r\n",
             dial::host_header(host, port, 443)
         );
-        let reply = http1::exchange(stream, &request).await?;
+        let reply = http1::exchange(stream, &request).await.inspect_err(|error| {
+            if http1::is_malformed(error) {
+                Refused::DerpGreeting.count();
+            }
+        })?;
         if reply.status != 101 {
             return Err(io::Error::other(format!("/derp answered HTTP {}", reply.status)));
         }
         let mut frames = FrameReader::new();
         frames.push(&reply.rest);
         let server = loop {
-            match frames.next_frame().map_err(io::Error::other)? {
+            match frames.next_frame().map_err(odd_greeting)? {
                 Some(Frame::ServerKey(key)) => break key,
-                Some(_) => return Err(io::Error::other("the server did not greet")),
+                Some(_) => return Err(odd_greeting("the server did not greet")),
                 None => fill(stream, &mut frames).await?,
             }
         };
@@ -163,12 +167,12 @@ impl Connection {
         stream.write_all(&greeting).await?;
         stream.flush().await?;
         loop {
-            match frames.next_frame().map_err(io::Error::other)? {
+            match frames.next_frame().map_err(odd_greeting)? {
                 Some(Frame::ServerInfo(body)) => {
-                    open_server_info(&self.node_key, &server, body).map_err(io::Error::other)?;
+                    open_server_info(&self.node_key, &server, body).map_err(odd_greeting)?;
                     return Ok(frames);
                 }
-                Some(_) => return Err(io::Error::other("the server did not answer the greeting")),
+                Some(_) => return Err(odd_greeting("the server did not answer the greeting")),
                 None => fill(stream, &mut frames).await?,
             }
         }
@@ -328,6 +332,12 @@ async fn fill(stream: &mut (impl AsyncRead + Unpin), frames: &mut FrameReader) -
     }
 }
 
+/// Counts a greeting that is none.
+fn odd_greeting(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    Refused::DerpGreeting.count();
+    io::Error::other(why)
+}
+
 fn timed_out(text: &str) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, text.to_owned())
 }
@@ -384,7 +394,71 @@ fn parse_hash(text: &str) -> Option<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
+    use podtether_core::derp;
+
     use super::*;
+    use crate::resolve::Resolver;
+    use crate::tls::Tls;
+
+    fn greetings() -> u64 {
+        crate::refused::named().find(|(name, _)| *name == "derp_greeting").map_or(0, |(_, n)| n)
+    }
+
+    #[tokio::test]
+    async fn greetings_that_are_none_are_counted() {
+        let key = || NodePrivate::from_bytes([7; 32]);
+        let server = NodePrivate::from_bytes([9; 32]);
+        let (_servers, servers) = watch::channel(DerpRegion::default());
+        let (_preferred, preferred) = watch::channel(false);
+        let (_pings, pings) = watch::channel(0);
+        let (_packets, packets) = mpsc::channel(1);
+        let (messages, _messages) = mpsc::channel(1);
+        let connection = Connection {
+            region: RegionId(1),
+            node_key: Arc::new(key()),
+            dialer: Dialer { resolver: Resolver::default(), tls: Tls::new("").unwrap(), proxy: None },
+            servers,
+            preferred,
+            given_up: pings.clone(),
+            pings,
+            packets,
+            messages,
+        };
+        let frame = |frame: Frame<'_>| {
+            let mut out = Vec::new();
+            frame.encode(&mut out);
+            out
+        };
+        let upgraded = b"HTTP/1.1 101 Ok\r\n\r\n".to_vec();
+        let hello = frame(Frame::ServerKey(server.public()));
+        let about = derp::ServerInfo::default();
+        let mut info = Vec::new();
+        derp::server_info(&server, &key().public(), [1; 24], &about, &mut info).unwrap();
+        let mut others = Vec::new();
+        derp::server_info(&server, &server.public(), [1; 24], &about, &mut others).unwrap();
+        for (what, replies, counted) in [
+            ("a greeting", vec![&upgraded, &hello, &info], 0),
+            ("no HTTP", vec![&b"SSH-2.0\r\n\r\n".to_vec()], 1),
+            ("a refusal", vec![&b"HTTP/1.1 503 Busy\r\n\r\n".to_vec()], 0),
+            ("another magic", vec![&upgraded, &hello.iter().map(|b| b ^ 0x40).collect()], 1),
+            ("another frame", vec![&upgraded, &frame(Frame::KeepAlive)], 1),
+            ("info for somebody else", vec![&upgraded, &hello, &others], 1),
+            ("no info", vec![&upgraded, &hello, &hello], 1),
+        ] {
+            let before = greetings();
+            let (near, mut far) = tokio::io::duplex(10_000);
+            far.write_all(&replies.into_iter().flatten().copied().collect::<Vec<u8>>()).await.unwrap();
+            let mut near: Box<dyn Io> = Box::new(near);
+            let greeted =
+                tokio::time::timeout(GREETING_TIMEOUT, connection.greeting(&mut near, "x", 443)).await;
+            assert_eq!(
+                greeted.unwrap_or_else(|_| panic!("{what}: no end")).is_ok(),
+                what == "a greeting",
+                "{what}"
+            );
+            assert_eq!(greetings() - before, counted, "{what}");
+        }
+    }
 
     #[test]
     fn certificates_are_trusted_as_the_map_says() {

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use podtether_core::dns;
 use podtether_core::engine::{self as core, PathView, PeerView, SelfView, Status};
 use podtether_core::health::{HealthMessage as Health, Severity};
 use podtether_proto::engine::{
@@ -119,22 +120,33 @@ impl Driver {
         if self.refused.deadline(self.refused_sum()).is_none_or(|at| at > now) && self.refused.began() {
             return;
         }
-        let bad = self.engine.counters().drops().filter(|(why, _)| why.is_bad_input());
-        let bad = bad.map(|(why, n)| (why.name(), n)).chain(crate::refused::named());
-        self.refused.look(now, bad, |reason, count| {
-            tracing::warn!(pod = self.board.pod_uid(), reason, count, "refused bad input");
+        let mut lines = std::mem::take(&mut self.refused);
+        lines.look(now, self.refused_counts(), |reason, count| {
+            let meaning = meaning(reason);
+            tracing::warn!(pod = self.board.pod_uid(), reason, count, "refused bad input: {meaning}");
         });
+        self.refused = lines;
     }
 
     /// All that may be told of.
     pub(super) fn refused_sum(&self) -> u64 {
+        self.refused_counts().map(|(_, n)| n).fold(0, u64::wrapping_add)
+    }
+
+    fn refused_counts(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let bad = self.engine.counters().drops().filter(|(why, _)| why.is_bad_input());
-        bad.map(|(_, n)| n).chain(crate::refused::named().map(|(_, n)| n)).fold(0, u64::wrapping_add)
+        bad.map(|(why, n)| (why.name(), n)).chain(self.engine.dns_counts()).chain(crate::refused::named())
     }
 
     pub(super) fn peers(&self, now: Instant) -> Vec<PeerStatus> {
         self.engine.peers(now).into_iter().map(peer).collect()
     }
+}
+
+fn meaning(reason: &str) -> &'static str {
+    let of_packets =
+        || core::DropReason::ALL.iter().find(|why| why.name() == reason).map(|why| why.meaning());
+    crate::refused::meaning(reason).or_else(|| dns::meaning(reason)).or_else(of_packets).unwrap_or_default()
 }
 
 fn state(membership: &Membership, trouble: &str, core: &Status) -> NodeState {

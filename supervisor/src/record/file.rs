@@ -115,7 +115,7 @@ pub(super) fn load_all<R: Record>(dir: &Path) -> Result<(Vec<R>, Vec<Aside>), St
         }
         if let Some(kind) = path.extension().and_then(|e| e.to_str()?.strip_prefix(BAD)) {
             let reason = format!("it was put aside before ({kind})");
-            asides.push(Aside { path, reason });
+            asides.push(Aside { path, reason, found: None });
             continue;
         }
         let Some(id) = name.strip_suffix(".json") else { continue };
@@ -158,7 +158,7 @@ pub fn decode<R: Record>(text: &str) -> Result<R, (&'static str, String)> {
     serde_json::from_str(body).map_err(|_| torn("its fields do not fit"))
 }
 
-fn keep_aside(path: &Path, kind: &str, reason: &str) -> Aside {
+fn keep_aside(path: &Path, kind: &'static str, reason: &str) -> Aside {
     let mut to = path.with_extension(format!("{BAD}{kind}"));
     for n in 1..1000 {
         if !to.exists() {
@@ -167,7 +167,11 @@ fn keep_aside(path: &Path, kind: &str, reason: &str) -> Aside {
         to = path.with_extension(format!("{BAD}{kind}-{n}"));
     }
     match fs::rename(path, &to) {
-        Ok(()) => Aside { path: to, reason: reason.to_owned() },
-        Err(e) => Aside { path: path.to_owned(), reason: format!("{reason}; and it cannot be renamed: {e}") },
+        Ok(()) => Aside { path: to, reason: reason.to_owned(), found: Some(kind) },
+        Err(e) => Aside {
+            path: path.to_owned(),
+            reason: format!("{reason}; and it cannot be renamed: {e}"),
+            found: Some(kind),
+        },
     }
 }

@@ -1,6 +1,6 @@
 //! Start: every record becomes a pod again, and what no record names goes.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use podtether_net::netns;
 
@@ -9,7 +9,36 @@ use super::identities::Identity;
 use super::pod::Pod;
 use crate::engine::Home;
 use crate::plan::{Link, Wanted};
-use crate::record::{self, IdentityKey};
+use crate::record::{self, Aside, IdentityKey};
+use crate::refused::{Reason, Refused};
+
+/// Files that one line names.
+const NAMED: usize = 8;
+
+/// Counts what was put aside, and tells of all that is aside in one line per kind.
+fn tell_asides(refused: &Refused, asides: &[Aside]) {
+    let mut kinds: BTreeMap<Option<&'static str>, Vec<&Aside>> = BTreeMap::new();
+    for aside in asides {
+        kinds.entry(aside.found).or_default().push(aside);
+    }
+    for (kind, asides) in kinds {
+        let named = asides.iter().take(NAMED).map(|a| format!("{} ({})", a.path.display(), a.reason));
+        let mut files: Vec<String> = named.collect();
+        if asides.len() > NAMED {
+            files.push(format!("and {} more", asides.len() - NAMED));
+        }
+        let count = u64::try_from(asides.len()).unwrap_or(u64::MAX);
+        let what = format!(
+            "records were not loaded and are kept aside, and the devices of pods that no record names stay in \
+             the tailnet until somebody removes these files: {}",
+            files.join(", ")
+        );
+        match kind {
+            Some(kind) => refused.add(Reason::of_record(kind), count, &what),
+            None => tracing::warn!(count, "{what}"),
+        }
+    }
+}
 
 impl Table {
     pub(super) async fn recover(&mut self) -> Result<(), String> {
@@ -23,14 +52,7 @@ impl Table {
         .await
         .map_err(|e| e.to_string())?
         .map_err(|e| e.to_string())?;
-        for aside in &asides {
-            tracing::error!(
-                file = %aside.path.display(),
-                "a record was not loaded: {}; its file is kept aside, and the devices of pods that no record \
-                 names stay in the tailnet until somebody removes it",
-                aside.reason
-            );
-        }
+        tell_asides(&self.counters.refused, &asides);
         let keep_unclaimed = !asides.is_empty();
         self.asides = asides;
         self.remove_leftovers(&attachments);

@@ -1,5 +1,8 @@
 //! Calls that are wrong in themselves: nothing is asked of the tailnet, and nothing is made.
 
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+
 use podtether_devnet::lab::{CniCall, Pod};
 use podtether_net::testing::in_namespaces;
 use serde_json::{Value, json};
@@ -33,6 +36,7 @@ fn wrong_calls_are_refused_and_change_nothing() {
         variables(&place, &pod);
         fields(&place, &pod);
         previous_results(&place, &pod);
+        counted(&place);
 
         place.unchanged("a wrong call", &pod, &before);
         assert_eq!(place.devnet.auth_keys(), [], "nothing was minted");
@@ -40,6 +44,28 @@ fn wrong_calls_are_refused_and_change_nothing() {
         assert_eq!(place.node.pods().unwrap(), [Value::Null; 0]);
         place.finish();
     });
+}
+
+/// What of the above the plugin could tell, each kind in one line; and a caller that speaks something else.
+fn counted(place: &Place) {
+    for noise in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0, 0, 0, 1, 0xff], &[0xff; 64]].repeat(5) {
+        let mut stream = UnixStream::connect(place.node.run_dir().join("supervisor.sock")).unwrap();
+        stream.write_all(noise).unwrap();
+        // It hangs up.
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    let metrics = place.node.http_get("/metrics").unwrap();
+    let count = |reason: &str| -> u64 {
+        let name = format!("podtether_refused_total{{reason=\"{reason}\"}} ");
+        metrics.lines().find_map(|line| line.strip_prefix(&name)).map_or(0, |n| n.parse().unwrap())
+    };
+    let log = place.log();
+    for (reason, least) in [("rpc_frame", 15), ("cni_version", 20), ("cni_field", 1), ("cni_config", 15)] {
+        assert!(count(reason) >= least, "{reason}: {}", count(reason));
+        let lines = log.lines().filter(|l| l.contains(&format!("\"reason\":\"{reason}\""))).count();
+        println!("{reason}: {} counted, {lines} lines", count(reason));
+        assert!((1..=3).contains(&lines), "{reason}: {lines} lines");
+    }
 }
 
 fn malformed(place: &Place, pod: &Pod) {

@@ -91,10 +91,18 @@ fn damaged_records_are_kept_aside_and_the_others_start() {
             let line: Value =
                 serde_json::from_str(line.unwrap_or_else(|| panic!("no word of {kind}"))).unwrap();
             println!("{}", line["message"]);
-            assert!(line["level"] == "ERROR" && line["message"].as_str().unwrap().contains(says), "{line}");
+            assert!(line["level"] == "WARN" && line["message"].as_str().unwrap().contains(says), "{line}");
         }
         assert_eq!(fs::read_to_string(future.with_extension("bad-newer")).unwrap(), future_text);
-        assert!(place.node.http_get("/metrics").unwrap().contains("podtether_records_aside 3"));
+        let metrics = place.node.http_get("/metrics").unwrap();
+        for counted in [
+            "podtether_records_aside 3",
+            "podtether_refused_total{reason=\"record_torn\"} 2",
+            "podtether_refused_total{reason=\"record_newer\"} 1",
+        ] {
+            assert!(metrics.contains(counted), "{counted} is not in {metrics}");
+        }
+        assert_eq!(log.matches("\"reason\":\"record_torn\"").count(), 1, "one line for both");
         let report = place.node.pod_report("keyless").unwrap();
         assert_eq!(report["state"], "stopped");
         assert!(report["reason"].as_str().unwrap().contains("delete the pod"), "{report}");

@@ -225,11 +225,11 @@ pub struct PeerView {
 }
 
 macro_rules! drop_reasons {
-    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+    ($(#[doc = $doc:literal] $name:ident = $text:literal,)*) => {
         /// Why a packet was dropped. A bounded set: these become metric labels.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum DropReason {
-            $($(#[$doc])* $name,)*
+            $(#[doc = $doc] $name,)*
         }
 
         impl DropReason {
@@ -241,6 +241,14 @@ macro_rules! drop_reasons {
             pub fn name(self) -> &'static str {
                 match self {
                     $(Self::$name => $text,)*
+                }
+            }
+
+            /// A sentence about it.
+            #[must_use]
+            pub fn meaning(self) -> &'static str {
+                match self {
+                    $(Self::$name => $doc.trim_ascii(),)*
                 }
             }
         }
