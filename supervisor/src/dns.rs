@@ -7,6 +7,7 @@ use podtether_net::Netns;
 use podtether_net::intercept::{self, MAX_SERVERS, Owner, StandIn};
 use podtether_net::link::{SERVICE_V4, SERVICE_V6};
 use podtether_net::sockets::{self, Askers};
+use podtether_proto::engine::HealthMessage;
 use podtether_proto::fds;
 use podtether_proto::node::{AddRequest, CniError, code};
 
@@ -86,11 +87,12 @@ pub struct Sockets {
     askers: Askers,
     stand_ins: Vec<StandIn>,
     owner: Option<Owner>,
+    problem: Option<String>,
 }
 
 impl Sockets {
     /// Opens what can be opened in the pod. A pod whose names cannot be served still gets its tailnet; what
-    /// is missing is said in the log.
+    /// is missing is said in the log and kept as [`Self::problem`].
     #[must_use]
     pub fn open(pod: &Netns, record: &Attachment) -> Self {
         let askers = sockets::askers(pod).unwrap_or_else(|e| {
@@ -106,10 +108,19 @@ impl Sockets {
                     sockets.stand_ins = stand_ins;
                     sockets.owner = Some(owner);
                 }
-                Err(e) => tell(record, "its DNS is not intercepted", &e.to_string()),
+                Err(e) => {
+                    tell(record, NOT_INTERCEPTED, &e.to_string());
+                    sockets.problem = Some(e.to_string());
+                }
             }
         }
         sockets
+    }
+
+    /// Why the pod's DNS will not be intercepted although it should be.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        self.problem.clone()
     }
 
     /// The name servers that there are stand-ins for.
@@ -156,16 +167,32 @@ pub struct Interception {
 }
 
 impl Interception {
-    /// Makes the rules and leaves them to the engine. Returns at once.
-    pub fn begin(self, record: &Attachment) {
-        let record = record.clone();
-        tokio::task::spawn_blocking(move || {
-            if let Err(e) = self.owner.arm(&self.table, &self.stand_ins) {
-                tell(&record, "its DNS is not intercepted", &e.to_string());
-            }
-        });
+    /// Makes the rules and leaves them to the engine; why they could not be made, if so. Returns when that is
+    /// known.
+    pub async fn begin(self, record: Attachment) -> Option<String> {
+        let armed = tokio::task::spawn_blocking(move || self.owner.arm(&self.table, &self.stand_ins)).await;
+        let why = armed.map_or_else(|e| Some(e.to_string()), |made| made.err().map(|e| e.to_string()))?;
+        tell(&record, NOT_INTERCEPTED, &why);
+        Some(why)
     }
 }
+
+/// What is wrong with a pod whose DNS should be intercepted and is not, and what to do.
+#[must_use]
+pub fn not_intercepted(why: &str) -> HealthMessage {
+    HealthMessage {
+        title: NOT_INTERCEPTED.into(),
+        text: format!("{why}; {MEND}"),
+        severity: "high".into(),
+    }
+}
+
+/// For a pod whose DNS should be intercepted and is not.
+pub const NOT_INTERCEPTED: &str = "its DNS is not intercepted";
+/// What to do about it.
+pub const MEND: &str = "until then its name servers answer it as if podtether were not there. The node's kernel must \
+                        have nf_tables with table owners (5.12), and nobody else may use the table podtether-… in the \
+                        pod: mend that and delete the pod, or give it the annotation podtether.dev/dns: \"off\"";
 
 fn tell(record: &Attachment, what: &str, why: &str) {
     let (namespace, pod) = (&record.pod.namespace, &record.pod.name);

@@ -69,6 +69,7 @@ enum Message {
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
     Engine(AttachmentId, u64, Event),
+    NotIntercepted(AttachmentId, u64, String),
     Wake(AttachmentId),
     Reaped(crate::record::IdentityKey, Result<(), String>),
     Underlay(Underlay),
@@ -257,6 +258,12 @@ impl Table {
             Message::Engine(id, epoch, event) => {
                 self.engine_event(&id, epoch, event);
                 self.advance(&id);
+            }
+            Message::NotIntercepted(id, epoch, why) => {
+                let engine = self.pods.get_mut(&id).and_then(|pod| pod.engine.as_mut());
+                if let Some(engine) = engine.filter(|engine| engine.epoch == epoch) {
+                    engine.dns_problem = Some(why);
+                }
             }
             Message::Wake(id) => self.advance(&id),
             Message::Reaped(key, result) => self.reaped(&key, result),

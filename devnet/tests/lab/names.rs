@@ -11,6 +11,8 @@ use podtether_devnet::lab::{CniCall, Pod};
 use podtether_devnet::probe::dns;
 use podtether_devnet::{DevnetConfig, DnsSettings};
 use podtether_net::Netns;
+use podtether_net::intercept::Owner;
+use serde_json::json;
 
 use crate::{PATIENCE, Rig, engine_pid, lab_test, wait_for, wait_reachable};
 
@@ -297,5 +299,42 @@ fn names_of_other_domains_are_asked_where_the_tailnet_says() {
         for server in [SocketAddr::new(pod.v4().unwrap(), 53), SocketAddr::new(pod.v6().unwrap(), 53)] {
             assert!(dns::lookup(&peer.netns, server, "example.org", false, short).is_err(), "{server}");
         }
+    });
+}
+
+#[test]
+fn a_pod_that_cannot_be_intercepted_says_so_and_what_to_do() {
+    lab_test("names::a_pod_that_cannot_be_intercepted_says_so_and_what_to_do", |dir| {
+        let mut rig = Rig::start(dir, 1, DevnetConfig::default());
+        let mut pod = rig.nodes[0].create_pod("pod").unwrap();
+        let (_, servers) = primary(&pod);
+        // Somebody else has the table's name in the pod.
+        let other = Owner::open(&pod.netns).unwrap();
+        other.arm("podtether-ts0", &[]).unwrap();
+        pod.add_with(&rig.nodes[0], &intercepted(&servers)).unwrap();
+        let problem = wait_for("the report", || {
+            let report = rig.nodes[0].pod_report("pod").unwrap();
+            let found = report["health"].as_array()?.iter().find(|h| h["title"] == "its DNS is not intercepted");
+            found.cloned()
+        });
+        println!("{problem}");
+        let text = problem["text"].as_str().unwrap();
+        for says in ["nf_tables", "podtether.dev/dns", "delete the pod"] {
+            assert!(text.contains(says), "{says}: {text}");
+        }
+        let check = pod.call(&rig.nodes[0], &CniCall::new("CHECK")).unwrap();
+        println!("{check:?}");
+        let error = check.json().unwrap();
+        assert_eq!(error["code"], 103);
+        assert!(error["msg"].as_str().unwrap().contains("pod default/pod: its DNS is not intercepted"), "{error}");
+        // Everything else of it works, and the next engine gets what this one did not.
+        drop(other);
+        let pid = engine_pid(&rig.nodes[0], "pod").unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
+        wait_for("the interception", || {
+            let report = rig.nodes[0].pod_report("pod").unwrap();
+            (report["restarts"] == 1 && report["state"] == "running" && report["health"] == json!([])).then_some(())
+        });
+        pod.del(&rig.nodes[0]).unwrap();
     });
 }

@@ -9,6 +9,7 @@ use podtether_proto::node::{CheckRequest, CniError, code};
 use super::Table;
 use super::attach::{error, pod_name};
 use super::pod::Leaver;
+use crate::dns;
 use crate::engine::within;
 
 /// A control session older than this is a fault.
@@ -38,6 +39,7 @@ impl Table {
         spec.pod_netns = request.netns.clone().into();
         let config = pod.checked_config(self.context.routes(&pod.record.addresses));
         let client = pod.engine.as_ref().and_then(|e| e.client.clone());
+        let dns_problem = pod.engine.as_ref().and_then(|e| e.dns_problem.clone());
         let (reason, stopped) = (pod.reason.clone(), pod.stopped.is_some());
         tokio::spawn(async move {
             let result = async {
@@ -51,7 +53,10 @@ impl Table {
                         if stopped { "mend that, then delete the pod" } else { RESTARTED },
                     )
                 })?;
-                check_engine(&name, &client).await
+                check_engine(&name, &client).await?;
+                dns_problem.map_or(Ok(()), |why| {
+                    Err(failed(format!("{name}: {}: {why}", dns::NOT_INTERCEPTED), dns::MEND))
+                })
             }
             .await;
             let _ = reply.send(result);

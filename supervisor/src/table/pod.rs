@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 use podtether_net::link::{Configured, DnsSockets, Link as NetLink, PodConfig};
-use podtether_proto::engine::{EngineClient, EngineStatus, NodeState, Routing};
+use podtether_proto::engine::{EngineClient, EngineStatus, HealthMessage, NodeState, Routing};
 use podtether_proto::fds;
 use podtether_proto::node::{AddRequest, Attached, CniError};
 use tokio::sync::oneshot;
@@ -16,7 +16,7 @@ use super::identities::Identity;
 use super::routing::Router;
 use crate::context::MTU;
 use crate::credentials::Key;
-use crate::dns::Interception;
+use crate::dns::{self, Interception};
 use crate::plan::{self, Observed, Records, Step, Wanted};
 use crate::record::{self, IdentityKey};
 use crate::restart::History;
@@ -67,6 +67,8 @@ pub(super) struct Running {
     pub(super) replaces_since: Option<Instant>,
     /// Waits for its first answer: only then does anybody answer the pod.
     pub(super) interception: Option<Interception>,
+    /// Why the pod's DNS is not intercepted although it should be.
+    pub(super) dns_problem: Option<String>,
 }
 
 impl Running {
@@ -276,6 +278,14 @@ impl Pod {
             addresses,
             routes: super::routing::routes(self),
         })
+    }
+
+    /// What control, the engine and this supervisor find wrong.
+    pub(super) fn health(&self) -> Vec<HealthMessage> {
+        let Some(engine) = &self.engine else { return Vec::new() };
+        let mut health = engine.status.as_ref().map(|s| s.health.clone()).unwrap_or_default();
+        health.extend(engine.dns_problem.as_deref().map(dns::not_intercepted));
+        health
     }
 
     /// One word for people and metrics.

@@ -50,6 +50,7 @@ impl Table {
                     status: None,
                     asked: false,
                     replaces_since: pod.died_at.take(),
+                    dns_problem: names.problem(),
                     interception: names.interception(&pod.record),
                 });
                 tokio::spawn(engine::attend(process, child, home, request, reports));
@@ -76,7 +77,12 @@ impl Table {
                 let pid = running.process.pid();
                 running.client = Some(client);
                 if let Some(interception) = running.interception.take() {
-                    interception.begin(&pod.record);
+                    let (record, to, of) = (pod.record.clone(), self.to_self.clone(), id.clone());
+                    tokio::spawn(async move {
+                        if let Some(why) = interception.begin(record).await {
+                            let _ = to.send(Message::NotIntercepted(of, epoch, why)).await;
+                        }
+                    });
                 }
                 if let Some(since) = running.replaces_since {
                     let took = since.elapsed();

@@ -61,7 +61,7 @@ pub struct PodReport {
     pub home_derp: u32,
     /// Where a person is to log the device in, empty when nobody has to.
     pub login_url: String,
-    /// What control and the engine find wrong.
+    /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
     /// Paths to the peers; filled in by who asks the engines.
     pub peers: Vec<PeerStatus>,
@@ -107,7 +107,7 @@ impl Table {
                 control_connected: status.is_some_and(|s| s.control_connected),
                 home_derp: status.map_or(0, |s| s.home_derp),
                 login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),
-                health: status.map(|s| s.health.clone()).unwrap_or_default(),
+                health: pod.health(),
                 peers: Vec::new(),
             });
             listing.clients.push(pod.engine.as_ref().and_then(|e| e.client.clone()));

@@ -124,7 +124,7 @@ fn pod_routing(pod: &Pod) -> PodRouting {
         routing: pod.record.routing.clone(),
         routes: routes(pod),
         exit_node_id: status.and_then(|s| s.exit_node_id.clone()),
-        health: status.map(|s| s.health.clone()).unwrap_or_default(),
+        health: pod.health(),
     }
 }
 
