@@ -29,7 +29,8 @@ pub const MAX_SERVERS: usize = 4;
 const PORT: u16 = 53;
 /// Connections that wait to be taken.
 const BACKLOG: i32 = 16;
-/// The kernel removes a table right after its owner's last descriptor; a new one may be sooner.
+/// The kernel removes a table with its owner's last descriptor, which a process that is being started may hold
+/// until its exec. Tables that go that way are announced to nobody, so this is one that has to be tried again.
 const FORMER_OWNER_GONE: Duration = Duration::from_millis(500);
 
 const TABLE_OWNED: u32 = 2;

@@ -1,21 +1,16 @@
 //! Which of the node's addresses peers may reach, and when that changes.
 
 use std::collections::BTreeSet;
-use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::time::Duration;
 
-use nix::sys::socket::{MsgFlags, recv};
 use rtnetlink::constants::{
     RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE, RTMGRP_LINK,
 };
-use rtnetlink::sys::protocols::NETLINK_ROUTE;
-use rtnetlink::sys::{Socket, SocketAddr};
-use tokio::io::unix::AsyncFd;
 
-use crate::error::{Result, Step};
+use crate::error::Result;
 use crate::link::tailnet_ranges;
+use crate::netlink::events::Events;
 use crate::netlink::{Address, Link, Netlink, Route};
 use crate::netns::Netns;
 
@@ -28,7 +23,7 @@ const SETTLE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Monitor {
     netlink: Netlink,
-    events: AsyncFd<OwnedFd>,
+    events: Events,
     known: Vec<IpAddr>,
 }
 
@@ -38,10 +33,9 @@ impl Monitor {
     /// # Errors
     /// As the kernel says.
     pub async fn open(ns: &Netns) -> Result<Self> {
-        let step = || "watch the node's addresses".to_owned();
-        let socket = ns.run(subscribe).await?.step(step)?;
-        // SAFETY: an OwnedFd is always the same descriptor and stays open until it is dropped.
-        let events = unsafe { AsyncFd::register(socket) }.step(step)?;
+        let groups =
+            RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE;
+        let events = Events::open(ns, groups).await?;
         let netlink = Netlink::open(ns).await?;
         let known = addresses(&netlink).await?;
         Ok(Self { netlink, events, known })
@@ -60,38 +54,14 @@ impl Monitor {
     /// As the kernel says.
     pub async fn changed(&mut self) -> Result<&[IpAddr]> {
         loop {
-            let mut ready = self.events.readable().await.step(|| "wait for netlink events".into())?;
+            self.events.wait().await?;
             tokio::time::sleep(SETTLE).await;
-            // What was missed while the queue overflowed is seen by looking again anyway.
-            drain(ready.get_inner());
-            ready.clear_ready();
+            self.events.forget();
             let now = addresses(&self.netlink).await?;
             if now != self.known {
                 self.known = now;
                 return Ok(&self.known);
             }
-        }
-    }
-}
-
-/// Runs on the thread inside the namespace.
-fn subscribe() -> io::Result<OwnedFd> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    let groups =
-        RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_ROUTE | RTMGRP_IPV6_ROUTE;
-    socket.bind(&SocketAddr::new(0, groups))?;
-    socket.set_non_blocking(true)?;
-    // SAFETY: the descriptor was just released by its only owner.
-    Ok(unsafe { OwnedFd::from_raw_fd(socket.into_raw_fd()) })
-}
-
-/// Reads until the queue is empty. That something happened is all that matters, so a message may be cut.
-fn drain(socket: &OwnedFd) {
-    let mut buffer = [0_u8; 64];
-    loop {
-        match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-            Ok(_) | Err(nix::Error::ENOBUFS | nix::Error::EINTR) => {}
-            Err(_) => return,
         }
     }
 }

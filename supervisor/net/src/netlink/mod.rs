@@ -2,6 +2,7 @@
 //!
 //! Adding what is there and deleting what is not both succeed, so that callers can state what they want.
 
+pub(crate) mod events;
 mod messages;
 mod policy;
 
@@ -19,6 +20,7 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::RouteMessage;
+use rtnetlink::constants::{RTMGRP_IPV6_ROUTE, RTMGRP_LINK};
 use rtnetlink::sys::protocols::NETLINK_ROUTE;
 use rtnetlink::sys::{Socket, TokioSocket};
 use rtnetlink::{Handle, IpVersion, LinkMessageBuilder, LinkUnspec};
@@ -27,12 +29,16 @@ use tokio::task::JoinHandle;
 
 pub use self::policy::{Family, MAIN_TABLE, Rule, TableRoute};
 
+use self::events::Changes;
 use self::messages::{
     address_of, end_attributes, family, io_error, link_of, local_address_of, neighbour_of, route_message,
     route_of, rule_message,
 };
 use crate::error::{Result, Step};
 use crate::netns::Netns;
+
+/// The longest wait for the kernel to set to work what was made.
+const WAIT_AT_MOST: Duration = Duration::from_secs(2);
 
 /// A hardware address.
 pub type Mac = [u8; 6];
@@ -41,6 +47,7 @@ pub type Mac = [u8; 6];
 #[derive(Debug)]
 pub struct Netlink {
     handle: Handle,
+    ns: Netns,
     /// The kernel runs one dump per socket and refuses a second with EBUSY.
     dumps: Mutex<()>,
     connection: JoinHandle<()>,
@@ -153,12 +160,8 @@ impl Netlink {
         let socket = ns.run(open_socket).await?.step(|| "open a netlink socket".into())?;
         // SAFETY: the descriptor was just released by its only owner.
         let socket = unsafe { TokioSocket::from_raw_fd(socket.into_raw_fd()) };
-        Ok(Self::from_socket(socket))
-    }
-
-    fn from_socket(socket: TokioSocket) -> Self {
         let (connection, handle, _unsolicited) = rtnetlink::from_socket::<TokioSocket>(socket);
-        Self { handle, dumps: Mutex::new(()), connection: tokio::spawn(connection) }
+        Ok(Self { handle, ns: ns.clone(), dumps: Mutex::new(()), connection: tokio::spawn(connection) })
     }
 
     /// All interfaces.
@@ -244,13 +247,11 @@ impl Netlink {
     /// # Errors
     /// As the kernel says, and after two seconds.
     pub async fn wait_running(&self, name: &str) -> Result<()> {
-        for _ in 0..400 {
-            if self.link(name).await?.is_some_and(|l| l.running) {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+        let mut changes = Changes::new(&self.ns, RTMGRP_LINK, WAIT_AT_MOST);
+        while !self.link(name).await?.is_some_and(|l| l.running) {
+            changes.next(|| format!("wait for a carrier on {name}")).await?;
         }
-        Err(io::Error::from(io::ErrorKind::TimedOut)).step(|| format!("wait for a carrier on {name}"))
+        Ok(())
     }
 
     /// Sets an interface down.
@@ -337,7 +338,8 @@ impl Netlink {
     /// # Errors
     /// As the kernel says, and after two seconds.
     pub async fn wait_local(&self, addresses: &[IpAddr]) -> Result<()> {
-        for _ in 0..400 {
+        let mut changes = Changes::new(&self.ns, RTMGRP_IPV6_ROUTE, WAIT_AT_MOST);
+        loop {
             let mut wanted = RouteMessage::default();
             wanted.header.address_family = AddressFamily::Inet6;
             let found = self.dump("list routes", self.handle.route().get(wanted).execute()).await?;
@@ -345,9 +347,8 @@ impl Netlink {
             if addresses.iter().all(|a| a.is_ipv4() || local.contains(a)) {
                 return Ok(());
             }
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            changes.next(|| format!("wait for {addresses:?} to work")).await?;
         }
-        Err(io::Error::from(io::ErrorKind::TimedOut)).step(|| format!("wait for {addresses:?} to work"))
     }
 
     /// Deletes an address.
