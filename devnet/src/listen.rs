@@ -98,6 +98,7 @@ async fn rebind(address: SocketAddr) -> TcpListener {
         match TcpListener::bind(address).await {
             Ok(listener) => return listener,
             Err(error) => {
+                // Somebody else has the port meanwhile, and its end announces itself to nobody.
                 tracing::warn!(%error, %address, "cannot listen again yet");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }

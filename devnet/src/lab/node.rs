@@ -281,18 +281,17 @@ impl Node {
 
     fn end_supervisor(&mut self, signal: Signal) -> Result<Option<ExitStatus>> {
         let Some(mut child) = self.supervisor.take() else { return Ok(None) };
-        kill(Pid::from_raw(i32::try_from(child.id())?), signal)?;
-        let until = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = child.try_wait()? {
-                return Ok(Some(status));
-            }
-            if Instant::now() > until {
-                child.kill()?;
-                child.wait()?;
+        let pid = Pid::from_raw(i32::try_from(child.id())?);
+        let (done, ended) = std::sync::mpsc::channel();
+        kill(pid, signal)?;
+        std::thread::spawn(move || done.send(child.wait()));
+        match ended.recv_timeout(PATIENCE) {
+            Ok(status) => Ok(Some(status?)),
+            Err(_) => {
+                kill(pid, Signal::SIGKILL)?;
+                ended.recv()??;
                 bail!("the supervisor of {} did not stop:\n{}", self.name, self.log_end(20));
             }
-            std::thread::sleep(POLL);
         }
     }
 
