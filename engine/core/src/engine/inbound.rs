@@ -72,6 +72,7 @@ impl Engine {
             }
             DerpEvent::Packet { source, payload } => {
                 self.relays.handle_heard(region, now);
+                self.relays.note_use(now);
                 let via = Via::Derp(region, source);
                 match disco::sender(payload) {
                     Some(sender) => self.handle_disco(via, &sender, payload, now, out),

@@ -27,6 +27,12 @@ const MAX_WARM: usize = 8;
 /// A connection is pinged when it was silent for so long (and up to [`JITTER_MAX_MS`] more), and is dead when
 /// it stays silent for [`PING_TIMEOUT`].
 const PING_AFTER: Duration = Duration::from_secs(5);
+/// The same when nothing was sent to or heard from any peer for [`IN_USE`]: longer than the 60 to 65 s between
+/// a server's keepalives, so that an idle engine sleeps from one to the next, and short enough that whoever
+/// wants to reach us through a relay that died without a word waits a minute or so, not the two minutes of
+/// a stock node.
+const PING_AFTER_IDLE: Duration = Duration::from_secs(67);
+const IN_USE: Duration = Duration::from_secs(60);
 const PING_TIMEOUT: Duration = Duration::from_secs(3);
 const JITTER_MAX_MS: u64 = 1000;
 /// The same while packets are sent there.
@@ -62,6 +68,8 @@ pub(crate) struct Relays {
     /// Spreads what the engines of a node do after the same event.
     jitter: Duration,
     known: BTreeSet<RegionId>,
+    /// When peers were last sent something or heard from, by any way, or a relay was connected.
+    used: Option<Instant>,
     regions: BTreeMap<RegionId, Relay>,
 }
 
@@ -163,6 +171,11 @@ impl Relays {
         Some(self.next_standby.map_or(down, |next| next.max(down)))
     }
 
+    /// Packets of peers go or come: relays matter from one moment to the next.
+    pub(crate) fn note_use(&mut self, now: Instant) {
+        self.used = Some(now);
+    }
+
     /// Keeps a region connected that may be needed from one moment to the next.
     pub(crate) fn keep_warm(&mut self, region: RegionId, now: Instant, events: &mut VecDeque<Event>) {
         if region == self.home || !self.regions.contains_key(&region) && self.regions.len() > MAX_WARM {
@@ -203,6 +216,7 @@ impl Relays {
         } else {
             self.regions.values().map(|relay| relay.waiting.len()).sum()
         };
+        self.used = Some(now);
         let Some(relay) = self.connect(to.region, now, events) else { return false };
         relay.last_sent = Some(now);
         if relay.connected {
@@ -234,6 +248,7 @@ impl Relays {
         events: &mut VecDeque<Event>,
     ) -> bool {
         let Some(relay) = self.regions.get_mut(&region) else { return false };
+        self.used = Some(now);
         relay.connected = true;
         relay.last_heard = Some(now);
         relay.pinged = None;
@@ -313,7 +328,13 @@ impl Relays {
     fn check_at(&self, relay: &Relay) -> Option<Instant> {
         match relay.pinged {
             Some(at) => Some(at + PING_TIMEOUT),
-            None => Some(relay.last_heard? + PING_AFTER + self.jitter).filter(|_| relay.connected),
+            None => {
+                let heard = relay.last_heard.filter(|_| relay.connected)?;
+                let (soon, idle) = (heard + PING_AFTER, heard + PING_AFTER_IDLE);
+                // In use until then, the silence is looked into at once; after that, an idle one's time counts.
+                let in_use = self.used.is_some_and(|at| soon <= at + IN_USE);
+                Some(if in_use { soon } else { idle } + self.jitter)
+            }
         }
     }
 

@@ -89,6 +89,7 @@ impl Engine {
         if let Some(peer) = self.peers.get(slot)
             && peer.active.as_ref().is_some_and(|a| a.path.active(now))
         {
+            self.relays.note_use(now);
             // Where packets go the moment the direct path is in doubt.
             self.relays.keep_warm(peer.home, now, &mut self.events);
         }

@@ -39,7 +39,50 @@ fn packets_wait_for_the_connection_and_idle_regions_are_left() {
     assert_eq!(relays.deadline(), Some(idle));
     relays.handle_timeout(idle, &mut events);
     assert_eq!(events, [Event::DerpClose { region: B }]);
-    assert_eq!(relays.deadline(), Some(idle + PING_AFTER), "home is never idle, but pinged");
+    assert_eq!(relays.deadline(), Some(idle + PING_AFTER_IDLE), "home is never left, but pinged");
+}
+
+#[test]
+fn an_idle_home_is_left_to_the_servers_keepalives_and_still_given_up_within_two_minutes() {
+    let (mut relays, mut events, mut out) = (Relays::new(999), VecDeque::new(), Outbox::default());
+    let start = Instant::now();
+    relays.set_known([A].into(), &mut events);
+    relays.set_home(A, start, &mut events);
+    relays.handle_connected(A, start, &mut out, &mut events);
+    events.clear();
+    // An hour of nothing but keepalives, 65 s apart, once the connection is no longer new.
+    let mut now = start + IN_USE;
+    let (mut wakes, mut heard) = (0, now);
+    relays.handle_heard(A, now);
+    while now < start + Duration::from_secs(3600) {
+        let keepalive = heard + Duration::from_secs(65);
+        now = relays.deadline().expect("a ping").min(keepalive);
+        if now == keepalive {
+            heard = now;
+            relays.handle_heard(A, now);
+        }
+        relays.handle_timeout(now, &mut events);
+        wakes += 1;
+    }
+    assert!(events.is_empty() && wakes <= 56, "{wakes}: {events:?}");
+    // It dies without a word.
+    let silent = heard;
+    while events.back() != Some(&Event::DerpReconnect { region: A }) {
+        now = relays.deadline().expect("a ping");
+        relays.handle_timeout(now, &mut events);
+    }
+    assert!(now - silent <= Duration::from_secs(120), "{:?}", now - silent);
+
+    // With a packet to a peer, ten seconds count again, also for one that was silent for long already.
+    relays.handle_connected(A, now, &mut out, &mut events);
+    let later = now + Duration::from_secs(66);
+    relays.handle_heard(A, later - Duration::from_secs(6));
+    events.clear();
+    assert!(relays.deadline().expect("a ping") > later + Duration::from_secs(50));
+    relays.send(to(A), b"x", later, &mut out, &mut events);
+    assert_eq!(events.pop_front(), Some(Event::DerpPing { region: A }));
+    relays.handle_timeout(later + PING_TIMEOUT, &mut events);
+    assert_eq!(events.pop_front(), Some(Event::DerpReconnect { region: A }));
 }
 
 #[test]
