@@ -34,6 +34,10 @@ use crate::random::Random;
 use crate::tailcfg::{DnsConfig, Node, NodeId};
 
 const CLASS_IN: u16 = 1;
+/// Names under this one, asked of a name server in front of which this node stands, are that server's,
+/// whatever zones, routes and nodes the tailnet has: no tailnet may answer a pod's questions for the services
+/// of its cluster, or hear them.
+const CLUSTER: &str = "cluster.local";
 
 /// Who asked, for the shell to find again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -246,7 +250,8 @@ impl Dns {
             Ok(question) => question,
             Err(odd) => return self.odd(asked, query, odd, now),
         };
-        let found = if question.class == CLASS_IN {
+        let clusters = asked.meant_for.is_some() && names::is_within(&question.name, CLUSTER);
+        let found = if question.class == CLASS_IN && !clusters {
             self.names.find(&question.name, RecordType::from(question.kind))
         } else {
             Found::NotOurs

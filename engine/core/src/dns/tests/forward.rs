@@ -460,3 +460,47 @@ proptest! {
         prop_assert_eq!(world.dns.poll_timeout(), None);
     }
 }
+
+#[test]
+fn what_a_pod_asks_its_cluster_or_the_public_is_asked_of_nobody_else() {
+    let mut world = World::with_defaults(&["10.0.0.9"]);
+    // A tailnet that claims everything it can: the root, one label, the cluster's own domain, a node in it.
+    let route = || vec![Resolver { addr: FIRST.into(), ..Resolver::default() }];
+    let mut greedy = config();
+    greedy.resolvers = route();
+    greedy.routes = ["", ".", "local", "cluster.local", "svc.cluster.local.", "corp.example"]
+        .map(|suffix| (suffix.to_owned(), route()))
+        .into();
+    greedy.extra_records.push(DnsRecord {
+        name: "kubernetes.default.svc.cluster.local".into(),
+        value: "100.64.0.9".into(),
+        ..DnsRecord::default()
+    });
+    world.dns.configure(&node(1, "me.cluster.local.", &["100.64.0.1"]), &greedy);
+    world.dns.upsert(&node(7, "db.default.svc.cluster.local.", &["100.64.0.7"]));
+    let theirs = [
+        "kubernetes.default.svc.cluster.local.",
+        "DB.default.svc.Cluster.Local.",
+        "nobody.cluster.local.",
+        "cluster.local.",
+        "example.org.",
+        "corp.example.org.",
+        "evilcorp.example.",
+        "com.",
+    ];
+    for name in theirs {
+        let question = query(name, RecordType::A).to_vec().unwrap();
+        world.ask_bytes(&question, Some(CLUSTER));
+        let (_, server, _, sent) = world.asks.last().unwrap();
+        assert_eq!((server.to_string().as_str(), sent), (CLUSTER, &question), "{name}");
+        let ask = world.asks.last().unwrap().0;
+        world.fail(ask);
+    }
+    assert_eq!(world.asks.len(), theirs.len(), "one asking each: nobody else is asked when that one fails");
+    assert!(world.replies.is_empty(), "and nothing is made up: {:?}", world.replies);
+    // What the tailnet may claim goes to its resolver, and only there.
+    for name in ["a.corp.example.", "printer.local."] {
+        world.ask_bytes(&query(name, RecordType::A).to_vec().unwrap(), Some(CLUSTER));
+        assert_eq!(world.asks.last().unwrap().1.to_string(), FIRST, "{name}");
+    }
+}
