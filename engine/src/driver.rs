@@ -11,14 +11,15 @@ mod start;
 mod tun;
 mod udp;
 
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Outbox, RegionId};
-use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine};
+use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine, PingId};
 use podtether_core::snapshot::SnapshotWriter;
-use podtether_proto::engine::Underlay;
+use podtether_proto::engine::{Pong, Underlay};
 use podtether_proto::exit::EngineExit;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -59,6 +60,8 @@ const SNAPSHOT_PAUSE: Duration = Duration::from_secs(3);
 /// Names being looked up at a time.
 const MAX_LOOKUPS: usize = 16;
 
+const NO_IDENTITY: &str = "the engine has no identity yet";
+
 /// Serves commands until a start request is good, then runs the node to its end.
 pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<Command>) -> Ending {
     let mut link = Some(link);
@@ -88,7 +91,13 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
                 let _ = answer.send(Default::default());
             }
             Command::Why(_, answer) => {
-                let _ = answer.send(Err("the engine has no identity yet".to_owned()));
+                let _ = answer.send(Err(NO_IDENTITY.to_owned()));
+            }
+            Command::SetRoots(_, answer) => {
+                let _ = answer.send(Err(NO_IDENTITY.to_owned()));
+            }
+            Command::Ping(_, _, answer) => {
+                let _ = answer.send(Err(NO_IDENTITY.to_owned()));
             }
             Command::PeerCaps(_, answer) => {
                 let _ = answer.send(Vec::new());
@@ -129,6 +138,8 @@ struct Driver {
     snapshot_writer: Option<SnapshotWriter>,
     snapshot_piece: Vec<u8>,
     membership: Membership,
+    /// Who waits for the end of a ping. The core bounds them.
+    pings: HashMap<PingId, oneshot::Sender<Result<Pong, String>>>,
     refused: crate::refused::Lines,
     /// Why there is no control session now; empty while there is one.
     trouble: String,
@@ -326,8 +337,11 @@ impl Driver {
                 self.snapshot_due.get_or_insert(due);
             }
             engine::Event::ControlAnswer(answer) => self.control.answer(*answer),
-            // Nobody else asks yet.
-            engine::Event::Pong(result) => tracing::debug!(?result, "ping"),
+            engine::Event::Pong(result) => {
+                if let Some(asker) = self.pings.remove(&result.id) {
+                    let _ = asker.send(report::pong(*result));
+                }
+            }
             // That is what a logout does; its answer is on the way.
             engine::Event::KeyExpired if self.logging_out.is_some() => {}
             engine::Event::KeyExpired => {
@@ -424,6 +438,25 @@ impl Driver {
             }
             Command::Why(packet, answer) => {
                 let _ = answer.send(Ok(self.why(packet, now)));
+            }
+            Command::SetRoots(pem, answer) => {
+                let replaced = self.dialer.tls.replace_roots(&pem).map_err(|e| e.to_string());
+                if replaced.is_ok() {
+                    tracing::info!(pod = self.board.pod_uid(), "other extra roots from now on");
+                }
+                let _ = answer.send(replaced);
+            }
+            Command::Ping(peer, kind, answer) => {
+                match peer.parse().ok().or_else(|| self.engine.find_peer(&peer)) {
+                    Some(ip) => {
+                        let id = self.engine.ping(ip, report::ping_kind(kind), now, &mut self.outbox);
+                        self.pings.insert(id, answer);
+                    }
+                    None => {
+                        let _ =
+                            answer.send(Err("no peer of the tailnet has that name or address".to_owned()));
+                    }
+                }
             }
             Command::PeerCaps(peer, answer) => {
                 let _ = answer.send(self.peer_caps(peer));

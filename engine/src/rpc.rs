@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use podtether_proto::engine::{
-    Engine, EngineMetrics, EngineStatus, Flow, Hello, PeerStatus, Routing, StartRequest, Underlay, Verdict,
-    WATCH_MAX,
+    Engine, EngineMetrics, EngineStatus, Flow, Hello, PeerStatus, PingKind, Pong, Routing, StartRequest,
+    Underlay, Verdict, WATCH_MAX,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Metrics(oneshot::Sender<EngineMetrics>),
     Peers(oneshot::Sender<Vec<PeerStatus>>),
     Why(Flow, oneshot::Sender<Result<Verdict, String>>),
+    SetRoots(String, oneshot::Sender<Result<(), String>>),
+    Ping(String, PingKind, oneshot::Sender<Result<Pong, String>>),
     PeerCaps(IpAddr, oneshot::Sender<Vec<(String, Vec<String>)>>),
     Logout(oneshot::Sender<Result<(), String>>),
     Stop(oneshot::Sender<()>),
@@ -158,6 +160,16 @@ impl Engine for Service {
 
     async fn why(self, _: Context, packet: Flow) -> Result<Verdict, String> {
         self.ask(|answer| Command::Why(packet, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn set_roots(self, _: Context, extra_roots_pem: String) -> Result<(), String> {
+        let asked = self.ask(|answer| Command::SetRoots(extra_roots_pem, answer)).await;
+        asked.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn ping(self, _: Context, peer: String, kind: PingKind) -> Result<Pong, String> {
+        let asked = self.ask(|answer| Command::Ping(peer, kind, answer)).await;
+        asked.unwrap_or_else(|| Err(ENDING.to_owned()))
     }
 
     async fn peer_caps(self, _: Context, peer: IpAddr) -> Vec<(String, Vec<String>)> {

@@ -1,7 +1,7 @@
 //! TLS as a client: the built-in roots plus the operator's, and DERP's two ways of trusting a
 //! certificate otherwise.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -25,10 +25,15 @@ pub(crate) enum Trust {
     Nothing,
 }
 
-/// Makes client configurations; roots are parsed once.
+/// Makes client configurations; roots are parsed once. Clones share them, also when they are replaced.
 #[derive(Debug, Clone)]
 pub(crate) struct Tls {
     provider: Arc<CryptoProvider>,
+    trusted: Arc<RwLock<Trusted>>,
+}
+
+#[derive(Debug, Clone)]
+struct Trusted {
     roots: Arc<RootCertStore>,
     usual: Arc<ClientConfig>,
 }
@@ -41,6 +46,46 @@ pub(crate) struct BadRoots(String);
 impl Tls {
     pub(crate) fn new(extra_roots_pem: &str) -> Result<Self, BadRoots> {
         let provider = Arc::new(ring::default_provider());
+        let trusted = Trusted::new(&provider, extra_roots_pem)?;
+        Ok(Self { provider, trusted: Arc::new(RwLock::new(trusted)) })
+    }
+
+    /// Trusts these beside the built-in roots from the next connection on.
+    ///
+    /// # Errors
+    /// They do not parse; the former ones stay in force.
+    pub(crate) fn replace_roots(&self, extra_roots_pem: &str) -> Result<(), BadRoots> {
+        let trusted = Trusted::new(&self.provider, extra_roots_pem)?;
+        *self.trusted.write().unwrap_or_else(PoisonError::into_inner) = trusted;
+        Ok(())
+    }
+
+    fn trusted(&self) -> Trusted {
+        self.trusted.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The configuration for one server.
+    pub(crate) fn client(&self, trust: &Trust) -> Result<Arc<ClientConfig>, Error> {
+        let trusted = self.trusted();
+        let special = match trust {
+            Trust::Roots => return Ok(trusted.usual),
+            Trust::Name(name) => {
+                let inner = WebPkiServerVerifier::builder_with_provider(trusted.roots, self.provider.clone())
+                    .build()
+                    .map_err(|e| Error::General(e.to_string()))?;
+                let name = ServerName::try_from(name.clone())
+                    .map_err(|_| Error::General(format!("{name:?} is not a host name")))?;
+                Rule::Name { name, inner }
+            }
+            Trust::Pin(hash) => Rule::Pin(*hash),
+            Trust::Nothing => Rule::Nothing,
+        };
+        config(&self.provider, Arc::new(Special { rule: special, provider: self.provider.clone() }))
+    }
+}
+
+impl Trusted {
+    fn new(provider: &Arc<CryptoProvider>, extra_roots_pem: &str) -> Result<Self, BadRoots> {
         let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
         let built_in = roots.len();
         for certificate in CertificateDer::pem_slice_iter(extra_roots_pem.as_bytes()) {
@@ -54,27 +99,8 @@ impl Tls {
         let verifier = WebPkiServerVerifier::builder_with_provider(roots.clone(), provider.clone())
             .build()
             .map_err(|e| BadRoots(e.to_string()))?;
-        let usual = config(&provider, verifier).map_err(|e| BadRoots(e.to_string()))?;
-        Ok(Self { provider, roots, usual })
-    }
-
-    /// The configuration for one server.
-    pub(crate) fn client(&self, trust: &Trust) -> Result<Arc<ClientConfig>, Error> {
-        let special = match trust {
-            Trust::Roots => return Ok(self.usual.clone()),
-            Trust::Name(name) => {
-                let inner =
-                    WebPkiServerVerifier::builder_with_provider(self.roots.clone(), self.provider.clone())
-                        .build()
-                        .map_err(|e| Error::General(e.to_string()))?;
-                let name = ServerName::try_from(name.clone())
-                    .map_err(|_| Error::General(format!("{name:?} is not a host name")))?;
-                Rule::Name { name, inner }
-            }
-            Trust::Pin(hash) => Rule::Pin(*hash),
-            Trust::Nothing => Rule::Nothing,
-        };
-        config(&self.provider, Arc::new(Special { rule: special, provider: self.provider.clone() }))
+        let usual = config(provider, verifier).map_err(|e| BadRoots(e.to_string()))?;
+        Ok(Self { roots, usual })
     }
 }
 

@@ -28,6 +28,11 @@ pub trait Engine {
     async fn peers() -> Vec<PeerStatus>;
     /// What would become of such a packet now, and which rule says so. Asking changes and counts nothing.
     async fn why(packet: Flow) -> Result<Verdict, String>;
+    /// Certificates to trust beyond the built-in roots from now on, PEM; connections that are open stay.
+    /// Refused, with the former ones in force, when they do not parse.
+    async fn set_roots(extra_roots_pem: String) -> Result<(), String>;
+    /// Pings a peer, which is named by name, address or stable id; at the latest after [`PING_MAX`].
+    async fn ping(peer: String, kind: PingKind) -> Result<Pong, String>;
     /// The application capabilities that the tailnet's policy gives the peer at this address towards the
     /// pod: by name, each with its arguments as JSON texts.
     async fn peer_caps(peer: IpAddr) -> Vec<(String, Vec<String>)>;
@@ -40,6 +45,38 @@ pub trait Engine {
 
 /// The longest that [`Engine::watch`] waits before it answers with an unchanged status.
 pub const WATCH_MAX: std::time::Duration = std::time::Duration::from_secs(20);
+
+/// The longest that [`Engine::ping`] waits for an answer.
+pub const PING_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// What a ping asks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PingKind {
+    /// The path, outside the tunnel.
+    #[default]
+    Disco,
+    /// The other node, inside the tunnel.
+    Tsmp,
+    /// What is behind the other node: the host or pod itself.
+    Icmp,
+}
+
+/// Answer to a ping.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Pong {
+    /// Fully qualified name of the peer.
+    pub name: String,
+    /// The address that was pinged.
+    pub address: IpAddr,
+    /// As asked.
+    pub kind: PingKind,
+    /// Round trip, microseconds.
+    pub latency_us: u64,
+    /// The way it took (disco), or the way packets take now.
+    pub path: PathStatus,
+}
 
 /// Answer to `hello`.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use crate::Version;
-use crate::engine::{HealthMessage, PodRef};
+use crate::engine::{HealthMessage, PingKind, PodRef, Pong};
 
 /// Served by the supervisor on `run_dir/supervisor.sock`.
 #[tarpc::service]
@@ -25,6 +25,11 @@ pub trait Node {
     async fn set_routing(pod: PodSelector, routing: Routing) -> Result<PodRouting, CniError>;
     /// Which routes of other nodes a pod uses.
     async fn routing(pod: PodSelector) -> Result<PodRouting, CniError>;
+    /// Pods on this node from number `skip` on, in the order of their names: as many as fit into an answer,
+    /// at least one while there are any.
+    async fn pods(skip: u32) -> Vec<PodSummary>;
+    /// Pings a peer of a pod, named by name, address or stable id.
+    async fn ping(pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError>;
     /// The plugin could not use what its runtime gave it: for the supervisor's counters and log.
     async fn misread(error: CniError);
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
@@ -33,6 +38,7 @@ pub trait Node {
 
 /// One attachment; a pod's identity is another thing and may outlive it.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct AttachmentId {
     /// CNI network name.
     pub network: String,
@@ -58,6 +64,7 @@ pub enum PodSelector {
 
 /// Which routes of other nodes a pod uses.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Routing {
     /// Subnet routers' networks.
     pub accept_routes: bool,
@@ -68,6 +75,7 @@ pub struct Routing {
 
 /// A pod's routing and what came of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct PodRouting {
     /// Which interface.
     pub attachment: AttachmentId,
@@ -78,6 +86,40 @@ pub struct PodRouting {
     /// Stable id of the exit node; `None` while none is chosen or the chosen one is not among the peers.
     pub exit_node_id: Option<String>,
     /// What control and the engine find wrong.
+    pub health: Vec<HealthMessage>,
+}
+
+/// A pod of [`Node::pods`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodSummary {
+    /// Kubernetes namespace.
+    pub namespace: String,
+    /// Pod name.
+    pub pod: String,
+    /// CNI container id.
+    pub container_id: String,
+    /// Key of the tailnet.
+    pub tailnet: String,
+    /// `joining`, `running`, `needs-login`, `needs-approval`, `restarting`, `backoff`, `stopped`, `leaving`.
+    pub state: String,
+    /// Why it is not running, or what failed last.
+    pub reason: String,
+    /// Fully qualified name in the tailnet, empty before it is known.
+    pub name: String,
+    /// Tailnet addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Engine restarts since the supervisor started.
+    pub restarts: u64,
+    /// Whether the map stream is up.
+    pub control_connected: bool,
+    /// Home DERP region, 0 for none.
+    pub home_derp: u32,
+    /// Whether it uses the networks of subnet routers.
+    pub accept_routes: bool,
+    /// The exit node it should use.
+    pub exit_node: Option<String>,
+    /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
 }
 
@@ -128,6 +170,7 @@ impl Attached {
 
 /// A route of [`Attached`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct AttachedRoute {
     /// Destination.
     pub dst: IpNet,

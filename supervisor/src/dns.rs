@@ -180,11 +180,7 @@ impl Interception {
 /// What is wrong with a pod whose DNS should be intercepted and is not, and what to do.
 #[must_use]
 pub fn not_intercepted(why: &str) -> HealthMessage {
-    HealthMessage {
-        title: NOT_INTERCEPTED.into(),
-        text: format!("{why}; {MEND}"),
-        severity: "high".into(),
-    }
+    HealthMessage { title: NOT_INTERCEPTED.into(), text: format!("{why}; {MEND}"), severity: "high".into() }
 }
 
 /// For a pod whose DNS should be intercepted and is not.

@@ -16,6 +16,7 @@ pub mod http;
 pub mod log;
 pub mod metrics;
 pub mod node;
+pub mod operator;
 pub mod output;
 pub mod plan;
 pub mod record;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
 use podtether_supervisor::log::JsonLines;
+use podtether_supervisor::operator;
 use tracing_subscriber::EnvFilter;
 
 /// Exit code for a configuration that cannot be used.
@@ -13,6 +14,9 @@ const BAD_CONFIG: u8 = 78;
 
 fn main() -> ExitCode {
     let matches = config::arguments().get_matches();
+    if let Some((name, matches)) = matches.subcommand() {
+        return operate(name, matches);
+    }
     logs();
     let config = match load(&matches) {
         Ok(config) => config,
@@ -42,6 +46,25 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             tracing::error!("cannot run: {}", sentence(&e));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A sub-command of the person who runs the node.
+fn operate(name: &str, matches: &clap::ArgMatches) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let answer = match runtime {
+        Ok(runtime) => runtime.block_on(operator::run(name, matches)),
+        Err(e) => Err(format!("cannot start: {e}")),
+    };
+    match answer {
+        Ok(text) => {
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(sentence) => {
+            let _ = writeln!(std::io::stderr(), "podtether-supervisor: {sentence}");
             ExitCode::FAILURE
         }
     }

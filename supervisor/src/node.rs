@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
     AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting, PodSelector,
-    Routing, Version,
+    PodSummary, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -18,7 +19,7 @@ use tokio::task::JoinSet;
 
 use crate::distrust;
 use crate::refused::{Reason, Refused};
-use crate::table::Handle;
+use crate::table::{Handle, PodReport};
 
 /// Characters of a plugin's complaint that are told.
 const MAX_MESSAGE: usize = 500;
@@ -130,6 +131,42 @@ impl Service {
     }
 }
 
+/// Bytes of pods, as JSON, in one answer: far below what a frame takes.
+const PAGE_BYTES: usize = 256 << 10;
+
+/// As many as fit, at least one.
+fn page(pods: impl Iterator<Item = PodSummary>) -> Vec<PodSummary> {
+    let mut bytes = 0;
+    let mut page = Vec::new();
+    for pod in pods {
+        bytes += serde_json::to_string(&pod).map_or(0, |text| text.len());
+        if bytes > PAGE_BYTES && !page.is_empty() {
+            break;
+        }
+        page.push(pod);
+    }
+    page
+}
+
+fn summary(report: PodReport) -> PodSummary {
+    PodSummary {
+        namespace: report.namespace,
+        pod: report.pod,
+        container_id: report.container_id,
+        tailnet: report.tailnet,
+        state: report.state.to_owned(),
+        reason: report.reason,
+        name: report.name,
+        addresses: report.addresses,
+        restarts: report.restarts,
+        control_connected: report.control_connected,
+        home_derp: report.home_derp,
+        accept_routes: report.accept_routes,
+        exit_node: report.exit_node,
+        health: report.health,
+    }
+}
+
 impl Node for Service {
     async fn add(self, _: Context, request: AddRequest) -> Result<Attached, CniError> {
         let answer = self.table.add(request).await;
@@ -162,6 +199,21 @@ impl Node for Service {
 
     async fn routing(self, _: Context, pod: PodSelector) -> Result<PodRouting, CniError> {
         self.table.routing(pod).await
+    }
+
+    async fn pods(self, _: Context, skip: u32) -> Vec<PodSummary> {
+        let skip = usize::try_from(skip).unwrap_or(usize::MAX);
+        page(self.table.list().await.pods.into_iter().skip(skip).map(summary))
+    }
+
+    async fn ping(
+        self,
+        _: Context,
+        pod: PodSelector,
+        peer: String,
+        kind: PingKind,
+    ) -> Result<Pong, CniError> {
+        self.table.ping(pod, peer, kind).await
     }
 
     async fn misread(self, _: Context, error: CniError) {

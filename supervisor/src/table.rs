@@ -21,7 +21,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineClient, Underlay};
+use podtether_proto::engine::{EngineClient, PING_MAX, PingKind, Pong, Underlay};
 use podtether_proto::node::{
     AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Routing,
     code,
@@ -30,11 +30,13 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::context::Context;
 use crate::credentials::Credential;
+use crate::distrust;
 use crate::engine::Event;
 use crate::metrics::Counters;
 use crate::plan::{Step, Wanted, plan};
 use crate::record::Aside;
 use crate::restart::jittered;
+use attach::pod_name;
 use identities::Identities;
 use pod::Pod;
 pub use report::PodReport;
@@ -58,6 +60,11 @@ const SAY_WHY: Duration = Duration::from_millis(100);
 /// How long a pod that is up may wait for a key.
 const MINT_WITHIN: Duration = Duration::from_secs(60);
 
+/// What an engine may take for a ping beside its answer's time.
+const PING_MARGIN: Duration = Duration::from_secs(2);
+/// Characters of an engine's reason.
+const MAX_REASON: usize = 500;
+
 /// A fact, or a question.
 enum Message {
     Add(Box<AddRequest>, pod::Adder),
@@ -66,6 +73,7 @@ enum Message {
     Gc(GcRequest, pod::Leaver),
     SetRouting(PodSelector, Routing, routing::Router),
     Routing(PodSelector, routing::Router),
+    Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
     Engine(AttachmentId, u64, Event),
@@ -164,6 +172,31 @@ impl Handle {
         self.ask(|to| Message::Routing(pod, to)).await.unwrap_or_else(|| Err(left()))
     }
 
+    /// Pings a peer of a pod.
+    ///
+    /// # Errors
+    /// No such pod, no engine, no such peer, or no answer.
+    pub async fn ping(&self, pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError> {
+        let asked = self.ask(|to| Message::Client(pod, to)).await;
+        let (name, client) = asked.unwrap_or_else(|| Err(ending()))?;
+        let failed = |why: String| CniError {
+            code: code::TRY_AGAIN,
+            msg: format!("{name}: ping {}: {why}", distrust::label(&peer)),
+            details: String::new(),
+        };
+        match client.ping(crate::engine::within(PING_MAX + PING_MARGIN), peer.clone(), kind).await {
+            Ok(Ok(mut pong)) => {
+                pong.name = distrust::label(&pong.name);
+                Ok(pong)
+            }
+            Ok(Err(mut why)) => {
+                distrust::tame(&mut why, MAX_REASON);
+                Err(failed(why))
+            }
+            Err(e) => Err(failed(format!("its engine does not answer: {e}"))),
+        }
+    }
+
     /// All pods.
     pub async fn list(&self) -> Listing {
         self.ask(Message::List).await.unwrap_or_default()
@@ -245,6 +278,9 @@ impl Table {
             Message::Gc(request, reply) => self.gc(&request, reply),
             Message::SetRouting(pod, routing, reply) => self.set_routing(&pod, routing, reply),
             Message::Routing(pod, reply) => self.routing(&pod, reply),
+            Message::Client(pod, reply) => {
+                let _ = reply.send(self.client(&pod));
+            }
             Message::List(reply) => {
                 let _ = reply.send(self.listing());
             }
@@ -461,7 +497,29 @@ impl Table {
         false
     }
 
+    /// Gives every engine whose tailnet has other extra roots than it knows the new ones.
+    fn tell_roots(&mut self) {
+        for pod in self.pods.values_mut() {
+            let Some(roots) = self.context.roots.get(&pod.record.tailnet) else { continue };
+            let Some(engine) = &mut pod.engine else { continue };
+            let Some(client) = engine.client.clone() else { continue };
+            let (version, pem) = roots.now();
+            if engine.roots == version {
+                continue;
+            }
+            engine.roots = version;
+            let name = pod_name(&pod.record.pod);
+            tokio::spawn(async move {
+                let told = client.set_roots(crate::engine::within(LOGOUT_WITHIN), pem.to_string()).await;
+                if let Ok(Err(e)) = told {
+                    tracing::error!("{name}: its engine does not take the new ca_file: {e}");
+                }
+            });
+        }
+    }
+
     fn underlay_changed(&mut self, underlay: Underlay) {
+        self.tell_roots();
         if self.underlay == underlay {
             return;
         }

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt;
+use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
     AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting,
-    PodSelector, Routing, Version, code,
+    PodSelector, PodSummary, Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -187,6 +188,14 @@ impl Node for Service {
     async fn routing(self, _: Context, pod: PodSelector) -> Result<PodRouting, CniError> {
         let msg = format!("the plugin asks nothing about routes: {pod:?}");
         Err(CniError { code: code::IO, msg, details: String::new() })
+    }
+
+    async fn pods(self, _: Context, _: u32) -> Vec<PodSummary> {
+        Vec::new()
+    }
+
+    async fn ping(self, _: Context, _: PodSelector, _: String, _: PingKind) -> Result<Pong, CniError> {
+        Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
     }
 
     async fn misread(self, _: Context, error: CniError) {

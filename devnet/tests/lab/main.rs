@@ -8,6 +8,7 @@ mod cni;
 mod kills;
 mod leave;
 mod names;
+mod operator;
 mod pairs;
 mod paths;
 mod routes;

@@ -314,7 +314,8 @@ fn a_pod_that_cannot_be_intercepted_says_so_and_what_to_do() {
         pod.add_with(&rig.nodes[0], &intercepted(&servers)).unwrap();
         let problem = wait_for("the report", || {
             let report = rig.nodes[0].pod_report("pod").unwrap();
-            let found = report["health"].as_array()?.iter().find(|h| h["title"] == "its DNS is not intercepted");
+            let found =
+                report["health"].as_array()?.iter().find(|h| h["title"] == "its DNS is not intercepted");
             found.cloned()
         });
         println!("{problem}");
@@ -322,18 +323,21 @@ fn a_pod_that_cannot_be_intercepted_says_so_and_what_to_do() {
         for says in ["nf_tables", "podtether.dev/dns", "delete the pod"] {
             assert!(text.contains(says), "{says}: {text}");
         }
-        let check = pod.call(&rig.nodes[0], &CniCall::new("CHECK")).unwrap();
-        println!("{check:?}");
-        let error = check.json().unwrap();
+        let error = pod.cni(&rig.nodes[0], &CniCall::new("CHECK")).unwrap().answer;
+        println!("{error}");
         assert_eq!(error["code"], 103);
-        assert!(error["msg"].as_str().unwrap().contains("pod default/pod: its DNS is not intercepted"), "{error}");
+        assert!(
+            error["msg"].as_str().unwrap().contains("pod default/pod: its DNS is not intercepted"),
+            "{error}"
+        );
         // Everything else of it works, and the next engine gets what this one did not.
         drop(other);
         let pid = engine_pid(&rig.nodes[0], "pod").unwrap();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).unwrap();
         wait_for("the interception", || {
             let report = rig.nodes[0].pod_report("pod").unwrap();
-            (report["restarts"] == 1 && report["state"] == "running" && report["health"] == json!([])).then_some(())
+            (report["restarts"] == 1 && report["state"] == "running" && report["health"] == json!([]))
+                .then_some(())
         });
         pod.del(&rig.nodes[0]).unwrap();
     });

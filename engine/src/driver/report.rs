@@ -7,7 +7,8 @@ use podtether_core::dns;
 use podtether_core::engine::{self as core, PathView, PeerView, SelfView, Status};
 use podtether_core::health::{HealthMessage as Health, Severity};
 use podtether_proto::engine::{
-    Decision, EngineMetrics, Flow, HealthMessage, NodeState, PathStatus, PeerStatus, SelfNode, Verdict,
+    Decision, EngineMetrics, Flow, HealthMessage, NodeState, PathStatus, PeerStatus, PingKind, Pong,
+    SelfNode, Verdict,
 };
 
 use super::Driver;
@@ -189,19 +190,49 @@ fn peer(view: PeerView) -> PeerStatus {
     PeerStatus {
         name: view.name,
         addresses: view.addresses,
-        path: match view.path {
-            PathView::Idle => PathStatus::Idle,
-            PathView::Relay(region) => PathStatus::Relay { region: region.0 },
-            PathView::Direct(endpoint, rtt) => {
-                PathStatus::Direct { endpoint, rtt_us: u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX) }
-            }
-        },
+        path: path(view.path),
         handshake_age_ms: view.handshake_age.map(millis),
         last_tx_age_ms: view.last_tx_age.map(millis),
         last_rx_age_ms: view.last_rx_age.map(millis),
         tx_bytes: view.tx_bytes,
         rx_bytes: view.rx_bytes,
     }
+}
+
+fn path(view: PathView) -> PathStatus {
+    match view {
+        PathView::Idle => PathStatus::Idle,
+        PathView::Relay(region) => PathStatus::Relay { region: region.0 },
+        PathView::Direct(endpoint, rtt) => PathStatus::Direct { endpoint, rtt_us: micros(rtt) },
+    }
+}
+
+/// What a ping came to, for who asked.
+pub(super) fn pong(result: core::PingResult) -> Result<Pong, String> {
+    let reply = result.outcome.map_err(|error| error.to_string())?;
+    Ok(Pong {
+        name: result.peer.trim_end_matches('.').to_owned(),
+        address: result.ip,
+        kind: match result.kind {
+            core::PingKind::Disco => PingKind::Disco,
+            core::PingKind::Tsmp => PingKind::Tsmp,
+            core::PingKind::Icmp => PingKind::Icmp,
+        },
+        latency_us: micros(reply.latency),
+        path: path(reply.path),
+    })
+}
+
+pub(super) fn ping_kind(kind: PingKind) -> core::PingKind {
+    match kind {
+        PingKind::Disco => core::PingKind::Disco,
+        PingKind::Tsmp => core::PingKind::Tsmp,
+        PingKind::Icmp => core::PingKind::Icmp,
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn millis(age: Duration) -> u64 {

@@ -168,6 +168,7 @@ impl Checked {
             snapshot_writer: None,
             snapshot_piece: Vec::new(),
             membership: Membership::Connecting,
+            pings: std::collections::HashMap::new(),
             refused: crate::refused::Lines::default(),
             trouble: String::new(),
             logging_out: None,

@@ -58,6 +58,8 @@ pub(super) struct Running {
     pub(super) process: Arc<Process>,
     /// The routing it uses.
     pub(super) told: Routing,
+    /// Version of the extra roots it knows.
+    pub(super) roots: u64,
     /// From its first answer on.
     pub(super) client: Option<EngineClient>,
     pub(super) status: Option<EngineStatus>,

@@ -30,7 +30,9 @@ impl Table {
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
         let told = pod.engine_routing.clone();
-        let mut request = start_request(&self.context, pod, identity, &self.underlay);
+        let roots = self.context.roots.get(&pod.record.tailnet).map(|roots| roots.now());
+        let (roots, pem) = roots.unwrap_or_default();
+        let mut request = start_request(&self.context, pod, identity, &self.underlay, pem.to_string());
         match spawn_engine(&self.context, pod) {
             Ok((process, child, home, names)) => {
                 request.name_servers = names.servers();
@@ -46,6 +48,7 @@ impl Table {
                     epoch,
                     process: Arc::clone(&process),
                     told,
+                    roots,
                     client: None,
                     status: None,
                     asked: false,
@@ -300,6 +303,7 @@ fn start_request(
     pod: &Pod,
     identity: &Identity,
     underlay: &podtether_proto::engine::Underlay,
+    extra_roots_pem: String,
 ) -> StartRequest {
     let record = &identity.record;
     let tailnet = context.config.tailnets.get(&pod.record.tailnet);
@@ -308,11 +312,7 @@ fn start_request(
     StartRequest {
         pod: pod.record.pod.clone(),
         control_url: tailnet.map(|t| t.control_url.clone()).unwrap_or_default(),
-        extra_roots_pem: context
-            .roots
-            .get(&pod.record.tailnet)
-            .map(|roots| roots.now().1.to_string())
-            .unwrap_or_default(),
+        extra_roots_pem,
         hostname: record.hostname.clone(),
         ephemeral: tailnet.is_some_and(|t| t.ephemeral),
         request_tags: credential.map(Credential::request_tags).unwrap_or_default(),

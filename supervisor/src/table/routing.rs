@@ -1,6 +1,7 @@
 //! Routes of other nodes: asked for, told to the engine, put onto the pod's interface.
 
 use podtether_net::link::PodConfig;
+use podtether_proto::engine::EngineClient;
 use podtether_proto::node::{AttachedRoute, AttachmentId, CniError, PodRouting, PodSelector, Routing, code};
 use tokio::sync::oneshot;
 
@@ -34,6 +35,18 @@ impl Table {
             };
             error(code::UNKNOWN_CONTAINER, what, "ask the supervisor of the node that it runs on")
         })
+    }
+
+    /// The engine of a pod, and what to call the pod.
+    pub(super) fn client(&self, selector: &PodSelector) -> Result<(String, EngineClient), CniError> {
+        let id = self.select(selector)?;
+        let pod = self.pods.get(&id).ok_or_else(|| error(code::UNKNOWN_CONTAINER, "no such pod", ""))?;
+        let name = pod_name(&pod.record.pod);
+        let client = pod.engine.as_ref().and_then(|engine| engine.client.clone());
+        let client = client.ok_or_else(|| {
+            error(code::TRY_AGAIN, format!("{name}: its engine is not running"), pod.reason.clone())
+        })?;
+        Ok((name, client))
     }
 
     pub(super) fn set_routing(&mut self, selector: &PodSelector, wanted: Routing, reply: Router) {

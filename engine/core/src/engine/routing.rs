@@ -31,6 +31,14 @@ impl Engine {
         self.tell_routes();
     }
 
+    /// The first address of the peer that is meant by a name, an address or a stable id.
+    #[must_use]
+    pub fn find_peer(&self, wanted: &str) -> Option<std::net::IpAddr> {
+        let choice = ExitChoice::new(wanted);
+        let mut meant = self.peers.iter().filter(|(_, peer)| choice.means(&peer.facts));
+        meant.find_map(|(_, peer)| peer.facts.addresses().map(|net| net.addr()).next())
+    }
+
     /// Which destinations beyond the tailnet's own ranges belong into this node's TUN.
     #[must_use]
     pub fn routes(&self) -> RoutesView {
