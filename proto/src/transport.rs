@@ -101,7 +101,10 @@ where
 /// Whether a connection ended because of what came, not because it broke.
 #[must_use]
 pub fn is_malformed(error: &tarpc::ChannelError<io::Error>) -> bool {
-    matches!(error, tarpc::ChannelError::Read(error) if error.kind() == io::ErrorKind::InvalidData)
+    // tarpc puts what the frames and the format say into another error.
+    let tarpc::ChannelError::Read(error) = error else { return false };
+    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<io::Error>());
+    inner.unwrap_or(error).kind() == io::ErrorKind::InvalidData
 }
 
 /// Connects to the service at `path`.
@@ -126,6 +129,27 @@ mod tests {
     fn read(bytes: &[u8]) -> io::Result<ClientMessage<NodeRequest>> {
         let mut format = Requests::<NodeRequest, ()>::default();
         Pin::new(&mut format).deserialize(&BytesMut::from(bytes))
+    }
+
+    #[tokio::test]
+    async fn noise_is_told_from_a_caller_that_went_away() {
+        use futures_util::StreamExt as _;
+        use tarpc::server::{BaseChannel, Channel as _};
+        use tokio::io::AsyncWriteExt as _;
+
+        for (bytes, malformed) in [
+            (&b"GET / HTTP/1.1\r\n\r\n"[..], Some(true)),
+            (&[0, 0, 0, 2, 0, 0xff], Some(true)),
+            (&[0, 0, 0, 9, 0], Some(false)),
+            (b"", None),
+        ] {
+            let (mut near, far) = UnixStream::pair().expect("a pair");
+            near.write_all(bytes).await.expect("room");
+            drop(near);
+            let channel = BaseChannel::<NodeRequest, (), _>::with_defaults(served(far));
+            let end = std::pin::pin!(channel.requests()).next().await;
+            assert_eq!(end.map(|end| end.err().is_some_and(|e| is_malformed(&e))), malformed, "{bytes:?}");
+        }
     }
 
     #[test]
