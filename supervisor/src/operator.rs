@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use podtether_proto::engine::{PING_MAX, PathStatus, PingKind, Pong};
-use podtether_proto::node::{NodeClient, PodRouting, PodSelector, PodSummary, Routing};
+use podtether_proto::engine::{HealthMessage, PING_MAX, PathStatus, PingKind, Pong};
+use podtether_proto::node::{CniError, NodeClient, PodRouting, PodSelector, PodSummary, Routing};
 use podtether_proto::{PROTO_VERSION, transport};
 use serde::Serialize;
 use tarpc::client::{self, RpcError};
@@ -106,7 +106,7 @@ pub async fn run(name: &str, matches: &ArgMatches) -> Result<String, String> {
             let mut pongs = Vec::new();
             for _ in 0..matches.get_one::<u16>("count").copied().unwrap_or(1) {
                 let call = client.ping(within(PING_MAX * 2), selector(&text("pod")), text("peer"), kind);
-                pongs.push(call.await.map_err(|e| broken(&e))?.map_err(|e| e.to_string())?);
+                pongs.push(call.await.map_err(|e| broken(&e))?.map_err(|e| refused(&e))?);
             }
             if json { to_json(&pongs) } else { Ok(pongs.iter().map(pong_text).collect()) }
         }
@@ -136,7 +136,24 @@ async fn connect(socket: &Path) -> Result<NodeClient, String> {
 fn broken(error: &RpcError) -> String {
     match error {
         RpcError::DeadlineExceeded => "the supervisor did not answer in time; see its log".to_owned(),
-        other => format!("the supervisor ended the connection ({other}); see its log"),
+        RpcError::Shutdown | RpcError::Send(_) | RpcError::Channel(_) | RpcError::Server(_) => {
+            format!("the supervisor ended the connection ({error}); see its log")
+        }
+    }
+}
+
+/// A refusal, for a person: without the number that is for runtimes.
+fn refused(error: &CniError) -> String {
+    match error.details.as_str() {
+        "" => error.msg.clone(),
+        details => format!("{}: {details}", error.msg),
+    }
+}
+
+fn problem_text(problem: &HealthMessage) -> String {
+    match problem.text.as_str() {
+        "" => problem.title.clone(),
+        text => format!("{}: {text}", problem.title),
     }
 }
 
@@ -165,7 +182,7 @@ async fn routing(
     exit_node: Option<String>,
 ) -> Result<PodRouting, String> {
     let now = client.routing(within(READ_WITHIN), pod.clone()).await;
-    let now = now.map_err(|e| broken(&e))?.map_err(|e| e.to_string())?;
+    let now = now.map_err(|e| broken(&e))?.map_err(|e| refused(&e))?;
     if accept_routes.is_none() && exit_node.is_none() {
         return Ok(now);
     }
@@ -177,7 +194,7 @@ async fn routing(
         },
     };
     let changed = client.set_routing(within(CHANGE_WITHIN), pod, wanted).await;
-    changed.map_err(|e| broken(&e))?.map_err(|e| e.to_string())
+    changed.map_err(|e| broken(&e))?.map_err(|e| refused(&e))
 }
 
 fn to_json(value: &impl Serialize) -> Result<String, String> {
@@ -212,8 +229,7 @@ fn table(pods: &[PodSummary]) -> String {
             let _ = writeln!(text, "  {}", pod.reason);
         }
         for problem in &pod.health {
-            let more = if problem.text.is_empty() { String::new() } else { format!(": {}", problem.text) };
-            let _ = writeln!(text, "  {}{more}", problem.title);
+            let _ = writeln!(text, "  {}", problem_text(problem));
         }
     }
     text
@@ -234,7 +250,7 @@ fn routing_text(pod: &str, routing: &PodRouting) -> String {
         let _ = writeln!(text, "  {}", route.dst);
     }
     for problem in &routing.health {
-        let _ = writeln!(text, "{}: {}", problem.title, problem.text);
+        let _ = writeln!(text, "{}", problem_text(problem));
     }
     text
 }
