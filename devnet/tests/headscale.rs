@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use http::Method;
 use podtether_core::key::NodePrivate;
-use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig};
+use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig, HeadscaleApi};
 use podtether_net::testing::{block_on, in_namespaces};
 use serde_json::{Value, json};
 use support::{Control, Machine, http};
@@ -38,8 +38,12 @@ fn the_same_questions_get_the_same_answers() {
             let headscale = Headscale::start(&program, dir).await;
             let theirs = Box::pin(interview(ADDRESS.parse().unwrap(), &headscale.keys())).await;
             drop(headscale);
-            let devnet =
-                Devnet::start(DevnetConfig { base_domain: "ts.example".into(), ..DevnetConfig::default() });
+            let api = HeadscaleApi { api_key: String::new(), v2: true };
+            let devnet = Devnet::start(DevnetConfig {
+                base_domain: "ts.example".into(),
+                headscale: Some(api),
+                ..DevnetConfig::default()
+            });
             let devnet = devnet.await.unwrap();
             let ours = Box::pin(interview(devnet.http_addresses()[0], &devnet_keys(&devnet))).await;
             for (theirs, ours) in theirs.iter().zip(&ours) {
@@ -60,6 +64,8 @@ struct Keys {
     single: String,
     expired: String,
     ephemeral: String,
+    /// For the admin API.
+    admin: String,
 }
 
 fn devnet_keys(devnet: &Devnet) -> Keys {
@@ -75,6 +81,7 @@ fn devnet_keys(devnet: &Devnet) -> Keys {
         single: make(false, false, false, 600),
         expired: make(true, false, false, 0),
         ephemeral: make(true, true, true, 600),
+        admin: devnet.api_key(),
     }
 }
 
@@ -157,6 +164,7 @@ log: {{level: warn}}
             single: make(&["-u", user, "-e", "1h"]),
             expired: make(&["-u", user, "--reusable", "-e", "1ms"]),
             ephemeral: make(&["--tags", "tag:k8s-pod", "--reusable", "--ephemeral", "-e", "1h"]),
+            admin: self.run(&["apikeys", "create"]).as_str().unwrap().to_owned(),
         }
     }
 }
@@ -201,6 +209,7 @@ async fn interview(address: SocketAddr, keys: &Keys) -> Answers {
     Box::pin(joining(address, keys, &mut answers)).await;
     Box::pin(netmaps(address, keys, &mut answers)).await;
     Box::pin(leaving(address, keys, &mut answers)).await;
+    administration(address, &keys.admin, &mut answers).await;
     answers
 }
 
@@ -360,5 +369,89 @@ async fn leaving(address: SocketAddr, keys: &Keys, answers: &mut Answers) {
         let answer = control.register(&machine.register_request(Some(key))).await;
         answers.push(("return with key", gist(&answer)));
         answers.push(("map after return", map_gist(&mut control, &machine.map_request()).await));
+    }
+}
+
+/// Both admin APIs: status and words of what is refused, status and fields of what is not.
+async fn administration(address: SocketAddr, key: &str, answers: &mut Answers) {
+    const KEY: &str = "/api/v1/preauthkey";
+    const KEYS: &str = "/api/v2/tailnet/-/keys";
+    let questions: [(&str, &str, &str, &str); 38] = [
+        ("all users", "GET", "/api/v1/user", ""),
+        ("a user by name", "GET", "/api/v1/user?name=nobody", ""),
+        ("a user by number", "GET", "/api/v1/user?id=99", ""),
+        ("a user by nonsense", "GET", "/api/v1/user?id=x", ""),
+        ("a user that is there", "POST", "/api/v1/user", r#"{"name":"again"}"#),
+        ("a user that is there, again", "POST", "/api/v1/user", r#"{"name":"again"}"#),
+        ("another name for nobody", "POST", "/api/v1/user/99/rename/else", ""),
+        ("another name", "POST", "/api/v1/user/2/rename/%C3%A9lse", ""),
+        ("a key", "POST", KEY, r#"{"user":"1","expiration":"2099-01-01T00:00:00Z","aclTags":[]}"#),
+        ("a key with tags", "POST", KEY, r#"{"user":"1","aclTags":["tag:x"]}"#),
+        ("a key for nobody", "POST", KEY, r#"{"user":"99"}"#),
+        ("a key for a number that is none", "POST", KEY, r#"{"user":1}"#),
+        ("a key for a name", "POST", KEY, r#"{"user":"ref"}"#),
+        ("a key of nobody without tags", "POST", KEY, "{}"),
+        ("a key with a tag that is none", "POST", KEY, r#"{"aclTags":["web"]}"#),
+        ("a key with a loud tag", "POST", KEY, r#"{"aclTags":["tag:Web"]}"#),
+        ("a key with more", "POST", KEY, r#"{"nonsense":1}"#),
+        ("no JSON", "POST", KEY, "x"),
+        ("the end of a key", "POST", "/api/v1/preauthkey/expire", r#"{"id":"1"}"#),
+        ("the end of a key, again", "POST", "/api/v1/preauthkey/expire", r#"{"id":"1"}"#),
+        ("the end of no key", "POST", "/api/v1/preauthkey/expire", r#"{"id":"99"}"#),
+        ("all keys", "GET", KEY, ""),
+        ("all nodes", "GET", "/api/v1/node", ""),
+        ("no node", "GET", "/api/v1/node/99", ""),
+        ("a node that is no number", "GET", "/api/v1/node/x", ""),
+        ("the end of no node", "DELETE", "/api/v1/node/99", ""),
+        ("the expiry of no node", "POST", "/api/v1/node/99/expire", "{}"),
+        ("tags of no node", "POST", "/api/v1/node/99/tags", r#"{"tags":["tag:x"]}"#),
+        ("no tags", "POST", "/api/v1/node/99/tags", r#"{"tags":[]}"#),
+        ("no such page", "GET", "/api/v1/nothing", ""),
+        ("no such page of the second", "GET", "/api/v2/nothing", ""),
+        ("another tailnet", "GET", "/api/v2/tailnet/other/devices", ""),
+        (
+            "a key of the second",
+            "POST",
+            KEYS,
+            r#"{"capabilities":{"devices":{"create":{"reusable":false,"ephemeral":false,"preauthorized":true,"tags":["tag:x"]}}},"expirySeconds":300,"description":"pod"}"#,
+        ),
+        (
+            "a tag that is none",
+            "POST",
+            KEYS,
+            r#"{"capabilities":{"devices":{"create":{"reusable":false,"ephemeral":false,"preauthorized":true,"tags":["x"]}}},"expirySeconds":300}"#,
+        ),
+        (
+            "no tags in the second",
+            "POST",
+            KEYS,
+            r#"{"capabilities":{"devices":{"create":{"reusable":false,"ephemeral":false,"preauthorized":true,"tags":null}}},"expirySeconds":300}"#,
+        ),
+        ("the end of no key in the second", "DELETE", "/api/v2/tailnet/-/keys/99", ""),
+        ("the end of a key that is no number", "DELETE", "/api/v2/tailnet/-/keys/abc", ""),
+        ("no device", "DELETE", "/api/v2/device/99", ""),
+    ];
+    let authorization = format!("Bearer {key}");
+    let ask = async |question, method, path, body, authorization: &str| {
+        let headers = [("Authorization", authorization), ("Content-Type", "application/json")];
+        let answer = http(address, method, path, &headers, body).await.unwrap();
+        let value = answer.json();
+        let text = if value.is_null() {
+            answer.text()
+        } else if !answer.status.is_success() {
+            value.to_string()
+        } else {
+            // What it is about is one level down, or the first of a list.
+            let inner = value.as_object().and_then(|o| o.values().next()).cloned().unwrap_or_default();
+            let first = inner.get(0).cloned().unwrap_or(inner);
+            format!("{}: {}", fields(&value), fields(&first))
+        };
+        (question, format!("{} {}", answer.status.as_u16(), text.trim()))
+    };
+    for (question, method, path, body) in questions {
+        answers.push(ask(question, method, path, body, &authorization).await);
+    }
+    for path in ["/api/v1/node", "/api/v2/tailnet/-/devices", "/api/v1/nothing"] {
+        answers.push(ask("a wrong key", "GET", path, "", "Bearer hskey-api-wrong").await);
     }
 }

@@ -134,7 +134,7 @@ enum Kind {
 
 /// An object with no other fields than these, each of its kind.
 fn fields(sent: &[u8], known: &[(&str, Kind)]) -> Result<Map<String, Value>, Problem> {
-    let value: Value = serde_json::from_slice(sent).map_err(|_| bad("validation failed"))?;
+    let value: Value = serde_json::from_slice(sent).map_err(|_| no_json(sent))?;
     let problem = |message: &str, at: &str, value: &Value| {
         let mut problem = Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "validation failed");
         problem.errors.push(json!({"message": message, "location": at, "value": value}));
@@ -159,6 +159,19 @@ fn fields(sent: &[u8], known: &[(&str, Kind)]) -> Result<Map<String, Value>, Pro
         }
     }
     Ok(object)
+}
+
+/// As Headscale's JSON reader complains of a body that does not begin as JSON does.
+fn no_json(sent: &[u8]) -> Problem {
+    let text = String::from_utf8_lossy(sent);
+    let first = text.trim_start().chars().next();
+    let message = match first {
+        Some(first) => format!("invalid character '{first}' looking for beginning of value"),
+        None => "unexpected end of JSON input".to_owned(),
+    };
+    let mut problem = bad("validation failed");
+    problem.errors.push(json!({"message": message, "location": "body", "value": text}));
+    problem
 }
 
 fn text<'a>(object: &'a Map<String, Value>, name: &str) -> &'a str {

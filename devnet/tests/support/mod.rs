@@ -78,7 +78,24 @@ pub async fn http(
         );
     }
     let status = StatusCode::from_u16(parsed.code?).ok()?;
-    Some(Response { status, headers, body: raw[head..].to_vec() })
+    let body = &raw[head..];
+    let chunked = headers.get("transfer-encoding").is_some_and(|v| v == "chunked");
+    Some(Response { status, headers, body: if chunked { joined(body)? } else { body.to_vec() } })
+}
+
+/// A body that came in chunks.
+fn joined(mut chunks: &[u8]) -> Option<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let end = chunks.windows(2).position(|pair| pair == b"\r\n")?;
+        let length = usize::from_str_radix(std::str::from_utf8(&chunks[..end]).ok()?, 16).ok()?;
+        if length == 0 {
+            return Some(body);
+        }
+        let chunk = &chunks[end + 2..];
+        body.extend_from_slice(chunk.get(..length)?);
+        chunks = chunk.get(length + 2..)?;
+    }
 }
 
 /// One device with its keys.
