@@ -12,13 +12,14 @@
 //! Runs as root of a process of its own ([`podtether_net::isolate`]): then whatever the lab leaves goes with
 //! the process. Calls block; each uses a short-lived runtime of its own.
 
+mod headscale;
 mod nat;
 mod node;
 mod pod;
 mod programs;
 mod snapshot;
+mod stock;
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -28,12 +29,14 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use podtether_net::netlink::{Blackhole, Netlink, Route, VethEnd};
 use podtether_net::{Netns, netns, sysctl};
 
+pub use self::headscale::{EMBEDDED_REGION, Headscale, HeadscaleConfig};
 use self::nat::nft;
 pub use self::nat::{Gateway, Inside, Nat};
 pub use self::node::{Node, Tailnet};
 pub use self::pod::{CniCall, CniOutcome, Pod};
 pub use self::programs::Programs;
 pub use self::snapshot::{HostState, host_state};
+pub use self::stock::{Stock, StockPrograms};
 use crate::{Devnet, DevnetConfig, RegionConfig};
 
 /// Before the rules for local addresses and the main table.
@@ -83,7 +86,7 @@ impl Lab {
     /// # Errors
     /// As [`Devnet::start`].
     pub fn start_devnet(&mut self, config: DevnetConfig) -> Result<(Devnet, PathBuf)> {
-        self.devnets += 1;
+        let addresses = self.server_addresses()?;
         let k = self.devnets;
         let regions: Vec<RegionConfig> = (0..=u8::MAX)
             .zip(&config.regions)
@@ -94,24 +97,11 @@ impl Lab {
                 ..region.clone()
             })
             .collect();
-        let v4 = region_addresses(0, k)[0];
-        let own: BTreeSet<IpAddr> = regions
-            .iter()
-            .flat_map(|region| region.addresses.clone())
-            .chain(region_addresses(0, k))
-            .collect();
-        block_on(async {
-            let netlink = Netlink::open(&self.router).await?;
-            let lo = index_of(&netlink, "lo").await?;
-            for address in &own {
-                netlink.add_address(lo, IpNet::from(*address)).await?;
-            }
-            let own: Vec<IpAddr> = own.iter().copied().filter(IpAddr::is_ipv6).collect();
-            netlink.wait_local(&own).await.map_err(anyhow::Error::from)
-        })?;
+        let more = regions.iter().flat_map(|region| region.addresses.clone());
+        add_local(&self.router, &more.filter(|a| !addresses.contains(a)).collect::<Vec<_>>())?;
         let config = DevnetConfig {
-            http_listen: vec![SocketAddr::new(v4, 80)],
-            https_listen: vec![SocketAddr::new(v4, 443)],
+            http_listen: vec![SocketAddr::new(addresses[0], 80)],
+            https_listen: vec![SocketAddr::new(addresses[0], 443)],
             regions,
             ..config
         };
@@ -199,7 +189,19 @@ impl Lab {
     /// # Errors
     /// As the kernel says.
     pub fn block_udp(&self) -> Result<()> {
-        let rules = self.udp_rules();
+        self.add_rules(self.udp_rules())
+    }
+
+    /// [`Lab::block_udp`] for one family alone.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn block_udp_of(&self, v6: bool) -> Result<()> {
+        let rules = self.udp_rules().into_iter().filter(|rule| matches!(rule.dst, IpNet::V6(_)) == v6);
+        self.add_rules(rules.collect())
+    }
+
+    fn add_rules(&self, rules: Vec<Blackhole>) -> Result<()> {
         block_on(async {
             let netlink = Netlink::open(&self.router).await?;
             for rule in rules {
@@ -285,6 +287,18 @@ fn moved_addresses(n: u8) -> [(IpNet, IpNet); 2] {
     let v6 =
         |host| IpNet::from(Ipv6Net::new_assert(Ipv6Addr::new(0xfd10, n.into(), 1, 0, 0, 0, 0, host), 64));
     [(v4(1), v4(2)), (v6(1), v6(2))]
+}
+
+/// Gives the loopback of `ns` addresses and waits until they are in use.
+fn add_local(ns: &Netns, addresses: &[IpAddr]) -> Result<()> {
+    block_on(async {
+        let netlink = Netlink::open(ns).await?;
+        let lo = index_of(&netlink, "lo").await?;
+        for address in addresses {
+            netlink.add_address(lo, (*address).into()).await?;
+        }
+        netlink.wait_local(addresses).await.map_err(anyhow::Error::from)
+    })
 }
 
 fn default_route(gateway: IpAddr, link: u32) -> Route {

@@ -46,6 +46,7 @@ pub struct Tailnet {
     control_url: String,
     ca_file: PathBuf,
     credentials: Vec<(&'static str, String)>,
+    tags: Vec<String>,
 }
 
 impl Tailnet {
@@ -80,17 +81,41 @@ impl Tailnet {
     #[must_use]
     pub fn other_headscale(name: &str, control_url: &str, ca_file: &Path, api_key: &str) -> Self {
         let credentials = vec![("kind", "headscale".into()), ("api_key_file", api_key.to_owned())];
-        Self {
-            name: name.to_owned(),
-            control_url: control_url.to_owned(),
-            ca_file: ca_file.to_owned(),
-            credentials,
-        }
+        Self::at(name, control_url, ca_file, credentials)
+    }
+
+    /// Joins any control server with one key for all.
+    #[must_use]
+    pub fn other_auth_key(name: &str, control_url: &str, ca_file: &Path, key: &str) -> Self {
+        let credentials = vec![("kind", "auth-key".into()), ("auth_key_file", key.to_owned())];
+        Self { tags: Vec::new(), ..Self::at(name, control_url, ca_file, credentials) }
+    }
+
+    /// The same with other tags.
+    #[must_use]
+    pub fn tagged(self, tags: &[&str]) -> Self {
+        Self { tags: tags.iter().map(ToString::to_string).collect(), ..self }
+    }
+
+    /// The same without tags, for a user of Headscale's.
+    #[must_use]
+    pub fn of_user(mut self, user: &str) -> Self {
+        self.credentials.push(("user", user.to_owned()));
+        Self { tags: Vec::new(), ..self }
     }
 
     fn new(name: &str, devnet: &Devnet, ca: &Path, credentials: Vec<(&'static str, String)>) -> Self {
-        let (name, control_url, ca_file) = (name.to_owned(), devnet.https_url(), ca.to_owned());
-        Self { name, control_url, ca_file, credentials }
+        Self::at(name, &devnet.https_url(), ca, credentials)
+    }
+
+    fn at(name: &str, control_url: &str, ca: &Path, credentials: Vec<(&'static str, String)>) -> Self {
+        Self {
+            name: name.to_owned(),
+            control_url: control_url.to_owned(),
+            ca_file: ca.to_owned(),
+            credentials,
+            tags: vec!["tag:k8s-pod".into()],
+        }
     }
 }
 
@@ -178,7 +203,7 @@ impl Node {
         for tailnet in tailnets {
             let name = &tailnet.name;
             text += &format!("[tailnet.{name}]\ncontrol_url = {:?}\n", tailnet.control_url);
-            text += &format!("ca_file = {:?}\ntags = [\"tag:k8s-pod\"]\n", tailnet.ca_file);
+            text += &format!("ca_file = {:?}\ntags = {:?}\n", tailnet.ca_file, tailnet.tags);
             text += "hostname_template = \"{pod}\"\n";
             text += &format!("[tailnet.{name}.credentials]\n");
             for (key, value) in &tailnet.credentials {

@@ -5,6 +5,7 @@
 #![allow(clippy::print_stdout, reason = "the harness shows what a failed test printed")]
 
 mod cni;
+mod headscale;
 mod kills;
 mod leave;
 mod names;
@@ -27,6 +28,9 @@ use podtether_net::testing::in_namespaces;
 
 /// Long enough for a loaded machine, short enough to notice a hang.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Between two pings.
+const TICK: Duration = Duration::from_millis(20);
 
 /// A devnet, and nodes with a supervisor each.
 struct Rig {
@@ -86,13 +90,17 @@ fn wait_reachable(from: &Pod, target: IpAddr) -> Duration {
 }
 
 /// Waits until `found` returns something.
-fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + PATIENCE;
+fn wait_for<T>(what: &str, found: impl FnMut() -> Option<T>) -> T {
+    wait_for_within(PATIENCE, what, found)
+}
+
+fn wait_for_within<T>(limit: Duration, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + limit;
     loop {
         if let Some(found) = found() {
             return found;
         }
-        assert!(Instant::now() < until, "waited {PATIENCE:?} for {what}");
+        assert!(Instant::now() < until, "waited {limit:?} for {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

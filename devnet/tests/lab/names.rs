@@ -17,13 +17,13 @@ use serde_json::json;
 use crate::{PATIENCE, Rig, engine_pid, lab_test, wait_for, wait_reachable};
 
 /// What the fake name servers answer everything with.
-const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 99);
+pub(crate) const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 99);
 const MAGIC: &str = "100.100.100.100:53";
 const QUERY: [u8; 12] = [0x70, 0x64, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
 
 /// A name server that knows every name; remembers who asked.
 #[derive(Clone, Default)]
-struct Everything {
+pub(crate) struct Everything {
     askers: Arc<Mutex<BTreeSet<IpAddr>>>,
     /// UDP answers are cut.
     cut: bool,
@@ -49,7 +49,7 @@ impl Everything {
     }
 
     /// Serves UDP and TCP on `at` in `ns` until the test's process ends.
-    fn serve(&self, ns: &Netns, at: SocketAddr) {
+    pub(crate) fn serve(&self, ns: &Netns, at: SocketAddr) {
         let bound = ns.run_blocking(|| (UdpSocket::bind(at), TcpListener::bind(at))).unwrap();
         let (udp, tcp) = (bound.0.unwrap(), bound.1.unwrap());
         let own = self.clone();
@@ -75,7 +75,7 @@ impl Everything {
         });
     }
 
-    fn askers(&self) -> Vec<IpAddr> {
+    pub(crate) fn askers(&self) -> Vec<IpAddr> {
         self.askers.lock().unwrap().iter().copied().collect()
     }
 }

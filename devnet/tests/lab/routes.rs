@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podtether_devnet::DevnetConfig;
-use podtether_devnet::lab::{CniCall, Node, Pod, Tailnet};
+use podtether_devnet::lab::{CniCall, Lab, Node, Pod, Tailnet};
 use podtether_devnet::probe::tcp::{self, Serve, TcpServer};
 use podtether_net::netlink::{Netlink, Route, VethEnd};
 use podtether_net::netns::Netns;
@@ -143,8 +143,12 @@ fn make_router(rig: &Rig, node: &Node, pod: &Pod, dir: &Path) -> Netns {
 
 /// Gives the world behind the nodes' uplink the same Internet address, and a way back to the pods.
 pub(crate) fn make_uplink_world(rig: &Rig) {
+    make_uplink(&rig.lab);
+}
+
+pub(crate) fn make_uplink(lab: &Lab) {
     block_on(async {
-        let router = Netlink::open(rig.lab.router()).await.unwrap();
+        let router = Netlink::open(lab.router()).await.unwrap();
         let lo = router.link("lo").await.unwrap().unwrap().index;
         for address in ["198.51.100.7/32", "2001:db8::7/128"] {
             router.add_address(lo, net(address)).await.unwrap();
