@@ -7,6 +7,7 @@
 
 mod drops;
 mod report;
+mod shield;
 mod start;
 mod tun;
 mod udp;
@@ -343,6 +344,8 @@ impl Driver {
                 }
             }
             // That is what a logout does; its answer is on the way.
+            engine::Event::ShieldChanged => self.change_shield(),
+            engine::Event::CountShielded => self.count_lost(),
             engine::Event::KeyExpired if self.logging_out.is_some() => {}
             engine::Event::KeyExpired => {
                 let reason = "the node key has expired";
@@ -434,6 +437,7 @@ impl Driver {
                 let _ = answer.send(self.board.read());
             }
             Command::Metrics(answer) => {
+                self.count_lost();
                 let _ = answer.send(self.metrics(now));
             }
             Command::Why(packet, answer) => {
@@ -474,6 +478,32 @@ impl Driver {
                 self.write_snapshot();
                 let _ = answer.send(());
                 self.ending = Some(Ending::new(EngineExit::Stopped, "asked to stop"));
+            }
+        }
+    }
+
+    /// Puts the core's shield on the sockets, or takes it away.
+    fn change_shield(&mut self) {
+        // What was dropped until here belongs to the filter before.
+        self.count_lost();
+        let shield = self.engine.shield();
+        for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
+            if let Err(error) = udp.set_shield(shield) {
+                tracing::error!(%error, "no filter for the UDP sockets: floods will cost more");
+                return self.engine.forgo_shield();
+            }
+        }
+    }
+
+    /// Counts what the kernel dropped: while a shield is up nearly all of it by the filter, else because
+    /// the socket's queue was full.
+    fn count_lost(&mut self) {
+        for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
+            let lost = udp.lost();
+            if udp.is_shielded() {
+                self.engine.handle_shielded(lost, Instant::now());
+            } else {
+                self.drops.add(Drop::UdpUnread, lost);
             }
         }
     }

@@ -10,15 +10,17 @@
 
 mod common;
 
-use std::io::{Read as _, Write as _};
+use std::io::{IoSlice, Read as _, Write as _};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::Arc;
+use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use boringtun::noise::{Tunn, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
 use common::{Join, Pod, patient, underlay_addresses};
+use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, sendmmsg};
 use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig};
 use podtether_net::testing::{block_on, in_namespaces};
 
@@ -27,6 +29,12 @@ const AT_ONCE: u32 = 50;
 const PHASE: Duration = Duration::from_millis(500);
 /// A hundred pods share a node: one may not take much more than this.
 const MAX_RSS_KIB: u64 = 24 * 1024;
+
+/// One measurement at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn rounds() -> u32 {
     std::env::var("FLOOD_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2)
@@ -78,6 +86,7 @@ impl Flood {
         let task = std::thread::spawn(move || {
             let began = Instant::now();
             let mut next = 0_u32;
+            let mut headers = MultiHeaders::preallocate(usize::try_from(AT_ONCE).unwrap(), None);
             while !stopped.load(Ordering::Relaxed) {
                 let due = u32::try_from(began.elapsed().as_micros()).unwrap() / (1_000_000 / PER_SECOND);
                 if next >= due {
@@ -86,12 +95,15 @@ impl Flood {
                 }
                 // What the machine was too slow for is not made up for.
                 next = next.max(due.saturating_sub(PER_SECOND / 100));
-                for n in next..(next + AT_ONCE).min(due) {
-                    let n = usize::try_from(n).unwrap();
-                    let socket = &sockets[n / 64 % sockets.len()];
-                    if socket.send_to(&packets[n % packets.len()], to[n % to.len()]).is_ok() {
-                        counted.fetch_add(1, Ordering::Relaxed);
-                    }
+                let all = (next..(next + AT_ONCE).min(due)).map(|n| usize::try_from(n).unwrap());
+                let socket = &sockets[usize::try_from(next / AT_ONCE).unwrap() % sockets.len()];
+                let pieces: Vec<_> =
+                    all.clone().map(|n| [IoSlice::new(&packets[n % packets.len()])]).collect();
+                let addresses: Vec<_> = all.map(|n| Some(SockaddrStorage::from(to[n % to.len()]))).collect();
+                let none = MsgFlags::empty();
+                // A datagram that cannot be sent ends the call, and is passed over.
+                if let Ok(taken) = sendmmsg(socket.as_raw_fd(), &mut headers, &pieces, &addresses, [], none) {
+                    counted.fetch_add(u64::try_from(taken.count()).unwrap(), Ordering::Relaxed);
                 }
                 next = (next + AT_ONCE).min(due);
             }
@@ -203,6 +215,7 @@ fn dropped(metrics: &[(String, u64)]) -> u64 {
 
 #[test]
 fn strangers_garbage_leaves_peers_their_traffic() {
+    let _turn = alone();
     in_namespaces("strangers_garbage_leaves_peers_their_traffic", |dir| {
         block_on(async {
             let (_devnet, join) = tailnet().await;
@@ -232,16 +245,18 @@ fn strangers_garbage_leaves_peers_their_traffic() {
                 sums.sent += flood.end();
                 rss = rss.max(process(&a).rss_kib);
             }
-            println!("{}", sums.text("a stranger", rss));
             let metrics = a.client().metrics(patient()).await.unwrap();
+            println!("{}; dropped {:?}", sums.text("a stranger", rss), metrics.drops);
             assert!(dropped(&metrics.drops) > sums.sent / 20, "{metrics:?} of {}", sums.sent);
-            for reason in ["unknown_datagram", "unknown_session", "under_load", "unknown_disco"] {
+            let reasons =
+                ["unknown_datagram", "unknown_session", "under_load", "unknown_disco", "flood_shield"];
+            for reason in reasons {
                 assert!(
                     metrics.drops.iter().any(|(name, n)| name == reason && *n > 0),
                     "{reason}: {metrics:?}"
                 );
             }
-            assert!(sums.flooded > sums.elsewhere / 5, "{sums:?}");
+            assert!(sums.flooded > sums.elsewhere / 2, "{sums:?}");
             assert!(rss < MAX_RSS_KIB, "{rss} KiB");
         });
     });
@@ -249,6 +264,7 @@ fn strangers_garbage_leaves_peers_their_traffic() {
 
 #[test]
 fn a_pods_garbage_leaves_other_pods_their_traffic() {
+    let _turn = alone();
     in_namespaces("a_pods_garbage_leaves_other_pods_their_traffic", |dir| {
         block_on(async {
             let (_devnet, join) = tailnet().await;

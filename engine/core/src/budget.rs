@@ -31,12 +31,17 @@ pub(crate) struct Bucket {
 }
 
 impl Bucket {
+    /// Whether there is a token.
+    pub(crate) fn has(&self, rate: Rate, now: Instant) -> bool {
+        let full_at = self.full_at.map_or(now, |at| at.max(now)) + rate.every;
+        full_at.duration_since(now) <= rate.every * rate.burst
+    }
+
     /// Takes one token if there is one.
     pub(crate) fn take(&mut self, rate: Rate, now: Instant) -> bool {
-        let full_at = self.full_at.map_or(now, |at| at.max(now)) + rate.every;
-        let allowed = full_at.duration_since(now) <= rate.every * rate.burst;
+        let allowed = self.has(rate, now);
         if allowed {
-            self.full_at = Some(full_at);
+            self.full_at = Some(self.full_at.map_or(now, |at| at.max(now)) + rate.every);
         }
         allowed
     }

@@ -9,6 +9,7 @@
 //! | `ping` | pings of peers, and what control is answered that asks for them |
 //! | `relay` | which DERP regions are connected, and what waits for one |
 //! | `load` | how much of what others ask for is done |
+//! | `shield` | when the UDP sockets are flooded, and what the kernel then drops |
 //! | `control` | what a netmap change means for peers, filter, names and relays |
 //! | `timers` | what is due when |
 //! | `view` | what others are shown |
@@ -26,6 +27,7 @@ mod outbound;
 mod ping;
 mod relay;
 mod routing;
+mod shield;
 mod timers;
 mod tsmp;
 mod view;
@@ -42,6 +44,7 @@ pub use api::{
 };
 
 pub use ping::{ControlAnswer, PingError, PingId, PingKind, PingReply, PingResult};
+pub use shield::{Class, Shield};
 pub use why::{Decision, Direction, Question, Why};
 
 use crate::batch::{Batch, Outbox, RegionId};
@@ -127,6 +130,7 @@ pub struct Engine {
     /// Control has spoken in this life, so the clock can be judged.
     control_heard: bool,
     load: load::Load,
+    watch: shield::Watch,
 
     relays: Relays,
     netcheck: Netcheck,
@@ -155,6 +159,8 @@ impl Engine {
         let disco_key = config.snapshot.as_ref().map_or(config.disco_key, |s| s.disco.clone());
         let mut random = Random::new(config.random_seed);
         let load = load::Load::new(&mut random);
+        let watch = shield::Watch::new(&mut random);
+        let netcheck = Netcheck::new(watch.marks.stun);
         let dns = Dns::new(random.bytes());
         let mut engine = Self {
             identity: Identity::new(*config.node_key.expose()),
@@ -186,8 +192,9 @@ impl Engine {
             pings: ping::Pings::default(),
             control_heard: false,
             load,
+            watch,
             relays: Relays::new(u64::from(config.random_seed[0]) << 8 | u64::from(config.random_seed[1])),
-            netcheck: Netcheck::default(),
+            netcheck,
             underlay: Underlay::default(),
             patience: Patience::default(),
             endpoints: Vec::new(),
@@ -262,8 +269,9 @@ impl Engine {
         }
         let expires = self.peer_expiry(slot, now);
         let index = loop {
-            let [a, b, c, ..] = self.random.next_u64().to_le_bytes();
-            let index = u32::from_le_bytes([a, b, c, 0]);
+            // Sixteen bits are enough for `MAX_ACTIVE`; the others tell ours from a stranger's guess.
+            let [a, b, ..] = self.random.next_u64().to_le_bytes();
+            let index = u32::from_le_bytes([a, b, self.watch.marks.index, 0]);
             if !self.by_index.contains_key(&index) {
                 break index;
             }
@@ -288,6 +296,7 @@ impl Engine {
             expires,
             last_tx: None,
             last_rx: None,
+            last_from: None,
             tx_bytes: 0,
             rx_bytes: 0,
             pings: Bucket::default(),

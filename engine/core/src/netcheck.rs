@@ -121,6 +121,8 @@ pub(crate) struct Changed {
 /// Measures and remembers.
 #[derive(Debug, Default)]
 pub(crate) struct Netcheck {
+    /// How transaction ids begin.
+    mark: [u8; 4],
     regions: BTreeMap<RegionId, Region>,
     resolved: HashMap<String, Vec<IpAddr>>,
     asked: Vec<String>,
@@ -139,6 +141,11 @@ pub(crate) struct Netcheck {
 }
 
 impl Netcheck {
+    /// Nothing known yet; the transaction ids of its requests will begin with `mark`.
+    pub(crate) fn new(mark: [u8; 4]) -> Self {
+        Self { mark, ..Self::default() }
+    }
+
     /// Takes over a DERP map; a full round follows when the regions changed.
     pub(crate) fn set_map(&mut self, map: &DerpMap, now: Instant) {
         let mut regions = BTreeMap::new();
@@ -380,8 +387,9 @@ impl Netcheck {
                 let first = |v6: bool| addrs.iter().copied().find(|a| a.is_ipv6() == v6);
                 for addr in [first(false).filter(|_| ctx.v4), first(true).filter(|_| ctx.v6)] {
                     let Some(addr) = addr.filter(|_| round.probes.len() < MAX_PROBES) else { continue };
-                    let request =
-                        StunRequest { to: SocketAddr::new(addr, node.port), txid: ctx.random.bytes() };
+                    let mut txid = ctx.random.bytes();
+                    txid[..4].copy_from_slice(&self.mark);
+                    let request = StunRequest { to: SocketAddr::new(addr, node.port), txid };
                     round.probes.push(Probe {
                         txid: request.txid,
                         region: *id,

@@ -63,6 +63,8 @@ pub(crate) struct Active {
     pub(crate) expires: Option<Instant>,
     pub(crate) last_tx: Option<Instant>,
     pub(crate) last_rx: Option<Instant>,
+    /// Where an authentic WireGuard message last came from by UDP.
+    pub(crate) last_from: Option<SocketAddr>,
     pub(crate) tx_bytes: u64,
     pub(crate) rx_bytes: u64,
     /// Disco pings of the peer that are answered, and CallMeMaybes that are heeded.

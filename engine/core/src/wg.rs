@@ -79,6 +79,11 @@ pub(crate) fn is_response(datagram: &[u8]) -> bool {
     datagram.first() == Some(&RESPONSE)
 }
 
+/// Whether an initiation has something in the place of a cookie's proof.
+pub(crate) fn claims_proof(initiation: &[u8]) -> bool {
+    initiation.get(INITIATION_LEN - 16..).is_some_and(|mac2| mac2.iter().any(|byte| *byte != 0))
+}
+
 /// Whether a datagram looks like an initiation.
 pub(crate) fn is_initiation(datagram: &[u8]) -> bool {
     datagram.len() == INITIATION_LEN && datagram.first() == Some(&INITIATION)

@@ -13,6 +13,7 @@ pub(crate) enum Drop {
     UdpError,
     UdpNoSocket,
     UdpTruncated,
+    UdpUnread,
     DerpQueueFull,
     DerpNotConnected,
     DnsReply,
@@ -23,7 +24,7 @@ pub(crate) enum Drop {
 pub(crate) struct Drops([u64; Drop::NAMES.len()]);
 
 impl Drop {
-    const NAMES: [(Self, &'static str); 12] = [
+    const NAMES: [(Self, &'static str); 13] = [
         (Self::TunDown, "tun_link_down"),
         (Self::TunFull, "tun_queue_full"),
         (Self::TunWrite, "tun_write_error"),
@@ -33,6 +34,7 @@ impl Drop {
         (Self::UdpError, "udp_send_error"),
         (Self::UdpNoSocket, "udp_no_socket"),
         (Self::UdpTruncated, "udp_truncated"),
+        (Self::UdpUnread, "udp_unread"),
         (Self::DerpQueueFull, "derp_queue_full"),
         (Self::DerpNotConnected, "derp_not_connected"),
         (Self::DnsReply, "dns_reply_error"),

@@ -2,15 +2,17 @@
 
 use std::io::IoSliceMut;
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrLike as _, SockaddrStorage, recvmmsg};
 use podtether_core::batch::Batch;
+use podtether_core::engine::Shield;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::drops::{Drop, Drops};
+use super::shield;
 use super::tun::pollable;
 
 /// Datagrams per system call.
@@ -27,6 +29,10 @@ pub(crate) struct Udp {
     port: u16,
     headers: MultiHeaders<SockaddrStorage>,
     slots: Vec<u8>,
+    v4: bool,
+    shielded: bool,
+    /// The kernel's count of drops at the last look.
+    seen: u32,
 }
 
 impl Udp {
@@ -36,8 +42,35 @@ impl Udp {
         if port == 0 {
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the UDP socket is not bound"));
         }
+        let v4 = address.as_sockaddr_in().is_some();
+        // The socket outlives engines; a filter of the one before has its marks.
+        shield::detach(fd.as_fd())?;
+        let seen = shield::drops(fd.as_fd()).unwrap_or_default();
         let fd = pollable(fd, Interest::READABLE.add(Interest::WRITABLE))?;
-        Ok(Self { fd, port, headers: MultiHeaders::preallocate(BATCH, None), slots: vec![0; BATCH * SLOT] })
+        let headers = MultiHeaders::preallocate(BATCH, None);
+        Ok(Self { fd, port, headers, slots: vec![0; BATCH * SLOT], v4, shielded: false, seen })
+    }
+
+    /// Has the kernel drop what `shield` says; `None`: nothing.
+    pub(crate) fn set_shield(&mut self, shield: Option<&Shield>) -> nix::Result<()> {
+        let socket = self.fd.get_ref().as_fd();
+        match shield {
+            Some(shield) => shield::attach(socket, &mut shield::program(shield, self.v4))?,
+            None => shield::detach(socket)?,
+        }
+        self.shielded = shield.is_some();
+        Ok(())
+    }
+
+    /// Whether the socket has a filter.
+    pub(crate) fn is_shielded(&self) -> bool {
+        self.shielded
+    }
+
+    /// Datagrams that the kernel dropped at this socket since the last call.
+    pub(crate) fn lost(&mut self) -> u64 {
+        let Some(drops) = shield::drops(self.fd.get_ref().as_fd()) else { return 0 };
+        u64::from(drops.wrapping_sub(std::mem::replace(&mut self.seen, drops)))
     }
 
     /// Port that peers see on this machine.

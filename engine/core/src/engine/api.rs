@@ -132,6 +132,10 @@ pub enum Event {
     Pong(Box<PingResult>),
     /// The node key has expired.
     KeyExpired,
+    /// What [`super::Engine::shield`] tells is different: put it on the UDP sockets.
+    ShieldChanged,
+    /// Read how many datagrams the kernel dropped and tell it with `handle_shielded`.
+    CountShielded,
 }
 
 /// What control must know about this node's reachability.
@@ -316,6 +320,8 @@ drop_reasons! {
     DiscoFlood = "disco_flood",
     /// From the pod to more peers at once than are begun with.
     TooManyPeers = "too_many_peers",
+    /// Dropped by the kernel in a flood, unseen by this process.
+    Shielded = "flood_shield",
 }
 
 impl DropReason {
@@ -338,6 +344,7 @@ impl DropReason {
                 | Self::BadDisco
                 | Self::UnknownDisco
                 | Self::DiscoFlood
+                | Self::Shielded
         )
     }
 }
@@ -370,11 +377,15 @@ pub struct Counters {
     /// Parts of map messages that made no sense or were over a bound.
     pub map_ignored: u64,
     pub(crate) drops: [u64; DropReason::ALL.len()],
+    /// Sum of `drops`.
+    pub(crate) dropped: u64,
 }
 
 impl Counters {
     pub(crate) fn drop(&mut self, reason: DropReason, packets: usize) {
-        self.drops[reason as usize] += u64::try_from(packets).unwrap_or(u64::MAX);
+        let packets = u64::try_from(packets).unwrap_or(u64::MAX);
+        self.drops[reason as usize] += packets;
+        self.dropped += packets;
     }
 
     /// Packets dropped, by reason, zeros included.

@@ -1,6 +1,7 @@
 //! From the underlay and the relays to the pod.
 
 use super::load::Admission;
+use super::shield::Fate;
 use super::*;
 use crate::filter::{self, Verdict};
 use crate::nat::{self, Side};
@@ -29,6 +30,8 @@ impl Engine {
     pub fn handle_udp(&mut self, datagrams: &mut Batch<SocketAddr>, now: Instant, out: &mut Outbox) {
         for (from, datagram) in datagrams.iter_mut() {
             let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+            let (class, dropped) = (self.watch.class(from, datagram), self.counters.dropped);
+            let denied = self.watch.denied;
             if datagram.first_chunk() == Some(&[4, 0, 0, 0]) {
                 self.handle_wireguard(Via::Udp(from), datagram, now, out);
             } else if stun::is_stun(datagram) {
@@ -37,6 +40,14 @@ impl Engine {
                 self.handle_disco(Via::Udp(from), &sender, datagram, now, out);
             } else {
                 self.handle_wireguard(Via::Udp(from), datagram, now, out);
+            }
+            let fate = match self.counters.dropped > dropped {
+                false => Fate::Taken,
+                true if self.watch.denied > denied => Fate::Denied,
+                true => Fate::Refused,
+            };
+            if self.watch.note(class, fate, now) {
+                self.raise_shield(now);
             }
         }
     }
@@ -244,6 +255,7 @@ impl Engine {
         if let Inner::Rejected(reason) = inner {
             return Err(reason);
         }
+        self.watch.denied += u64::from(matches!(inner, Inner::Denied(_) | Inner::Refused(..)));
         self.note_via(slot, via, now, out);
         self.pong_inside(now);
         if now_ready && !was_ready {
@@ -332,7 +344,10 @@ impl Engine {
         let key = peer.key;
         let Some(active) = peer.active.as_deref_mut() else { return };
         match via {
-            Via::Udp(from) => active.path.note_received(from, now),
+            Via::Udp(from) => {
+                active.last_from = Some(from);
+                active.path.note_received(from, now);
+            }
             Via::Derp(region, source) if source == key => {
                 active.path.heard = Some(region);
                 self.with_path(slot, now, out, PathAgent::note_relayed);

@@ -6,7 +6,7 @@
 
 use super::*;
 use crate::budget::{Bucket, Origin, Rate, Shares};
-use crate::wg::Proof;
+use crate::wg::{Proof, claims_proof};
 
 /// Initiations worked on before the sender has shown that it is at its address.
 const UNPROVEN: Rate = Rate::per_second(200, 200);
@@ -16,6 +16,8 @@ const UNPROVEN_EACH: Rate = Rate::per_second(20, 20);
 const PROVEN: Rate = Rate::per_second(200, 100);
 /// Of these, from one address.
 const PROVEN_EACH: Rate = Rate::per_second(50, 50);
+/// Proofs that are looked at, right or wrong.
+const PROOFS: Rate = Rate::per_second(2000, 500);
 /// Cookies sent, 64 bytes for 148.
 const COOKIES: Rate = Rate::per_second(2000, 1000);
 const COOKIES_EACH: Rate = Rate::per_second(50, 50);
@@ -42,6 +44,7 @@ pub(crate) const CALLS_HEARD: Rate = Rate::per_second(1, 8);
 pub(super) struct Load {
     unproven: Bucket,
     proven: Bucket,
+    proofs: Bucket,
     cookies: Bucket,
     responses: Bucket,
     disco_udp: Bucket,
@@ -68,6 +71,7 @@ impl Load {
         Self {
             unproven: Bucket::default(),
             proven: Bucket::default(),
+            proofs: Bucket::default(),
             cookies: Bucket::default(),
             responses: Bucket::default(),
             disco_udp: Bucket::default(),
@@ -91,12 +95,30 @@ impl Load {
         now: Instant,
         reply: &mut [u8],
     ) -> Admission {
+        let claims = claims_proof(datagram);
+        let other = if claims {
+            self.proven.has(PROVEN, now) && self.proofs.has(PROOFS, now)
+        } else {
+            self.cookies.has(COOKIES, now)
+        };
+        if !other && !self.unproven.has(UNPROVEN, now) {
+            return Admission::No(DropReason::UnderLoad);
+        }
         if !identity.is_addressed(datagram) {
             return Admission::No(DropReason::BadCrypto);
         }
         let origin = via.origin();
         if self.unproven_each.take(origin, UNPROVEN_EACH, now) && self.unproven.take(UNPROVEN, now) {
             return Admission::Yes;
+        }
+        // Proving it wrong costs as much as making a cookie, so both are paid for beforehand.
+        let worth_it = if claims {
+            self.proofs.take(PROOFS, now)
+        } else {
+            self.cookies_each.take(origin, COOKIES_EACH, now) && self.cookies.take(COOKIES, now)
+        };
+        if !worth_it {
+            return Admission::No(DropReason::UnderLoad);
         }
         let host = via.host();
         match identity.proof(via.address(), datagram, reply) {
@@ -106,7 +128,9 @@ impl Load {
                 Admission::Yes
             }
             Proof::Cookie(len)
-                if self.cookies_each.take(origin, COOKIES_EACH, now) && self.cookies.take(COOKIES, now) =>
+                if !claims
+                    || self.cookies_each.take(origin, COOKIES_EACH, now)
+                        && self.cookies.take(COOKIES, now) =>
             {
                 Admission::Cookie(len)
             }

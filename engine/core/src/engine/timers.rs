@@ -27,6 +27,7 @@ impl Engine {
             self.key_expiry(),
             self.pings.deadline(),
             self.dns.poll_timeout(),
+            self.shield_deadline(),
         ]
         .into_iter()
         .flatten()
@@ -63,6 +64,7 @@ impl Engine {
             self.events.push_back(Event::SnapshotDirty);
         }
         self.pings_timeout(now);
+        self.shield_timeout(now);
         if self.dns.poll_timeout().is_some_and(|at| at <= now) {
             self.dns.handle_timeout(now);
         }

@@ -629,7 +629,10 @@ impl World {
             | Event::DerpPreferred { .. }
             | Event::ControlAnswer(_)
             | Event::Pong(_)
-            | Event::KeyExpired => {}
+            | Event::KeyExpired
+            // There is no flood here.
+            | Event::ShieldChanged
+            | Event::CountShielded => {}
         }
         self.nodes[n].events.push(event);
     }
