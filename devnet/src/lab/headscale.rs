@@ -30,6 +30,8 @@ pub struct HeadscaleConfig {
     pub extra: String,
     /// A DERP map in YAML beside the embedded region, empty for none.
     pub derp: String,
+    /// The tailnet has no IPv6.
+    pub v4_alone: bool,
     /// No relay of Headscale's own in the map.
     pub without_embedded: bool,
     /// PEM roots of what the DERP map names, beside the server's own.
@@ -112,6 +114,7 @@ impl Headscale {
             format!("{}/derp.yaml", dir.display())
         };
         let (d, url) = (dir.display(), self.url());
+        let v6_prefix = if config.v4_alone { "" } else { ", v6: 'fd7a:115c:a1e0::/48'" };
         let dns = if dns.is_empty() { "  override_local_dns: false" } else { dns.as_str() };
         let text = format!(
             "server_url: {url}
@@ -120,7 +123,7 @@ tls_cert_path: {d}/cert.pem
 tls_key_path: {d}/key.pem
 metrics_listen_addr: ''
 noise: {{private_key_path: {d}/noise.key}}
-prefixes: {{v4: 100.64.0.0/10, v6: 'fd7a:115c:a1e0::/48', allocation: sequential}}
+prefixes: {{v4: 100.64.0.0/10{v6_prefix}, allocation: sequential}}
 derp:
   server:
     enabled: {}

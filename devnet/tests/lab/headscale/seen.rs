@@ -1,15 +1,17 @@
 //! What others see of a pod, and what an administrator of Headscale changes about nodes.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use podtether_devnet::DevnetConfig;
-use podtether_devnet::lab::{CniCall, EMBEDDED_REGION, HeadscaleConfig, Tailnet};
+use podtether_devnet::lab::{CniCall, EMBEDDED_REGION, HeadscaleConfig, Pod, Tailnet};
 use podtether_devnet::probe::dns;
+use podtether_net::netlink::Netlink;
+use podtether_net::testing::block_on;
 use serde_json::json;
 
 use super::{World, derp_yaml, headscale_test, open_policy, wait_ping};
-use crate::{PATIENCE, wait_for};
+use crate::{PATIENCE, wait_for, wait_for_within};
 
 const MAGIC: &str = "100.100.100.100:53";
 
@@ -103,7 +105,7 @@ fn nodes_are_seen_renamed_tagged_expired_and_deleted() {
             world.server.run(&["users", "destroy", "-i", &user]).unwrap();
             let start = Instant::now();
             // The owned pod cannot come back without its owner, and says why.
-            let reason = crate::wait_for_within(Duration::from_secs(150), "the owned pod to say why", || {
+            let reason = wait_for_within(Duration::from_secs(150), "the owned pod to say why", || {
                 let report = world.nodes[node].pod_report("owned").ok()?;
                 let reason = report["reason"].as_str()?.to_owned();
                 (report["state"] != "running" && reason.contains("person")).then_some(reason)
@@ -168,4 +170,53 @@ fn relays_come_and_go_with_headscales_map() {
         let mut third = world.nodes[node].create_pod("third").unwrap();
         third.add_with(&world.nodes[node], &more).unwrap();
     });
+}
+
+/// The addresses on ts0 of the pod's namespace.
+fn on_ts0(pod: &Pod) -> Vec<IpAddr> {
+    block_on(async {
+        let netlink = Netlink::open(&pod.netns).await.unwrap();
+        let ts0 = netlink.link("ts0").await.unwrap().unwrap().index;
+        let all = netlink.addresses().await.unwrap();
+        let mut found: Vec<IpAddr> = all.iter().filter(|a| a.link == ts0).map(|a| a.net.addr()).collect();
+        found.sort();
+        found
+    })
+}
+
+/// A tailnet gets a second family while its nodes are in it, and loses it again.
+#[test]
+fn addresses_that_headscale_gives_later_reach_the_pod() {
+    let name = "headscale::seen::addresses_that_headscale_gives_later_reach_the_pod";
+    let config = HeadscaleConfig { v4_alone: true, ..HeadscaleConfig::default() };
+    headscale_test(
+        name,
+        |_| config,
+        &open_policy(),
+        |mut world| {
+            let node = world.add_node("");
+            let stock = world.join_stock("stock", &["--tags", "tag:k8s-pod"], &[]);
+            let pod = world.join(node, "pod");
+            let v4 = pod.v4().unwrap();
+            assert_eq!(on_ts0(&pod), [v4]);
+            wait_ping(&world.stocks[stock].node.netns, v4, "the pod");
+
+            for both in [true, false] {
+                world.server.stop();
+                world.server.config().v4_alone = !both;
+                world.server.start().unwrap();
+                world.server.run(&["nodes", "backfillips"]).unwrap();
+                let start = Instant::now();
+                let now = wait_for_within(Duration::from_secs(90), "the pod's other addresses", || {
+                    let now = on_ts0(&pod);
+                    (now.len() == if both { 2 } else { 1 }).then_some(now)
+                });
+                println!("{now:?} {:?} after Headscale gave them", start.elapsed());
+                assert!(now.contains(&v4), "{now:?}");
+                for address in now {
+                    wait_ping(&world.stocks[stock].node.netns, address, "the pod");
+                }
+            }
+        },
+    );
 }
