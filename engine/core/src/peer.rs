@@ -20,7 +20,7 @@ use crate::key::{DiscoPublic, NodePublic};
 use crate::path::PathAgent;
 use crate::routes::{Offer, RouteTable};
 use crate::tailcfg::{Node, NodeId, UnixTime};
-use crate::wg::Tunnel;
+use crate::wg::{Timestamp, Tunnel};
 
 pub(crate) use apply::PeerChanges;
 pub use apply::PeerList;
@@ -101,6 +101,8 @@ pub(crate) struct Peer {
     pub(crate) since: Instant,
     /// The addresses under which this peer knows us, where they are not ours.
     pub(crate) masks: Option<Box<Masks>>,
+    /// Of the newest initiation that was taken; an older one is a replay, also when its session is long gone.
+    pub(crate) newest_initiation: Timestamp,
     /// The last map message that listed it.
     mark: u64,
     /// What it carries for others, as far as that is used.
@@ -297,6 +299,9 @@ impl PeerTable {
             }
         }
         new.since = old.since;
+        if old.key == new.key {
+            new.newest_initiation = old.newest_initiation;
+        }
         let endpoints_moved = !old.facts.endpoints().eq(new.facts.endpoints());
         result.changed = true;
         result.renamed =

@@ -14,7 +14,7 @@ use boringtun::noise::{Packet, Tunn, TunnResult};
 use x25519_dalek::PublicKey;
 
 use crate::budget::{Bucket, Rate};
-pub(crate) use identity::{Identity, Proof};
+pub(crate) use identity::{Identity, Proof, Timestamp};
 
 /// Age at which a session's initiator makes the next one.
 pub(crate) const REKEY_AFTER: Duration = Duration::from_secs(120);

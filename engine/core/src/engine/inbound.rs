@@ -155,6 +155,17 @@ impl Engine {
             let duplicate = opened == Opened::Duplicate;
             return Err(if duplicate { DropReason::Duplicate } else { DropReason::BadCrypto });
         };
+        let timestamp = self.identity.timestamp(datagram).unwrap_or_default();
+        let newest = self.peers.get_mut(slot).map(|peer| &mut peer.newest_initiation);
+        match newest {
+            Some(newest) if *newest < timestamp => *newest = timestamp,
+            // A tunnel knows what it has seen itself; this is from before its time.
+            Some(_) | None if !was_active => {
+                self.deactivate(slot);
+                return Err(DropReason::Duplicate);
+            }
+            Some(_) | None => {}
+        }
         let answers = match via {
             Via::Udp(from) => Some(from),
             Via::Derp(..) => None,

@@ -11,6 +11,7 @@ use std::time::Instant;
 use super::{Active, Facts, Peer, PeerTable, Slot, Upserted};
 use crate::key::DiscoPublic;
 use crate::tailcfg::{MapResponse, Node, NodeId, PeerChange, UnixTime};
+use crate::wg::Timestamp;
 
 /// Places looked at in one go for peers that a new map does not have: well under a millisecond.
 const SWEEP_SLICE: usize = 256;
@@ -198,6 +199,7 @@ impl PeerTable {
             caps,
             facts,
             since: now,
+            newest_initiation: Timestamp::default(),
             mark: self.mark,
             masks: None,
             offer: None,
@@ -235,6 +237,7 @@ impl PeerTable {
             caps: caps.map_or_else(|| old.caps.clone(), |(caps, _)| caps),
             facts,
             since: old.since,
+            newest_initiation: Timestamp::default(),
             mark: old.mark,
             masks: None,
             offer: None,

@@ -9,6 +9,7 @@ use super::{Facts, Peer, PeerTable, Slot};
 use crate::batch::RegionId;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::tailcfg::{NodeId, UnixTime};
+use crate::wg::Timestamp;
 
 const WIREGUARD_ONLY: u8 = 1;
 const JAILED: u8 = 2;
@@ -90,6 +91,7 @@ impl PeerTable {
             caps: self.caps.share(caps).unwrap_or_default(),
             facts,
             since: now,
+            newest_initiation: Timestamp::default(),
             mark: 0,
             masks: None,
             offer: None,
