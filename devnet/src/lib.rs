@@ -20,6 +20,7 @@
 //! | control server | `control`, inside the connections of `http_server` |
 //! | access rules | [`acl`] |
 //! | admin API | `api` |
+//! | odd peers | `peers`, `control::kinds` |
 //! | relays | `derp`, `stun`, `regions`, `distance` |
 //! | what goes wrong on request | [`fault`] |
 
@@ -35,6 +36,7 @@ pub mod fault;
 mod http_server;
 pub mod lab;
 mod listen;
+mod peers;
 mod random;
 mod regions;
 mod shared;

@@ -76,6 +76,10 @@ fn node(config: &DevnetConfig, n: u32, turn: u64) -> wire::Node {
         machine_authorized: true,
         cap_map: [("https://tailscale.com/cap/is-admin", Vec::new()), ("funnel", vec![json!(1)])].into(),
         expired: false,
+        is_jailed: false,
+        is_wireguard_only: false,
+        self_v4_masq: None,
+        self_v6_masq: None,
     }
 }
 

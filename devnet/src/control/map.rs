@@ -222,6 +222,10 @@ impl Session {
     }
 
     fn next(&self, state: &mut State, view: &mut View) -> Update {
+        let current = state.nodes.get(&self.node).is_some_and(|node| node.session == self.number);
+        if current && state.kinds.is_muted(self.node) {
+            return Update::Nothing;
+        }
         let told = Timestamp::now().saturating_add(self.shared.clock_offset()).unwrap_or(Timestamp::MAX);
         let mut update = view.update(state, told);
         if matches!(update, Update::Nothing)

@@ -6,6 +6,7 @@
 //! message, or is cut off when it reads nothing for the write timeout.
 
 pub(crate) mod crowd;
+pub(crate) mod kinds;
 pub(crate) mod map;
 pub(crate) mod noise_server;
 pub mod noise_stream;

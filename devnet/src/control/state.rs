@@ -13,6 +13,7 @@ use jiff::{SignedDuration, Timestamp};
 use podtether_core::key::{DiscoPublic, MachinePublic, NodePublic};
 use serde_json::Value;
 
+use super::kinds::Kinds;
 use super::wire::{self, Hostinfo};
 use crate::acl::{Policy, Subject};
 use crate::config::{DevnetConfig, Families};
@@ -185,6 +186,7 @@ pub(crate) struct State {
     pub(crate) device_approval: bool,
     /// Who carries a prefix that is no exit route.
     pub(crate) primaries: BTreeMap<IpNet, NodeId>,
+    pub(crate) kinds: Kinds,
     /// Sessions of nodes that were removed without a word to them.
     pub(crate) unaware: HashSet<u64>,
     pub(crate) derp_map: wire::DerpMap,
@@ -238,6 +240,7 @@ impl State {
             policy: config.policy.clone(),
             device_approval: false,
             primaries: BTreeMap::new(),
+            kinds: Kinds::default(),
             unaware: HashSet::new(),
             derp_map: wire::DerpMap::default(),
             derp_revision: 1,

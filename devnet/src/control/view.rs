@@ -95,7 +95,7 @@ impl View {
             });
             for peer in state.nodes.values() {
                 if peer.id != own.id && !sent.peers.contains_key(&peer.id) && visible(state, own, peer) {
-                    let node = self.render_peer(peer);
+                    let node = self.render_peer(state, peer);
                     sent.peers.insert(peer.id, (peer.revision, node.clone()));
                     message.peers_changed.push(node);
                 }
@@ -104,7 +104,7 @@ impl View {
         for (&id, (revision, old)) in &mut sent.peers {
             let Some(peer) = state.nodes.get(&id).filter(|peer| peer.revision != *revision) else { continue };
             *revision = peer.revision;
-            let new = self.render_peer(peer);
+            let new = self.render_peer(state, peer);
             match difference(old, &new) {
                 Difference::None => {}
                 Difference::Patch(patch) => message.peers_changed_patch.push(*patch),
@@ -134,7 +134,7 @@ impl View {
             .nodes
             .values()
             .filter(|peer| peer.id != own.id && visible(state, own, peer))
-            .map(|peer| (peer.id, (peer.revision, self.render_peer(peer))))
+            .map(|peer| (peer.id, (peer.revision, self.render_peer(state, peer))))
             .collect();
         let message = MapResponse {
             node: Some(own_node.clone()),
@@ -171,8 +171,9 @@ impl View {
         rendered
     }
 
-    fn render_peer(&self, node: &Node) -> wire::Node {
+    fn render_peer(&self, state: &State, node: &Node) -> wire::Node {
         let mut rendered = self.render(node);
+        state.kinds.dress(self.node, &mut rendered);
         // A peer's network details are its own business; its home and endpoints have fields.
         rendered.hostinfo.remove("NetInfo");
         rendered
@@ -211,6 +212,10 @@ impl View {
             machine_authorized: node.authorized && !node.expired,
             cap_map: BTreeMap::new(),
             expired: node.expired,
+            is_jailed: false,
+            is_wireguard_only: false,
+            self_v4_masq: None,
+            self_v6_masq: None,
         }
     }
 }

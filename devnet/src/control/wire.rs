@@ -237,6 +237,14 @@ pub(crate) struct Node {
     pub(crate) cap_map: BTreeMap<&'static str, Vec<Value>>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub(crate) expired: bool,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_jailed: bool,
+    #[serde(rename = "IsWireGuardOnly", skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_wireguard_only: bool,
+    #[serde(rename = "SelfNodeV4MasqAddrForThisPeer", skip_serializing_if = "Option::is_none")]
+    pub(crate) self_v4_masq: Option<std::net::IpAddr>,
+    #[serde(rename = "SelfNodeV6MasqAddrForThisPeer", skip_serializing_if = "Option::is_none")]
+    pub(crate) self_v6_masq: Option<std::net::IpAddr>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]

@@ -47,10 +47,10 @@ fn no_path_is_stuck_while_there_is_a_way() {
     let (worst, seed) = *worst.lock().expect("sound");
     let totals = totals.lock().expect("sound");
     println!(
-        "{} schedules in {:?}: longest silence {worst:?} (seed {seed}), {totals:?}",
+        "{} schedules from SIM_FIRST={first} in {:?}: longest silence {worst:?} (seed {seed}), {totals:?}",
         end - first,
         started.elapsed()
     );
     let failures = failures.lock().expect("sound");
-    assert!(failures.is_empty(), "stuck, or worse, with seeds {failures:?}");
+    assert!(failures.is_empty(), "stuck, or worse, with seeds {failures:?} (SIM_FIRST={first})");
 }
