@@ -1,5 +1,9 @@
 //! Pods whose device waits for a person: a login by URL, an administrator's approval.
-#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a panic is how a test fails; it says what it measured"
+)]
 
 mod rig;
 
@@ -146,5 +150,99 @@ fn approval_is_waited_for_and_outlives_the_add() {
             assert_eq!(rig.pod("a")["restarts"], 0, "without a restart");
             assert_eq!(devnet.complaints(), [""; 0]);
         });
+    });
+}
+
+#[test]
+fn peers_follow_a_new_key_and_a_crash_in_between_loses_nothing() {
+    in_namespaces("peers_follow_a_new_key_and_a_crash_in_between_loses_nothing", |dir| {
+        let devnet = devnet(|_| {});
+        // Servers do not renew a tagged node, so it is a user's.
+        let options = AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() };
+        std::fs::write(dir.join("key"), devnet.create_auth_key(options).secret).unwrap();
+        let credentials = format!(
+            "[tailnet.default.credentials]\nkind = \"auth-key\"\nauth_key_file = \"{}/key\"\n",
+            dir.display()
+        );
+        let mut rig = Rig::new(dir, &tailnet(dir, &devnet, &credentials));
+        rig.start();
+        let (a, b, to) = block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            let (first, second) = tokio::join!(rig.add("a"), rig.add("b"));
+            first.unwrap();
+            (a, b, std::net::SocketAddr::new(v4(&second.unwrap()), 7))
+        });
+        echo(&b, 7);
+        reachable(&a, to);
+        let before = devnet.nodes();
+        let node = |name: &str| devnet.nodes().into_iter().find(|n| n.name.ends_with(name)).unwrap();
+        // The supervisor dies at some step or other of the rotation, and is continued.
+        for after_ms in [None, Some(0), Some(20), Some(60), Some(150), Some(400)] {
+            let old = node("-b");
+            let pings = Pinger::start(&a, to, Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(200));
+            devnet.expire_node(old.id);
+            if let Some(ms) = after_ms {
+                std::thread::sleep(Duration::from_millis(ms));
+                rig.kill();
+                rig.start();
+            }
+            let renewed = block_on(async {
+                let renewed = devnet.wait_for(SOON, |nodes| {
+                    nodes
+                        .iter()
+                        .any(|n| n.id == old.id && n.node_key != old.node_key && n.streaming && !n.expired)
+                });
+                let renewed = renewed.await;
+                rig.client().await;
+                for name in ["a", "b"] {
+                    rig.until(name, "running", |p| p["state"] == "running" && p["controlConnected"] == true)
+                        .await;
+                }
+                renewed
+            });
+            assert!(renewed, "killed after {after_ms:?}: {:?}", devnet.nodes());
+            std::thread::sleep(Duration::from_millis(500));
+            let back = pings.finish();
+            let lost = back.iter().filter(|answer| answer.is_none()).count();
+            println!("killed after {after_ms:?} ms: {lost} of {} pings at 20 ms lost", back.len());
+            assert!(back.iter().rev().take(5).all(Option::is_some), "killed after {after_ms:?}: {back:?}");
+            // Between the expiry and the new key nobody speaks to the node, rightly.
+            assert!(lost < 250, "killed after {after_ms:?}: {lost} pings lost");
+            assert_eq!(devnet.nodes().len(), 2, "killed after {after_ms:?}: no second device");
+            assert_eq!(node("-b").addresses, old.addresses, "killed after {after_ms:?}");
+        }
+        // The key is on disk before control has it: whoever reads that disk goes on with it.
+        let old = node("-b");
+        devnet.expire_node(old.id);
+        let learned = |nodes: &[podtether_devnet::NodeInfo]| {
+            nodes.iter().any(|n| n.id == old.id && n.node_key != old.node_key)
+        };
+        assert!(block_on(devnet.wait_for(SOON, learned)));
+        rig.kill();
+        let key = node("-b").node_key;
+        rig.start();
+        block_on(async {
+            rig.client().await;
+            let pod = rig.until("b", "running", |p| p["state"] == "running").await;
+            let pid = pod["enginePid"].as_u64().unwrap();
+            signal(u32::try_from(pid).unwrap(), libc::SIGKILL);
+            rig.until("b", "running again", |p| {
+                p["state"] == "running" && p["controlConnected"] == true && p["enginePid"] != pid
+            })
+            .await;
+        });
+        assert_eq!(node("-b").node_key, key);
+        reachable(&a, to);
+        assert_eq!(
+            devnet.nodes().iter().map(|n| n.id).collect::<Vec<_>>(),
+            before.iter().map(|n| n.id).collect::<Vec<_>>()
+        );
+        block_on(async {
+            let (one, two) = tokio::join!(rig.del("a"), rig.del("b"));
+            one.unwrap();
+            two.unwrap();
+        });
+        assert_eq!(devnet.complaints(), [""; 0]);
     });
 }

@@ -41,6 +41,8 @@ pub struct Pod {
     node: Option<Netns>,
     machine_key: [u8; 32],
     pub node_key: [u8; 32],
+    /// The public part of the node key before this one, until control knows of the newer.
+    old_node_key: Option<[u8; 32]>,
     lives: u32,
     /// Uid and gid for the engine.
     pub ids: Option<u32>,
@@ -133,10 +135,18 @@ impl Pod {
             node: node.cloned(),
             machine_key: keys[..32].try_into().unwrap(),
             node_key: keys[32..].try_into().unwrap(),
+            old_node_key: None,
             lives: 0,
             ids: None,
             engine: None,
         }
+    }
+
+    /// Starts with a new node key from now on, which names the old one.
+    pub fn rotate_node_key(&mut self) {
+        let old = podtether_core::key::NodePrivate::from_bytes(self.node_key).public();
+        self.old_node_key = Some(*old.as_bytes());
+        getrandom::fill(&mut self.node_key).unwrap();
     }
 
     pub fn request(&self, join: &Join) -> StartRequest {
@@ -153,7 +163,7 @@ impl Pod {
             request_tags: Vec::new(),
             machine_key: SecretKey::new(self.machine_key),
             node_key: SecretKey::new(self.node_key),
-            old_node_key: None,
+            old_node_key: self.old_node_key,
             auth_key: join.auth_key.clone().map(SecretString::new),
             interactive: false,
             login_url: None,

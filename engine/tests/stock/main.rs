@@ -8,7 +8,9 @@
     reason = "a test fails by panicking and says when it skips"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod kinds;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -22,7 +24,7 @@ use podtether_devnet::{AuthKeyOptions, Devnet, DevnetConfig, DnsSettings, Region
 use podtether_net::netlink::{Netlink, VethEnd};
 use podtether_net::netns::Netns;
 use podtether_net::testing::{block_on, in_namespaces};
-use podtether_proto::engine::{Decision, Flow, PathStatus};
+use podtether_proto::engine::PathStatus;
 use tokio::net::UdpSocket;
 use tokio::process::{Child, Command};
 
@@ -62,7 +64,40 @@ fn a_pod_treats_kinds_of_peers_as_stock_does() {
         return;
     };
     in_namespaces("a_pod_treats_kinds_of_peers_as_stock_does", |dir| {
-        block_on(Box::pin(kinds(&Stock { daemon, client, dir: dir.to_owned() })));
+        block_on(Box::pin(kinds::masked_and_jailed(&Stock { daemon, client, dir: dir.to_owned() })));
+    });
+}
+
+#[test]
+fn odd_peers_are_as_reachable_from_a_pod_as_from_stock() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("odd_peers_are_as_reachable_from_a_pod_as_from_stock", |dir| {
+        block_on(Box::pin(kinds::alike(&Stock { daemon, client, dir: dir.to_owned() })));
+    });
+}
+
+#[test]
+fn a_stock_nodes_own_word_about_its_disco_key_is_taken() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("a_stock_nodes_own_word_about_its_disco_key_is_taken", |dir| {
+        block_on(Box::pin(kinds::advert(&Stock { daemon, client, dir: dir.to_owned() })));
+    });
+}
+
+#[test]
+fn a_stock_node_follows_a_pods_new_key() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("a_stock_node_follows_a_pods_new_key", |dir| {
+        block_on(Box::pin(kinds::rotated(&Stock { daemon, client, dir: dir.to_owned() })));
     });
 }
 
@@ -75,23 +110,35 @@ struct Stock {
 struct Node<'a> {
     stock: &'a Stock,
     dir: PathBuf,
-    _daemon: Child,
+    daemon: Child,
 }
 
 impl Stock {
     async fn join(&self, name: &str, devnet: &Devnet, environment: &[(&str, &str)]) -> Node<'_> {
         let dir = self.dir.join(name);
         std::fs::create_dir(&dir).unwrap();
-        let log = std::fs::File::create(dir.join("log")).unwrap();
-        let daemon = Command::new(&self.daemon)
+        let node = Node { stock: self, daemon: self.spawn(&dir, environment), dir };
+        node.listens().await;
+        let server = format!("--login-server={}", devnet.http_url());
+        let key = devnet.create_auth_key(AuthKeyOptions::default()).secret;
+        let (key, name) = (format!("--auth-key={key}"), format!("--hostname={name}"));
+        let (joined, text) = node.run(&["up", &server, &key, &name, "--timeout=20s"]).await;
+        assert!(joined, "{text}\n{}", node.log());
+        node
+    }
+
+    /// A daemon with its state in `dir`.
+    fn spawn(&self, dir: &Path, environment: &[(&str, &str)]) -> Child {
+        let log = std::fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        Command::new(&self.daemon)
             .args(["--tun=userspace-networking", "--port=0", "--no-logs-no-support"])
             .arg(format!("--statedir={}", dir.display()))
             .arg(format!("--socket={}", dir.join("sock").display()))
             .env_clear()
             .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .env("HOME", &dir)
+            .env("HOME", dir)
             .env("SSL_CERT_FILE", self.dir.join("ca.pem"))
-            .env("TS_LOGS_DIR", &dir)
+            .env("TS_LOGS_DIR", dir)
             .env("TS_NO_LOGS_NO_SUPPORT", "true")
             .env("TS_DISABLE_PORTMAPPER", "1")
             .env("TS_PANIC_IF_HIT_MAIN_CONTROL", "1")
@@ -101,19 +148,23 @@ impl Stock {
             .stderr(log)
             .kill_on_drop(true)
             .spawn()
-            .unwrap();
-        let node = Node { stock: self, dir, _daemon: daemon };
-        until("the daemon listens", async || node.dir.join("sock").exists()).await;
-        let server = format!("--login-server={}", devnet.http_url());
-        let key = devnet.create_auth_key(AuthKeyOptions::default()).secret;
-        let (key, name) = (format!("--auth-key={key}"), format!("--hostname={name}"));
-        let (joined, text) = node.run(&["up", &server, &key, &name, "--timeout=20s"]).await;
-        assert!(joined, "{text}\n{}", node.log());
-        node
+            .unwrap()
     }
 }
 
 impl Node<'_> {
+    async fn listens(&self) {
+        until("the daemon listens", async || self.dir.join("sock").exists()).await;
+    }
+
+    /// Ended without a word, and begun again with what it had saved.
+    async fn restart(&mut self) {
+        self.daemon.kill().await.unwrap();
+        let _ = std::fs::remove_file(self.dir.join("sock"));
+        self.daemon = self.stock.spawn(&self.dir, &[]);
+        self.listens().await;
+    }
+
     async fn run(&self, arguments: &[&str]) -> (bool, String) {
         let output = Command::new(&self.stock.client)
             .arg(format!("--socket={}", self.dir.join("sock").display()))
@@ -375,106 +426,4 @@ async fn names(stock: &Stock) {
         }
     }
     assert_eq!(differences, [""; 0]);
-}
-
-/// A node as a peer is told of it, at this address, with `more` fields.
-fn told(devnet: &Devnet, name: &str, at: IpAddr, more: &serde_json::Value) -> serde_json::Value {
-    let node = devnet.node(name).unwrap();
-    let mut told = serde_json::json!({
-        "ID": node.id,
-        "StableID": node.stable_id,
-        "Name": format!("{name}.tailnet.test."),
-        "User": 1,
-        "Key": node.node_key,
-        "DiscoKey": node.disco_key,
-        "Addresses": [format!("{at}/32")],
-        "AllowedIPs": [format!("{at}/32")],
-        "Endpoints": node.endpoints,
-        "HomeDERP": node.home_derp,
-        "Hostinfo": {"OS": "linux", "Hostname": name},
-        "Cap": 115,
-        "Online": true,
-        "MachineAuthorized": true,
-    });
-    told.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-    serde_json::json!({ "PeersChanged": [told] })
-}
-
-async fn kinds(stock: &Stock) {
-    let ip = make_underlay().await;
-    let devnet = start_devnet(&stock.dir, ip, DnsSettings::default()).await;
-    let _echo = serve_echo().await;
-    let mut pod = Pod::make(&stock.dir, "pod").await;
-    let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() }).secret;
-    let join = Join {
-        control_url: devnet.https_url(),
-        ca_pem: devnet.ca_pem().to_owned(),
-        auth_key: Some(key),
-        addresses: vec![ip],
-    };
-    let ours = pod.join(&join).await[0];
-    let node = stock.join("stock", &devnet, &[]).await;
-    let theirs = node.address().await;
-    let id = |name: &str| devnet.node(name).unwrap().id;
-    let reaches = async |to: IpAddr| {
-        probe(&pod, ours, SocketAddr::new(to, ECHO_PORT), 1, Duration::from_millis(1)).await.answered == 1
-    };
-    let pings = async |kind: &str, to: IpAddr| node.ping(&[kind], to).await.contains("pong from");
-    until("they know each other", async || reaches(theirs).await).await;
-    let plain = serde_json::json!({});
-
-    // The pod is somebody else in stock's eyes, then stock in the pod's.
-    let mask: IpAddr = "100.99.0.1".parse().unwrap();
-    let as_mask = serde_json::json!({ "SelfNodeV4MasqAddrForThisPeer": mask });
-    assert!(devnet.tell(id("stock"), told(&devnet, "pod", mask, &plain)));
-    assert!(devnet.tell(id("pod"), told(&devnet, "stock", theirs, &as_mask)));
-    until("the masked pod reaches stock", async || reaches(theirs).await).await;
-    for kind in ["--icmp", "--tsmp"] {
-        assert!(pings(kind, mask).await, "{kind}: {}", node.log());
-    }
-    assert!(devnet.tell(id("stock"), told(&devnet, "pod", ours, &as_mask)));
-    assert!(devnet.tell(id("pod"), told(&devnet, "stock", mask, &plain)));
-    until("the pod reaches masked stock", async || reaches(mask).await).await;
-    for kind in ["--icmp", "--tsmp"] {
-        assert!(pings(kind, ours).await, "{kind}: {}", node.log());
-    }
-
-    // Jailed: it answers, and opens nothing.
-    let jailed = serde_json::json!({ "IsJailed": true });
-    assert!(devnet.tell(id("stock"), told(&devnet, "pod", ours, &plain)));
-    assert!(devnet.tell(id("pod"), told(&devnet, "stock", theirs, &jailed)));
-    until("the jail is in force", async || !pings("--icmp", ours).await).await;
-    assert!(reaches(theirs).await && pings("--tsmp", ours).await);
-    assert!(devnet.tell(id("pod"), told(&devnet, "stock", theirs, &plain)));
-    assert!(devnet.tell(id("stock"), told(&devnet, "pod", ours, &jailed)));
-    until("the other jail is in force", async || !reaches(theirs).await).await;
-    until("out of ours", async || pings("--icmp", ours).await).await;
-
-    // Refused connections are told of, each way.
-    let nothing = || serde_json::json!({ "PacketFilters": { "*": null } });
-    assert!(devnet.tell(id("pod"), nothing()));
-    assert!(devnet.tell(id("stock"), told(&devnet, "pod", ours, &plain)));
-    let metrics = async || pod.client().metrics(patient()).await.unwrap();
-    until("stock is told that it is refused", async || {
-        let knock = ["nc", &ours.to_string(), "22"];
-        let _ = tokio::time::timeout(Duration::from_secs(1), node.run(&knock)).await;
-        metrics().await.rejects_sent > 0
-    })
-    .await;
-    assert_eq!(metrics().await.filter_rules, 0);
-    let flow = Flow { src: theirs, dst: ours, protocol: 6, src_port: 9, dst_port: 22 };
-    let verdict = pod.client().why(patient(), flow).await.unwrap().unwrap();
-    assert_eq!((verdict.decision, verdict.reason.as_str()), (Decision::Drop, "filter"));
-    assert_eq!(verdict.peer.as_deref(), Some("stock.tailnet.test"));
-    assert!(devnet.tell(id("stock"), nothing()));
-    until("the pod is told that it is refused", async || {
-        let to = SocketAddr::new(theirs, 22);
-        let second = Duration::from_secs(1);
-        let _ = pod.link.pod.run(move || std::net::TcpStream::connect_timeout(&to, second)).await;
-        metrics().await.rejects_received > 0
-    })
-    .await;
-    let flow = Flow { src: ours, dst: theirs, ..flow };
-    let verdict = pod.client().why(patient(), flow).await.unwrap().unwrap();
-    assert_eq!((verdict.decision, verdict.reason.as_str()), (Decision::RefusedByPeer, "acl"));
 }
