@@ -131,6 +131,10 @@ impl Peer {
         self.hosts().any(|host| host == ip)
     }
 
+    fn is_at(&self, at: SocketAddr) -> bool {
+        self.facts.endpoints().any(|endpoint| endpoint == at)
+    }
+
     /// Its own addresses, as far as control lets it have them.
     fn hosts(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.facts.granted().filter(|net| net.prefix_len() == net.max_prefix_len()).map(|net| net.addr())
@@ -186,6 +190,8 @@ pub(crate) struct PeerTable {
     by_key: Index,
     by_disco: Index,
     by_host: Index,
+    /// Of several with the same endpoint, as behind like routers, one.
+    by_endpoint: Index,
     /// Peers whose address a later one has as well, until that goes. A sane server names none.
     shadowed: Vec<(IpAddr, Slot)>,
     routes: RouteTable,
@@ -225,6 +231,11 @@ impl PeerTable {
             Some(slot) => Some(slot),
             None => self.routes.find(ip),
         }
+    }
+
+    /// A peer that may be reached there, by what control says.
+    pub(crate) fn by_endpoint(&self, at: SocketAddr) -> Option<Slot> {
+        self.by_endpoint.get(&at, |slot| self.get(slot).is_some_and(|peer| peer.is_at(at)))
     }
 
     pub(crate) fn routes_ref(&self) -> &RouteTable {
@@ -387,6 +398,10 @@ impl PeerTable {
         if !peer.disco.is_zero() {
             self.by_disco.set(&peer.disco, slot, |at| get(at).is_some_and(|other| other.disco == peer.disco));
         }
+        for endpoint in peer.facts.endpoints() {
+            let has = |at| get(at).is_some_and(|other| other.is_at(endpoint));
+            self.by_endpoint.set(&endpoint, slot, has);
+        }
         for ip in peer.hosts() {
             let has = |at| get(at).is_some_and(|other| other.has_host(ip));
             if let Some(other) = self.by_host.get(&ip, has).filter(|other| *other != slot)
@@ -405,6 +420,9 @@ impl PeerTable {
         self.by_disco.unset(&peer.disco, slot);
         for ip in peer.hosts() {
             self.by_host.unset(&ip, slot);
+        }
+        for endpoint in peer.facts.endpoints() {
+            self.by_endpoint.unset(&endpoint, slot);
         }
         if !self.shadowed.is_empty() {
             self.give_back(slot, peer);
@@ -434,7 +452,8 @@ impl PeerTable {
             self.slots.shrink_to(end + end / 8);
             self.free.shrink_to_fit();
         }
-        for index in [&mut self.by_id, &mut self.by_key, &mut self.by_disco, &mut self.by_host] {
+        let indices = [&mut self.by_id, &mut self.by_key, &mut self.by_disco, &mut self.by_host];
+        for index in indices.into_iter().chain([&mut self.by_endpoint]) {
             index.shrink();
         }
     }

@@ -72,6 +72,7 @@ impl Driver {
                 .chain(self.drops.named())
                 .chain(names)
                 .chain(crate::refused::named())
+                .chain(odd_map(counters))
                 .chain(log)
                 .map(|(why, n)| (why.to_owned(), n))
                 .collect(),
@@ -136,7 +137,8 @@ impl Driver {
 
     fn refused_counts(&self) -> impl Iterator<Item = (&'static str, u64)> {
         let bad = self.engine.counters().drops().filter(|(why, _)| why.is_bad_input());
-        bad.map(|(why, n)| (why.name(), n)).chain(self.engine.dns_counts()).chain(crate::refused::named())
+        let bad = bad.map(|(why, n)| (why.name(), n)).chain(self.engine.dns_counts());
+        bad.chain(crate::refused::named()).chain(odd_map(self.engine.counters()))
     }
 
     pub(super) fn peers(&self, now: Instant) -> Vec<PeerStatus> {
@@ -147,7 +149,21 @@ impl Driver {
 fn meaning(reason: &str) -> &'static str {
     let of_packets =
         || core::DropReason::ALL.iter().find(|why| why.name() == reason).map(|why| why.meaning());
-    crate::refused::meaning(reason).or_else(|| dns::meaning(reason)).or_else(of_packets).unwrap_or_default()
+    let of_map = || ODD_MAP.iter().find(|(name, _)| *name == reason).map(|(_, meaning)| *meaning);
+    let known = crate::refused::meaning(reason).or_else(|| dns::meaning(reason));
+    known.or_else(of_packets).or_else(of_map).unwrap_or_default()
+}
+
+/// What the core passes over in netmaps.
+const ODD_MAP: [(&str, &str); 2] = [
+    ("control_map_part", "an element of a netmap that makes no sense or is over a bound"),
+    ("control_map_unknown_peer", "news of a peer that the netmap does not have"),
+];
+
+/// How much of that there was.
+fn odd_map(counters: &core::Counters) -> impl Iterator<Item = (&'static str, u64)> {
+    let counts = [counters.map_ignored, counters.map_unknown];
+    ODD_MAP.iter().zip(counts).map(|((name, _), n)| (*name, n)).filter(|(_, n)| *n > 0)
 }
 
 fn state(membership: &Membership, trouble: &str, core: &Status) -> NodeState {
@@ -272,5 +288,15 @@ mod tests {
             let state = format!("{:?}", state(&membership, trouble, &core));
             assert!(state.contains(expected), "{membership:?}: {state} should say {expected}");
         }
+    }
+
+    #[test]
+    fn what_the_core_passes_over_in_a_netmap_has_a_name_and_a_meaning() {
+        let mut counters = core::Counters::default();
+        (counters.map_ignored, counters.map_unknown) = (3, 5);
+        let counts: Vec<_> = odd_map(&counters).collect();
+        assert_eq!(counts, [("control_map_part", 3), ("control_map_unknown_peer", 5)]);
+        assert!(counts.iter().all(|(name, _)| !meaning(name).is_empty()));
+        assert_eq!(odd_map(&core::Counters::default()).count(), 0);
     }
 }

@@ -376,6 +376,8 @@ pub struct Counters {
     pub last_handshake: Option<UnixTime>,
     /// Parts of map messages that made no sense or were over a bound.
     pub map_ignored: u64,
+    /// News of peers that the netmap does not have.
+    pub map_unknown: u64,
     pub(crate) drops: [u64; DropReason::ALL.len()],
     /// Sum of `drops`.
     pub(crate) dropped: u64,

@@ -66,6 +66,7 @@ impl Engine {
 
     pub(super) fn apply_peers(&mut self, changes: PeerChanges, now: Instant, out: &mut Outbox) {
         self.counters.map_ignored += changes.ignored;
+        self.counters.map_unknown += changes.unknown;
         self.follow_routes(&changes);
         if changes.changed.is_empty() && changes.removed.is_empty() {
             return;

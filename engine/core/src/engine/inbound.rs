@@ -384,10 +384,11 @@ impl Engine {
         }
         let slot = match via {
             Via::Derp(_, source) => self.peers.by_key(&source),
-            Via::Udp(from) => self.peers.iter().find_map(|(slot, peer)| {
-                let best = peer.active.as_ref().and_then(|a| a.path.best());
-                (best == Some(from) || peer.facts.endpoints().any(|at| at == from)).then_some(slot)
-            }),
+            Via::Udp(from) => {
+                let best = |slot| self.peers.get(slot)?.active.as_ref()?.path.best();
+                let mut active = self.by_index.values().copied();
+                active.find(|slot| best(*slot) == Some(from)).or_else(|| self.peers.by_endpoint(from))
+            }
         };
         let Some(slot) = slot.filter(|slot| self.activate(*slot, now)) else { return };
         if let Via::Derp(region, _) = via

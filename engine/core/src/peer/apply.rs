@@ -54,6 +54,8 @@ pub(crate) struct PeerChanges {
     pub(crate) moved: Vec<Slot>,
     /// Elements that made no sense or were too much.
     pub(crate) ignored: u64,
+    /// News of peers that are not there.
+    pub(crate) unknown: u64,
 }
 
 impl PeerChanges {
@@ -138,7 +140,7 @@ impl PeerTable {
             }
         }
         // Nothing of what carries packets depends on when a peer was last seen.
-        changes.ignored += count(message.peer_seen_change.keys().filter(|id| self.known(**id).is_none()));
+        changes.unknown += count(message.peer_seen_change.keys().filter(|id| self.known(**id).is_none()));
         for (id, online) in &message.online_change {
             let patch = PeerChange { node_id: *id, online: Some(*online), ..PeerChange::default() };
             self.patch(&patch, wall, now, changes);
@@ -211,7 +213,7 @@ impl PeerTable {
     fn patch(&mut self, patch: &PeerChange, wall: UnixTime, now: Instant, changes: &mut PeerChanges) {
         let caps = patch.cap_map.as_ref().map(|caps| self.caps.of(caps));
         let Some(old) = self.known(patch.node_id).and_then(|slot| self.get(slot)) else {
-            changes.ignored += 1;
+            changes.unknown += 1;
             return;
         };
         let (facts, cut) = match &patch.endpoints {

@@ -83,6 +83,7 @@ struct Change {
     any: bool,
     removed: Vec<u64>,
     ignored: u64,
+    unknown: u64,
 }
 
 fn message(value: Value) -> MapResponse {
@@ -134,7 +135,7 @@ impl Map {
         let mut removed: Vec<u64> = changes.removed.iter().map(|(id, ..)| id.0).collect();
         removed.sort_unstable();
         let any = !changes.changed.is_empty() || !removed.is_empty();
-        Change { any, removed, ignored: changes.ignored }
+        Change { any, removed, ignored: changes.ignored, unknown: changes.unknown }
     }
 
     /// Every look-up finds every peer, and the counts are right.
@@ -143,6 +144,11 @@ impl Map {
             assert_eq!(self.peers.slot(peer.id), Some(slot));
             assert_eq!(self.peers.by_key(&peer.key), Some(slot));
             assert!(peer.hosts().all(|ip| self.peers.by_ip(ip) == Some(slot)));
+            for at in peer.facts.endpoints() {
+                assert!(
+                    self.peers.by_endpoint(at).is_none_or(|slot| self.peers.get(slot).unwrap().is_at(at))
+                );
+            }
             peer.facts.as_bytes().len()
         });
         assert_eq!(
@@ -191,7 +197,7 @@ fn a_first_message_is_judged_by_the_same_rules() {
     assert_eq!(map.ids(), [2, 3], "Peers silences the deltas beside it");
     map.begin_session();
     let change = map.apply(json!({"Node": wire(1), "PeersChanged": [wire(4)], "OnlineChange": {"2": true}}));
-    assert_eq!((map.ids(), change.ignored), (vec![4], 1), "what was not mentioned is gone");
+    assert_eq!((map.ids(), change.unknown), (vec![4], 1), "what was not mentioned is gone");
 }
 
 #[test]
@@ -222,7 +228,7 @@ fn deltas_apply_in_the_protocols_order() {
     assert_eq!(map.ids(), [2, 4], "removed first, then added again");
     assert_eq!((map.peer(2).home.0, map.peer(2).online), (9, Some(true)), "patched last");
     assert_eq!(change.removed, [3], "2 is not gone");
-    assert_eq!(change.ignored, 2, "two unknown peers named");
+    assert_eq!((change.ignored, change.unknown), (0, 2), "two unknown peers named");
 }
 
 #[test]
