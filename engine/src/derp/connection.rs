@@ -98,8 +98,7 @@ impl Connection {
             let random = getrandom::u64().unwrap_or(u64::MAX / 2);
             let jitter = f64::from(u32::try_from(random >> 32).unwrap_or(u32::MAX)) / f64::from(u32::MAX);
             let wait = backoff.next(random).min(RECONNECT_MAX.mul_f64(0.5 + 0.5 * jitter));
-            // The hint differs between clients, so that they do not come back all at once.
-            let wait = hint.map_or(wait, |hint| hint.min(RESTART_HINT_MAX));
+            let wait = rest(wait, hint);
             complaints.say(&error.to_string(), wait, |error, wait_ms| {
                 let (region, code) = (self.region.0, &servers.region_code);
                 tracing::warn!(region, code, error, wait_ms, "no DERP connection; trying again");
@@ -269,6 +268,12 @@ impl Connection {
     }
 }
 
+/// How long to stay away. A hint differs between clients, so that they do not come back all at once; a server
+/// that hints again and again at no time at all is not hurried back to.
+fn rest(backoff: Duration, hint: Option<Duration>) -> Duration {
+    hint.map_or(backoff, |hint| hint.min(RESTART_HINT_MAX).max(backoff))
+}
+
 async fn write_all(
     mut stream: impl AsyncWrite + Unpin,
     packets: &mut mpsc::Receiver<Packet>,
@@ -395,7 +400,10 @@ fn parse_hash(text: &str) -> Option<[u8; 32]> {
 #[cfg(test)]
 mod tests {
     use podtether_core::derp;
+    use serde_json::json;
+    use tokio::net::TcpListener;
 
+    use super::super::Regions;
     use super::*;
     use crate::resolve::Resolver;
     use crate::tls::Tls;
@@ -475,5 +483,50 @@ mod tests {
         for bad in ["", "0f", &"0g".repeat(32), &"é".repeat(32)] {
             assert!(trust(&node(&format!("{PIN_PREFIX}{bad}"), false)).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_hint_lengthens_the_wait_and_never_shortens_it() {
+        let ms = Duration::from_millis;
+        for (backoff, hint, wait) in [
+            (ms(10), None, ms(10)),
+            (ms(10), Some(ms(1)), ms(10)),
+            (ms(4000), Some(ms(1)), ms(4000)),
+            (ms(10), Some(ms(700)), ms(700)),
+            (ms(10), Some(ms(3_600_000)), RESTART_HINT_MAX),
+        ] {
+            assert_eq!(rest(backoff, hint), wait);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_relay_that_hangs_up_at_once_is_asked_ever_less_often() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let servers: DerpRegion =
+            serde_json::from_value(json!({"RegionID": 1, "RegionCode": "r1", "Nodes": [
+            {"Name": "1a", "RegionID": 1, "HostName": "relay.test", "IPv4": "127.0.0.1",
+             "DERPPort": listener.local_addr().unwrap().port()}]}))
+            .unwrap();
+        let dialer = Dialer { resolver: Resolver::default(), tls: Tls::new("").unwrap(), proxy: None };
+        let mut regions = Regions::new(NodePrivate::from_bytes([7; 32]));
+        regions.connect(RegionId(1), servers, &dialer);
+        let (mut accepted, mut tries) = (0, Vec::new());
+        while tries.len() < 10 {
+            tokio::select! {
+                socket = listener.accept() => {
+                    drop(socket.unwrap());
+                    accepted += 1;
+                }
+                message = regions.message() => {
+                    assert!(matches!(message.event, Event::Disconnected), "{message:?}");
+                    tries.push(Instant::now());
+                }
+            }
+        }
+        for (n, pair) in (1_u64..).zip(tries.windows(2)) {
+            let wait = pair[1] - pair[0];
+            assert!(wait >= Duration::from_millis(n * n * 5), "wait {n} was {wait:?}");
+        }
+        assert!((10..=20).contains(&accepted), "{accepted} connections in ten tries");
     }
 }
