@@ -131,6 +131,54 @@ fn a_greedy_map_is_cut_and_counted() {
     assert_eq!(engine.counters().map_ignored, 200 * (1 + 9968 + 2000));
 }
 
+/// What a change of one of the filter's named chunks costs beside forty others, under policies that name
+/// thousands of peers by their addresses: hundreds of peers a group, and a tenth of all in some rules.
+#[test]
+fn what_a_filter_change_costs() {
+    let now = Instant::now();
+    for peers in SIZES {
+        let mut engine = engine(peers, now);
+        let addresses = |from: u32, count: u32| -> Vec<String> {
+            let own = |n: u32| {
+                let [_, _, high, low] = (n % peers).to_be_bytes();
+                [format!("100.65.{high}.{low}"), format!("fd7a:115c:a1e0::{:x}", n % peers)]
+            };
+            // Every other, so that they do not melt into ranges.
+            (from..from + count).flat_map(|n| own(n * 2)).collect()
+        };
+        let rules = |chunk: u32| {
+            json!([
+                {"SrcIPs": addresses(chunk * 37, peers / 20), "DstPorts": [
+                    {"IP": "100.64.0.1/32", "Ports": {"First": 8000 + chunk, "Last": 8000 + chunk}},
+                    {"IP": "fd7a:115c:a1e0::1/128", "Ports": {"First": 8000 + chunk, "Last": 8000 + chunk}}]},
+                {"SrcIPs": addresses(0, peers / 10), "IPProto": [6], "DstPorts": [
+                    {"IP": "*", "Ports": {"First": 443, "Last": 443}}]}])
+        };
+        let chunks: serde_json::Map<_, _> = (0..40).map(|n| (format!("group-{n}"), rules(n))).collect();
+        let whole = json!({"PacketFilters": chunks}).to_string();
+        let text = whole.len();
+        let decoding = Instant::now();
+        let (message, skipped) = MapResponse::from_json(whole.as_bytes()).expect("a message");
+        let decoded = decoding.elapsed();
+        assert_eq!(skipped, 0);
+        apply(&mut engine, message, now);
+        let mut fastest = Duration::MAX;
+        for turn in 0..5 {
+            let one = json!({"PacketFilters": {"group-7": rules(41 + turn)}}).to_string();
+            let (message, _) = MapResponse::from_json(one.as_bytes()).expect("a message");
+            let began = Instant::now();
+            apply(&mut engine, message, now);
+            fastest = fastest.min(began.elapsed());
+        }
+        let rules = engine.gauges(now).filter_rules;
+        println!(
+            "{peers} peers, {rules} rules of {text} bytes of JSON: decoded in {decoded:?}, a chunk changed in {fastest:?}"
+        );
+        assert!(rules >= 80);
+        assert!(fastest < Duration::from_secs(2), "{fastest:?}");
+    }
+}
+
 /// Traffic of ten peers beside ten thousand idle ones takes the path of a small tailnet's.
 #[test]
 fn packets_and_timers_look_only_at_active_peers() {
