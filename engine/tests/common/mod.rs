@@ -206,6 +206,11 @@ impl Pod {
         client
     }
 
+    /// Where engines keep their snapshot.
+    pub fn snapshot_file(&self) -> &File {
+        &self.snapshot
+    }
+
     /// The UDP port of the engine's IPv4 socket.
     pub fn port(&self) -> u16 {
         self.udp4.local_addr().unwrap().port()
