@@ -18,8 +18,8 @@ use crate::wait_for;
 const PORTS: [u16; 4] = [22, 80, 443, 8080];
 /// As long as nobody answers.
 const SILENCE: Duration = Duration::from_millis(700);
-/// As long as a node may need to take a policy up.
-const SETTLING: Duration = Duration::from_secs(25);
+/// As long as nodes may need to take a policy up, and to speak again with whom the one before hid from them.
+const SETTLING: Duration = Duration::from_secs(60);
 
 /// A generator whose whole run follows from its seed (splitmix64).
 struct Chance(u64);
