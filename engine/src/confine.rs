@@ -7,8 +7,7 @@
 use caps::{CapSet, Capability};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::signal::Signal;
-use nix::unistd::{Gid, Pid, Uid, getppid, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 /// Ids to change to; present when the supervisor found them mapped.
 #[derive(Debug, Clone, Copy, Default)]
@@ -31,16 +30,14 @@ pub(crate) struct Report {
 pub(crate) enum ConfineError {
     #[error("{step}: {error}")]
     Step { step: &'static str, error: String },
-    #[error("the supervisor (pid {0}) has ended")]
-    Orphaned(Pid),
 }
 
 fn step<T, E: std::fmt::Display>(step: &'static str, result: Result<T, E>) -> Result<T, ConfineError> {
     result.map_err(|error| ConfineError::Step { step, error: error.to_string() })
 }
 
-/// The whole of it. `parent` is the supervisor as it was when this process started.
-pub(crate) fn confine(ids: Ids, parent: Pid) -> Result<Report, ConfineError> {
+/// The whole of it.
+pub(crate) fn confine(ids: Ids) -> Result<Report, ConfineError> {
     let mut report = Report::default();
 
     // Capabilities that a later execve could give back go first: dropping them needs CAP_SETPCAP,
@@ -69,12 +66,8 @@ pub(crate) fn confine(ids: Ids, parent: Pid) -> Result<Report, ConfineError> {
     // Keys must reach neither a core file nor another process of the same uid.
     step("set_dumpable", prctl::set_dumpable(false))?;
     step("RLIMIT_CORE", setrlimit(Resource::RLIMIT_CORE, 0, 0))?;
-
-    // A change of ids clears it, so it comes after; the parent may have ended before it was set.
-    step("pdeathsig", prctl::set_pdeathsig(Signal::SIGKILL))?;
-    if getppid() != parent {
-        return Err(ConfineError::Orphaned(parent));
-    }
+    // The pod's link must not end with the supervisor, whoever started this process.
+    step("pdeathsig", prctl::set_pdeathsig(None))?;
     Ok(report)
 }
 

@@ -62,13 +62,21 @@ const SNAPSHOT_PAUSE: Duration = Duration::from_secs(3);
 const MAX_LOOKUPS: usize = 16;
 
 const NO_IDENTITY: &str = "the engine has no identity yet";
+/// An engine that nobody gave an identity by then belongs to a supervisor that died while starting it.
+const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
 /// Serves commands until a start request is good, then runs the node to its end.
 pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<Command>) -> Ending {
     let mut link = Some(link);
+    let until = tokio::time::Instant::now() + STARTED_WITHIN;
     loop {
-        let Some(command) = commands.recv().await else {
-            return Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more");
+        let command = match tokio::time::timeout_at(until, commands.recv()).await {
+            Ok(Some(command)) => command,
+            Ok(None) => return Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more"),
+            Err(_) => {
+                let reason = format!("nobody started this engine within {} s", STARTED_WITHIN.as_secs());
+                return Ending::new(EngineExit::Orphaned, reason);
+            }
         };
         match command {
             Command::Start(request, answer) => {

@@ -30,6 +30,7 @@ pub(crate) fn init() {
         .ok()
         .and_then(|text| EnvFilter::try_new(text).ok())
         .unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
+    keep_stderr();
     let Ok(out) = Output::stdout() else { return };
     // A second call (tests) keeps the first subscriber.
     let _ = tracing_subscriber::fmt()
@@ -65,6 +66,23 @@ impl Complaints {
     }
 }
 
+/// What the runtime and a panic write must not block either, nor be lost while no supervisor reads it.
+fn keep_stderr() {
+    static READER: std::sync::OnceLock<Option<OwnedFd>> = std::sync::OnceLock::new();
+    let Ok(pipe) = io::stderr().as_fd().try_clone_to_owned() else { return };
+    // A terminal's mode is its other users' as well.
+    let Some(reader) = reader_of(&pipe) else { return };
+    if non_blocking(&pipe).is_ok() {
+        let _ = READER.set(Some(reader));
+    }
+}
+
+fn non_blocking(pipe: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_truncate(fcntl(pipe, FcntlArg::F_GETFL)?);
+    fcntl(pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
 struct Output {
     pipe: OwnedFd,
     /// End of a line that was cut.
@@ -80,8 +98,7 @@ impl Output {
     }
 
     fn new(pipe: OwnedFd) -> io::Result<Self> {
-        let flags = OFlag::from_bits_truncate(fcntl(&pipe, FcntlArg::F_GETFL)?);
-        fcntl(&pipe, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        non_blocking(&pipe)?;
         Ok(Self { _reader: reader_of(&pipe), pipe, rest: Vec::new() })
     }
 

@@ -26,13 +26,12 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use nix::unistd::Pid;
 use podtether_proto::exit::EngineExit;
 use podtether_proto::fds as descriptor;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use confine::{ConfineError, Ids};
+use confine::Ids;
 use fds::Descriptors;
 use reason::{Ending, ReasonFile};
 
@@ -40,7 +39,6 @@ use reason::{Ending, ReasonFile};
 const LAST_ANSWER: Duration = Duration::from_millis(20);
 
 fn main() -> ExitCode {
-    let parent = supervisor();
     let supervisor_uid = nix::unistd::getuid().as_raw();
     let named = std::env::var(descriptor::ENV).ok();
     // SAFETY: first thing in the process; nothing has opened a descriptor yet.
@@ -58,23 +56,16 @@ fn main() -> ExitCode {
         }
     };
     let reason = ReasonFile::new(descriptors.reason.take());
-    let ending = match confine::confine(ids(), parent) {
+    let ending = match confine::confine(ids()) {
         Ok(report) => {
             tracing::debug!(?report, "confined");
             run(descriptors, supervisor_uid).unwrap_or_else(|error| {
                 Ending::new(EngineExit::BadConfig, format!("the engine cannot start: {error:#}"))
             })
         }
-        Err(error @ ConfineError::Orphaned(_)) => Ending::new(EngineExit::Orphaned, error.to_string()),
         Err(error) => Ending::new(EngineExit::Sandbox, format!("the engine cannot confine itself: {error}")),
     };
     reason.finish(&ending)
-}
-
-/// Who has to be this process's parent. What `getppid` says here may be another process already.
-fn supervisor() -> Pid {
-    let named = std::env::var(podtether_proto::fds::SUPERVISOR_PID).ok().and_then(|text| text.parse().ok());
-    named.map_or_else(nix::unistd::getppid, Pid::from_raw)
 }
 
 /// Ids that the supervisor found mapped.

@@ -20,7 +20,7 @@ pub enum EngineExit {
     Sandbox = 70,
     /// A kernel object is gone (the TUN's namespace, a socket). Rebuild the link, then start again.
     LinkLost = 71,
-    /// The supervisor that this engine belonged to has ended.
+    /// Nobody gave this engine an identity: its supervisor died while starting it.
     Orphaned = 72,
 }
 

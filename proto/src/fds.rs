@@ -4,9 +4,6 @@
 
 /// Environment variable with the names, for example `rpc:tun:udp4:udp6:dns:dns:dns-tcp:dns-tcp:snapshot:reason`.
 pub const ENV: &str = "PODTETHER_FDS";
-/// Environment variable with the pid of the supervisor: an engine whose parent is another process by the
-/// time it looks has lost its supervisor while it was being started, and ends.
-pub const SUPERVISOR_PID: &str = "PODTETHER_SUPERVISOR_PID";
 /// Number of the first named descriptor.
 pub const FIRST_FD: i32 = 3;
 

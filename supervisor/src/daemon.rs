@@ -69,9 +69,8 @@ pub async fn run(config: Config) -> Result<()> {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };
-    tracing::info!("stopping ({why}): engines end, links and records stay");
+    tracing::info!("stopping ({why}): engines, links and records stay");
     ready.store(false, Ordering::Relaxed);
-    // No new calls while the engines end.
     drop(socket);
     table.stop().await;
     Ok(())

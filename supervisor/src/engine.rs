@@ -116,9 +116,29 @@ impl Home {
         Ok(file.into())
     }
 
+    /// Notes that the pod's questions for names are led to the engine `pid`, for a later supervisor.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn note_intercepting(&self, pid: u32) -> io::Result<()> {
+        std::fs::write(self.dir.join("intercepting"), pid.to_string())
+    }
+
+    /// Whether that was noted of `pid`.
+    #[must_use]
+    pub fn is_intercepting(&self, pid: u32) -> bool {
+        std::fs::read_to_string(self.dir.join("intercepting")).is_ok_and(|text| text == pid.to_string())
+    }
+
     /// Forgets what the engine had learnt: its identity is another one now.
     pub fn drop_snapshot(&self) {
         let _ = std::fs::remove_file(self.dir.join("snapshot"));
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// Path of the socket.
@@ -164,7 +184,7 @@ impl<M> Reports<M> {
     }
 }
 
-/// Lives as long as the engine: gives it its identity, watches it, and reports.
+/// Lives as long as an engine that was just born: gives it its identity, watches it, and reports.
 pub async fn attend<M>(
     process: Arc<Process>,
     child: Child,
@@ -182,17 +202,44 @@ pub async fn attend<M>(
             verdict = session => verdict,
         }
     };
+    conclude(&process, &home, verdict, first_answer, &reports).await;
+}
+
+/// As [`attend`], for an engine that an earlier supervisor had started at `since`.
+pub async fn attend_adopted<M>(
+    process: Arc<Process>,
+    client: EngineClient,
+    home: Home,
+    since: Instant,
+    reports: Reports<M>,
+) {
+    let verdict = tokio::select! {
+        biased;
+        ended = process.ended() => Verdict::Died(ended),
+        verdict = follow(&client, &reports) => verdict,
+    };
+    conclude(&process, &home, verdict, Some(since), &reports).await;
+}
+
+/// Sees that the process is gone, and reports how it went.
+async fn conclude<M>(
+    process: &Process,
+    home: &Home,
+    verdict: Verdict,
+    first_answer: Option<Instant>,
+    reports: &Reports<M>,
+) {
     let answered = first_answer.map(|at: Instant| at.elapsed());
     let (mut ended, mut reason) = match verdict {
         Verdict::Died(ended) => (ended, String::new()),
         // The connection goes a moment before the process does: let it say itself how it ended.
         Verdict::Lost(why) => match tokio::time::timeout(Duration::from_millis(200), process.ended()).await {
             Ok(ended) => (ended, String::new()),
-            Err(_) => (kill(&process).await, why),
+            Err(_) => (kill(process).await, why),
         },
-        Verdict::Silent(why) => (kill(&process).await, why),
+        Verdict::Silent(why) => (kill(process).await, why),
         Verdict::Refused(why) => {
-            kill(&process).await;
+            kill(process).await;
             (Ended::Exit(EngineExit::BadConfig), why)
         }
     };
@@ -259,9 +306,13 @@ async fn session<M>(
         Err(e) => return broken("start", &e),
     }
     reports.send(Event::Started(hello, client.clone())).await;
+    follow(&client, reports).await
+}
+
+async fn follow<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
     tokio::select! {
-        verdict = watch(&client, reports) => verdict,
-        verdict = heartbeat(&client) => verdict,
+        verdict = watch(client, reports) => verdict,
+        verdict = heartbeat(client) => verdict,
     }
 }
 

@@ -4,6 +4,7 @@
 //! what is wanted and what is there ([`plan`]); each step runs as its own task and reports back, so
 //! pods never wait for each other and create, restart, recover and leave are the same code.
 
+pub mod adopt;
 pub mod config;
 pub mod context;
 pub mod credentials;
@@ -25,4 +26,5 @@ pub mod restart;
 pub mod routing;
 pub mod spawn;
 pub mod table;
+pub mod trace;
 pub mod underlay;

@@ -33,6 +33,8 @@ pub struct Counters {
     pub mints: IntCounter,
     /// Ends of engines nobody asked for, by kind.
     pub engine_exits: IntCounterVec,
+    /// Engines looked for that an earlier supervisor may have left, by what was found.
+    pub adoptions: IntCounterVec,
     /// Time from an engine's death to its successor's start.
     pub recovery_seconds: Histogram,
     /// What callers sent and files held that cannot be used.
@@ -78,7 +80,14 @@ impl Counters {
         let refused = IntCounterVec::new(options, &["reason"])?;
         registry.register(Box::new(refused.clone()))?;
         let refused = Refused::new(refused);
+        let options = Opts::new(
+            "podtether_engine_adoptions_total",
+            "Engines of an earlier supervisor, by what was found.",
+        );
+        let adoptions = IntCounterVec::new(options, &["found"])?;
+        registry.register(Box::new(adoptions.clone()))?;
         Ok(Counters {
+            adoptions,
             registry,
             adds,
             adds_failed,

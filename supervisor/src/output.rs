@@ -10,8 +10,10 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use podtether_proto::engine::PodRef;
 use serde_json::Value;
+use tokio::net::unix::pipe;
 use tokio::process::Child;
 use tokio_process_stream::{Item, ProcessChunkStream};
+use tokio_util::io::ReaderStream;
 use tracing::Level;
 
 use crate::distrust::Pace;
@@ -29,10 +31,51 @@ const TOLD_EVERY: Duration = Duration::from_secs(60);
 pub async fn relay(child: Child, pod: PodRef, process: Arc<Process>) {
     let pid = process.pid();
     let mut stream = ProcessChunkStream::from(child);
-    let mut out = Lines::default();
-    let mut err = Lines::default();
-    let mut quota = Quota::new();
+    let mut reader = Reader::new(pod, pid);
     while let Some(item) = stream.next().await {
+        match item {
+            Item::Stdout(chunk) => reader.push(OUT, &chunk),
+            Item::Stderr(chunk) => reader.push(ERR, &chunk),
+            Item::Done(Ok(status)) => process.reaped(status),
+            Item::Done(Err(error)) => tracing::warn!(pid, %error, "an engine could not be reaped"),
+        }
+    }
+    reader.finish();
+}
+
+/// Reads the output of an engine that is not this process's child, to its end.
+pub async fn relay_adopted(output: [pipe::Receiver; 2], pod: PodRef, pid: u32) {
+    let [out, err] = output.map(ReaderStream::new);
+    let (out, err) = (out.map(|chunk| (OUT, chunk)), err.map(|chunk| (ERR, chunk)));
+    let mut both = futures_util::stream::select(out, err);
+    let mut reader = Reader::new(pod, pid);
+    while let Some((from, chunk)) = both.next().await {
+        match chunk {
+            Ok(chunk) => reader.push(from, &chunk),
+            Err(error) => tracing::warn!(pid, %error, "an engine's output cannot be read"),
+        }
+    }
+    reader.finish();
+}
+
+const OUT: usize = 0;
+const ERR: usize = 1;
+
+/// What one engine writes, on its way into the log.
+struct Reader {
+    pod: PodRef,
+    pid: u32,
+    lines: [Lines; 2],
+    quota: Quota,
+}
+
+impl Reader {
+    fn new(pod: PodRef, pid: u32) -> Self {
+        Self { pod, pid, lines: Default::default(), quota: Quota::new() }
+    }
+
+    fn push(&mut self, from: usize, chunk: &[u8]) {
+        let Self { pod, pid, lines, quota } = self;
         let now = Instant::now();
         if let Some(missing) = quota.due(now) {
             let (namespace, name) = (&pod.namespace, &pod.name);
@@ -44,15 +87,14 @@ pub async fn relay(child: Child, pod: PodRef, process: Arc<Process>) {
                 "the engine writes too much; lines are missing"
             );
         }
-        match item {
-            Item::Stdout(chunk) => out.push(&chunk, |line| quota.pass(now, || log(line, &pod, pid))),
-            Item::Stderr(chunk) => err.push(&chunk, |line| quota.pass(now, || log(line, &pod, pid))),
-            Item::Done(Ok(status)) => process.reaped(status),
-            Item::Done(Err(error)) => tracing::warn!(pid, %error, "an engine could not be reaped"),
+        lines[from].push(chunk, |line| quota.pass(now, || log(line, pod, *pid)));
+    }
+
+    fn finish(mut self) {
+        for lines in &mut self.lines {
+            lines.finish(|line| log(line, &self.pod, self.pid));
         }
     }
-    out.finish(|line| log(line, &pod, pid));
-    err.finish(|line| log(line, &pod, pid));
 }
 
 /// How many lines of one engine go into the log.

@@ -31,7 +31,9 @@ pub enum Records {
 /// The link: namespace, veth, TUN, routes, and the descriptors the supervisor keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Link {
-    /// Nothing, or nobody looked.
+    /// An earlier supervisor may have left all or some of it, and nobody has looked yet.
+    Unknown,
+    /// Nothing.
     Absent,
     /// Everything is there.
     Up,
@@ -42,6 +44,8 @@ pub enum Link {
 /// The engine process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
+    /// Nobody has looked yet whether an earlier supervisor left one.
+    Unknown,
     /// None.
     None,
     /// None, and none may start before a time, or before somebody acts.
@@ -98,6 +102,8 @@ pub struct Observed {
 /// One step. Each can be run again after it was cut off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Step {
+    /// Take up the engine that an earlier supervisor left, if there is one.
+    Adopt,
     /// Write the records.
     Save,
     /// Make, repair or take over the link and the descriptors.
@@ -137,6 +143,10 @@ pub fn plan(wanted: Wanted, at: &Observed) -> Vec<Step> {
 
 fn attach(at: &Observed) -> Vec<Step> {
     let mut steps = Vec::new();
+    if at.engine == Engine::Unknown {
+        // It holds the link, or there is none: everything after depends on that.
+        return vec![Step::Adopt];
+    }
     // Before any kernel object exists, so that nothing made can be forgotten.
     if at.records == Records::Missing {
         steps.push(Step::Save);
@@ -189,6 +199,9 @@ fn attach(at: &Observed) -> Vec<Step> {
 
 fn leave(at: &Observed, logout: bool) -> Vec<Step> {
     let mut steps = Vec::new();
+    if at.engine == Engine::Unknown {
+        return vec![Step::Adopt];
+    }
     let engine_alive = matches!(at.engine, Engine::Starting | Engine::Running);
     let device_goes = logout && at.device;
     let engine_logs_out = device_goes && engine_alive && !at.logout_tried;
@@ -248,6 +261,8 @@ mod tests {
         let saved = Observed { records: Records::Saved, ..NEW };
         let crashed = Observed { engine: Engine::None, ..UP };
         let table: &[(&str, Observed, &[Step])] = &[
+            ("after another supervisor", Observed { engine: Engine::Unknown, ..UP }, &[Adopt]),
+            ("an engine was taken up", Observed { link: Link::Unknown, ..UP }, &[BuildLink]),
             ("new pod", NEW, &[Save, BuildLink, MintKey, StartEngine]),
             ("known device", Observed { key: Key::NotNeeded, ..NEW }, &[Save, BuildLink, StartEngine]),
             ("old sandbox holds the identity", Observed { identity_free: false, ..NEW }, &[Save, BuildLink]),
@@ -312,7 +327,14 @@ mod tests {
     fn leaving() {
         let dead = Observed { engine: Engine::None, ..UP };
         let table: &[(&str, Observed, bool, &[Step])] = &[
+            ("nobody has looked", Observed { engine: Engine::Unknown, ..UP }, true, &[Adopt]),
             ("running", UP, true, &[Logout, StopEngine, RemoveLink, Forget]),
+            (
+                "taken up and told to leave before its link was looked at",
+                Observed { link: Link::Unknown, ..UP },
+                false,
+                &[StopEngine, RemoveLink, Forget],
+            ),
             ("identity stays", UP, false, &[StopEngine, RemoveLink, Forget]),
             (
                 "logged out, but the server keeps the device",
@@ -342,8 +364,9 @@ mod tests {
 
     fn any_observed() -> impl Strategy<Value = Observed> {
         let records = prop_oneof![Just(Records::Missing), Just(Records::Stale), Just(Records::Saved)];
-        let link = prop_oneof![Just(Link::Absent), Just(Link::Up), Just(Link::Broken)];
+        let link = prop_oneof![Just(Link::Unknown), Just(Link::Absent), Just(Link::Up), Just(Link::Broken)];
         let engine = prop_oneof![
+            Just(Engine::Unknown),
             Just(Engine::None),
             Just(Engine::Held),
             Just(Engine::Starting),
@@ -371,6 +394,7 @@ mod tests {
     /// What a successful step changes.
     fn done(step: Step, at: &mut Observed) {
         match step {
+            Adopt => at.engine = Engine::Running,
             Save => at.records = Records::Saved,
             BuildLink => at.link = Link::Up,
             RotateKey => at.rotate = false,
@@ -411,7 +435,7 @@ mod tests {
         #[test]
         fn records_come_before_kernel_objects(start in any_observed()) {
             let steps = plan(Wanted::Attached, &start);
-            if start.records == Records::Missing {
+            if start.records == Records::Missing && start.engine != Engine::Unknown {
                 prop_assert_eq!(steps.first(), Some(&Save));
             }
         }

@@ -1,9 +1,8 @@
 //! Starts an engine process with exactly the descriptors it is given, and notices its end.
 //!
 //! The child inherits descriptors 0 to 2 and those named in [`fds::ENV`]; everything else is
-//! close-on-exec. It gets its own session, an environment of five variables, and is a child of the
-//! supervisor's main thread, which lives as long as the process (its parent-death signal is tied to
-//! that thread).
+//! close-on-exec. It gets its own session and an environment of five variables, and lives on when its
+//! supervisor does not; [`crate::trace`] is how the next one finds it.
 
 use std::ffi::OsString;
 use std::io;
@@ -33,6 +32,8 @@ pub struct Birth<'a> {
     pub fds: &'a [(&'static str, BorrowedFd<'a>)],
     /// Ids to change to; `None` where they are not mapped.
     pub uid: Option<u32>,
+    /// Where the process leaves its [trace](crate::trace).
+    pub home: &'a Path,
 }
 
 /// A living engine process, or one whose end nobody has asked about yet.
@@ -40,6 +41,8 @@ pub struct Birth<'a> {
 pub struct Process {
     pid: u32,
     pidfd: AsyncFd<OwnedFd>,
+    /// Only a parent learns how a process ended.
+    child: bool,
     /// Set by the first to learn it: who reaps the child takes its status away from the others.
     ended: OnceLock<Ended>,
 }
@@ -59,16 +62,15 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
         *slot = fd.as_raw_fd();
     }
     let count = birth.fds.len();
+    let trace = crate::trace::begin(birth.home, &names)?;
     let mut command = Command::new(birth.program);
     command
         .env_clear()
         .env(fds::ENV, names.join(":"))
-        .env(fds::SUPERVISOR_PID, std::process::id().to_string())
         .current_dir("/")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
+        .stderr(Stdio::piped());
     for (name, value) in passed_on() {
         command.env(name, value);
     }
@@ -80,15 +82,13 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
     unsafe {
         command.pre_exec(move || {
             nix::unistd::setsid()?;
+            crate::trace::sign(&trace)?;
             place(&mut sources, count)
         });
     }
     let child = command.spawn()?;
     let pid = child.id().ok_or_else(|| io::Error::other("the engine ended before it began"))?;
-    let pidfd = pidfd_open(pid)?;
-    // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives.
-    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
-    Ok((Process { pid, pidfd, ended: OnceLock::new() }, child))
+    Ok((Process::open(pid, true)?, child))
 }
 
 /// Variables an engine may see: how loudly it logs, and how it panics.
@@ -156,6 +156,42 @@ fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
 }
 
 impl Process {
+    /// The process that has `pid` now.
+    ///
+    /// # Errors
+    /// Nobody has it.
+    pub fn adopted(pid: u32) -> io::Result<Self> {
+        Self::open(pid, false)
+    }
+
+    fn open(pid: u32, child: bool) -> io::Result<Self> {
+        let pidfd = pidfd_open(pid)?;
+        // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives.
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+        Ok(Process { pid, pidfd, child, ended: OnceLock::new() })
+    }
+
+    /// A duplicate of the process's descriptor `number`.
+    ///
+    /// # Errors
+    /// It is not open, or the process may not be looked into.
+    pub fn descriptor(&self, number: RawFd) -> io::Result<OwnedFd> {
+        // SAFETY: takes integers, returns a descriptor or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, self.pidfd.get_ref().as_raw_fd(), number, 0) };
+        let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Whether it has ended already.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        gone(self.pidfd.get_ref().as_fd())
+    }
+
     /// Its pid.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -170,7 +206,8 @@ impl Process {
                 return ended.clone();
             }
             let Ok(mut ready) = self.pidfd.readable().await else { return Ended::Crash };
-            match peek(self.pidfd.get_ref().as_fd()) {
+            let pidfd = self.pidfd.get_ref().as_fd();
+            match if self.child { peek(pidfd) } else { gone(pidfd).then_some(Ended::Crash) } {
                 Some(ended) => return self.ended.get_or_init(|| ended).clone(),
                 None => ready.clear_ready(),
             }
@@ -192,6 +229,12 @@ impl Process {
             libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.get_ref().as_raw_fd(), signal, null, 0)
         };
     }
+}
+
+/// Whether the process has ended, reaped or not.
+fn gone(pidfd: BorrowedFd<'_>) -> bool {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
 /// How the process ended, `None` while it lives.
@@ -234,7 +277,8 @@ mod tests {
     async fn run(text: &str, fds: &[(&'static str, BorrowedFd<'_>)]) -> (Ended, String) {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), text);
-        let (process, child) = spawn(&Birth { program: &program, fds, uid: Some(1234) }).unwrap();
+        let (process, child) =
+            spawn(&Birth { program: &program, fds, uid: Some(1234), home: dir.path() }).unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), process.ended()).await.unwrap();
         let output = child.wait_with_output().await.unwrap();
         (ended, String::from_utf8(output.stdout).unwrap())
@@ -285,7 +329,9 @@ mod tests {
         assert_eq!(run("exit 101", &[]).await.0, Ended::Crash);
         assert_eq!(run("kill -9 $$", &[]).await.0, Ended::Crash);
         assert_eq!(run("exit 72", &[]).await.0, Ended::Exit(EngineExit::Orphaned));
-        let missing = Birth { program: Path::new("/no/such/engine"), fds: &[], uid: None };
+        let dir = tempfile::tempdir().unwrap();
+        let program = Path::new("/no/such/engine");
+        let missing = Birth { program, fds: &[], uid: None, home: dir.path() };
         assert_eq!(spawn(&missing).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
@@ -293,7 +339,8 @@ mod tests {
     async fn a_killed_engine_is_noticed_at_once_though_its_output_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), "exec sleep 600");
-        let (process, mut child) = spawn(&Birth { program: &program, fds: &[], uid: None }).unwrap();
+        let (process, mut child) =
+            spawn(&Birth { program: &program, fds: &[], uid: None, home: dir.path() }).unwrap();
         process.kill();
         assert_eq!(
             tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap(),

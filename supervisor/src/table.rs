@@ -207,7 +207,7 @@ impl Handle {
         let _ = self.to.send(Message::Underlay(underlay)).await;
     }
 
-    /// Ends the engines, keeping links and records, and then the table.
+    /// Ends the table. Engines, links and records stay, for the next supervisor.
     pub async fn stop(&self) {
         self.ask(Message::Stop).await.unwrap_or_default();
     }
@@ -261,7 +261,6 @@ impl Table {
             match message {
                 None => return,
                 Some(Message::Stop(done)) => {
-                    self.stop_engines().await;
                     let _ = done.send(());
                     return;
                 }
@@ -354,6 +353,10 @@ impl Table {
         let now = Instant::now();
         let tailnet = pod.record.tailnet.clone();
         match step {
+            Step::Adopt => {
+                let record = pod.record.clone();
+                self.run_step(id, step, steps::adopt(context, record));
+            }
             Step::Save => {
                 let attachment = (pod.saved < pod.version).then(|| (pod.record.clone(), pod.version));
                 let stale = identity.saved < identity.version;
@@ -365,7 +368,14 @@ impl Table {
                 pod.fds = None;
                 pod.configured = None;
                 let (record, underlay) = (pod.record.clone(), pod.underlay.clone());
-                self.run_step(id, step, steps::build(context, record, underlay));
+                let taken = match pod.taken.as_ref().map(pod::Taken::duplicate).transpose() {
+                    Ok(taken) => taken,
+                    Err(e) => {
+                        pod.reason = format!("the engine's descriptors cannot be kept: {e}");
+                        return self.step_failed(id);
+                    }
+                };
+                self.run_step(id, step, steps::build(context, record, underlay, taken));
             }
             Step::RotateKey => {
                 if let Err(e) = identity.rotate() {
@@ -539,25 +549,6 @@ impl Table {
                 });
             }
         }
-    }
-
-    /// Lets every engine write its snapshot and end.
-    async fn stop_engines(&mut self) {
-        let mut ends = tokio::task::JoinSet::new();
-        for pod in self.pods.values() {
-            if let Some(engine) = &pod.engine {
-                let (process, client) = (Arc::clone(&engine.process), engine.client.clone());
-                ends.spawn(async move {
-                    if let Some(client) = client {
-                        let _ = client.stop(crate::engine::within(LOGOUT_WITHIN_OFFLINE)).await;
-                    }
-                    let _ = tokio::time::timeout(LOGOUT_WITHIN_OFFLINE, process.ended()).await;
-                    process.kill();
-                    process.ended().await;
-                });
-            }
-        }
-        while ends.join_next().await.is_some() {}
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -77,6 +77,41 @@ impl Netns {
             return Err(gone());
         }
         let meta = file.metadata().step(|| format!("stat {}", path.display()))?;
+        let id = NetnsId { device: meta.dev(), inode: meta.ino() };
+        Ok(Self { file: Arc::new(file), id })
+    }
+
+    /// The namespace that a socket belongs to.
+    ///
+    /// # Errors
+    /// It is not a socket, or belongs to a namespace that this process may not look at.
+    pub fn of_socket(socket: &impl AsRawFd) -> Result<Self> {
+        /// `SIOCGSKNS` of `linux/sockios.h`.
+        const SIOCGSKNS: libc::Ioctl = 0x894c;
+        // SAFETY: takes no argument; gives a new descriptor or -1.
+        Self::given(unsafe { libc::ioctl(socket.as_raw_fd(), SIOCGSKNS) }, "socket")
+    }
+
+    /// The namespace that a TUN's device is in.
+    ///
+    /// # Errors
+    /// It is not a TUN, has lost its device, or belongs to a namespace that this process may not look at.
+    pub fn of_tun(tun: &impl AsRawFd) -> Result<Self> {
+        /// `TUNGETDEVNETNS` of `linux/if_tun.h`.
+        const TUNGETDEVNETNS: libc::Ioctl = 0x54e3;
+        // SAFETY: takes no argument; gives a new descriptor or -1.
+        Self::given(unsafe { libc::ioctl(tun.as_raw_fd(), TUNGETDEVNETNS) }, "TUN")
+    }
+
+    /// What one of the calls above gave.
+    fn given(fd: libc::c_int, of: &str) -> Result<Self> {
+        let step = || format!("ask a {of} for its network namespace");
+        if fd < 0 {
+            return Err(io::Error::last_os_error()).step(step);
+        }
+        // SAFETY: the kernel just gave us this descriptor and nobody else has it.
+        let file = unsafe { File::from_raw_fd(fd) };
+        let meta = file.metadata().step(step)?;
         let id = NetnsId { device: meta.dev(), inode: meta.ino() };
         Ok(Self { file: Arc::new(file), id })
     }

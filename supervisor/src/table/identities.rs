@@ -19,6 +19,8 @@ pub(super) struct Identity {
     pub(super) saved: u64,
     /// INVARIANT: one engine at a time has these keys; two would fight for the device's sessions.
     pub(super) holder: Option<AttachmentId>,
+    /// Attachments of it whose engine, left by an earlier supervisor, nobody has looked for yet.
+    pub(super) unseen: u32,
     /// Some attachment's record is damaged, so nobody can say whether this one is unused.
     pub(super) frozen: bool,
     /// The reaper's.
@@ -36,6 +38,7 @@ impl Identity {
             version: 1,
             saved: 1,
             holder: None,
+            unseen: 0,
             frozen: false,
             reaping: false,
             reap_after: None,

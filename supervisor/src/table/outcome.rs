@@ -12,12 +12,16 @@ use super::steps::Outcome;
 use crate::credentials::CredentialError;
 use crate::plan::{Link, Step, Wanted};
 
+/// Attempts at looking at the link of an adopted engine before both are made anew.
+const LOOKS_AT_A_LINK: u32 = 3;
+
 impl Table {
     pub(super) fn outcome(&mut self, id: &AttachmentId, step: Step, outcome: Outcome) {
         let Some(pod) = self.pods.get_mut(id) else { return };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
         pod.retry_at = None;
         match outcome {
+            Outcome::Adopted(found) => self.adopted(id, found),
             Outcome::Saved(Ok((attachment, record))) => {
                 pod.saved = attachment;
                 identity.saved = identity.saved.max(record);
@@ -29,6 +33,7 @@ impl Table {
             }
             Outcome::Built(Ok(fds)) => {
                 pod.failures = 0;
+                pod.taken = None;
                 pod.link = Link::Up;
                 pod.underlay = fds.underlay.clone();
                 note_link(pod, &fds);
@@ -38,6 +43,13 @@ impl Table {
                 let gone = matches!(e, podtether_net::Error::NamespaceGone { .. });
                 // Whatever was made before it failed has to be found again.
                 pod.link = Link::Broken;
+                // An engine that works is not ended because its link could not be looked at once.
+                let again = pod.taken.is_some() && pod.failures < LOOKS_AT_A_LINK;
+                if again && !gone && !matches!(e, podtether_net::Error::Broken { .. }) {
+                    pod.link = Link::Unknown;
+                } else {
+                    pod.taken = None;
+                }
                 let established = !pod.record.addresses.is_empty();
                 if gone && established {
                     self.netns_vanished(id);
@@ -57,7 +69,7 @@ impl Table {
             Outcome::RoutingTold(told, Ok(status)) => {
                 pod.failures = 0;
                 if let Some(engine) = &mut pod.engine {
-                    engine.told = told;
+                    engine.told = Some(told);
                 }
                 self.status(id, *status);
             }

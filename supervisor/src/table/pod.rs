@@ -39,6 +39,25 @@ pub(super) struct Underlay {
     pub(super) udp6: Option<Arc<UdpSocket>>,
 }
 
+/// Duplicates of an adopted engine's descriptors.
+#[derive(Debug)]
+pub(super) struct Taken {
+    pub(super) tun: OwnedFd,
+    pub(super) dns: Vec<DnsSockets>,
+}
+
+impl Taken {
+    /// For a step that may fail and be run again.
+    pub(super) fn duplicate(&self) -> std::io::Result<Self> {
+        let dns: std::io::Result<_> = self
+            .dns
+            .iter()
+            .map(|s| Ok(DnsSockets { udp: s.udp.try_clone()?, tcp: s.tcp.try_clone()? }))
+            .collect();
+        Ok(Self { tun: self.tun.try_clone()?, dns: dns? })
+    }
+}
+
 impl Fds {
     pub(super) fn named(&self) -> Vec<(&'static str, BorrowedFd<'_>)> {
         let mut named = vec![(fds::TUN, self.tun.as_fd())];
@@ -56,8 +75,8 @@ pub(super) struct Running {
     /// Tells its events from those of engines before it.
     pub(super) epoch: u64,
     pub(super) process: Arc<Process>,
-    /// The routing it uses.
-    pub(super) told: Routing,
+    /// The routing it uses; `None` while nobody knows what an earlier supervisor told it.
+    pub(super) told: Option<Routing>,
     /// Version of the extra roots it knows.
     pub(super) roots: u64,
     /// From its first answer on.
@@ -144,6 +163,10 @@ pub(super) struct Pod {
     pub(super) engine_routing: Routing,
 
     pub(super) engine: Option<Running>,
+    /// An earlier supervisor may have left an engine, and nobody has looked yet.
+    pub(super) unseen: bool,
+    /// What an adopted engine holds, until the link around it has been looked at.
+    pub(super) taken: Option<Taken>,
     pub(super) history: History,
     pub(super) hold_until: Option<Instant>,
     /// No engine may start any more, and why.
@@ -201,6 +224,8 @@ impl Pod {
             accepted: Vec::new(),
             engine_routing: Routing::default(),
             engine: None,
+            unseen: false,
+            taken: None,
             history: History::default(),
             hold_until: None,
             stopped: None,
@@ -237,6 +262,7 @@ impl Pod {
         let held = self.stopped.is_some() || self.hold_until.is_some_and(|at| at > now);
         let addresses = self.engine.as_ref().and_then(Running::addresses);
         let engine = match (&self.engine, addresses) {
+            (None, _) if self.unseen => plan::Engine::Unknown,
             (None, _) if held => plan::Engine::Held,
             (None, _) => plan::Engine::None,
             (Some(_), None) => plan::Engine::Starting,
@@ -249,7 +275,8 @@ impl Pod {
         };
         Observed {
             records,
-            identity_free: identity.holder.as_ref().is_none_or(|h| *h == self.record.attachment),
+            identity_free: identity.unseen == 0
+                && identity.holder.as_ref().is_none_or(|h| *h == self.record.attachment),
             link: self.link,
             engine,
             key,
@@ -258,10 +285,9 @@ impl Pod {
             configured: self.configured.is_some()
                 && self.target.as_ref().is_none_or(|target| Some(target) == self.configured_for.as_ref()),
             configurable: self.target.is_some() && self.fds.is_some(),
-            routing_told: self
-                .engine
-                .as_ref()
-                .is_none_or(|engine| engine.client.is_none() || engine.told == self.engine_routing),
+            routing_told: self.engine.as_ref().is_none_or(|engine| {
+                engine.client.is_none() || engine.told.as_ref() == Some(&self.engine_routing)
+            }),
             device: identity.record.registered || self.key_given,
             logout_tried: self.logout_tried,
             delete_failed: self.delete_failed,

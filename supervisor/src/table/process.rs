@@ -10,16 +10,20 @@ use podtether_proto::node::{AttachmentId, code};
 
 use super::attach::{error, pod_name};
 use super::identities::Identity;
-use super::pod::{Pod, Running};
+use super::pod::{Pod, Running, Taken, Underlay};
 use super::{Message, Table, random};
+use crate::adopt::Adopted;
 use crate::context::{Context, MTU};
 use crate::credentials::Credential;
 use crate::dns::Sockets;
-use crate::engine::{self, Event, Home, Reports};
+use crate::engine::{self, ANSWER_WITHIN, Event, Home, Reports, within};
+use crate::output;
 use crate::plan::{Link, Wanted};
 use crate::restart::{self, Ended, Next};
 use crate::spawn::{self, Birth};
 
+/// No version of extra roots: whatever is in force is told.
+const UNKNOWN_ROOTS: u64 = u64::MAX;
 /// Keys refused in one ADD before it fails: the first may have expired on its way.
 const REJECTIONS_IN_ADD: u32 = 2;
 
@@ -29,7 +33,7 @@ impl Table {
         self.refresh_routing(id);
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
-        let told = pod.engine_routing.clone();
+        let told = Some(pod.engine_routing.clone());
         let roots = self.context.roots.get(&pod.record.tailnet).map(|roots| roots.now());
         let (roots, pem) = roots.unwrap_or_default();
         let mut request = start_request(&self.context, pod, identity, &self.underlay, pem.to_string());
@@ -71,6 +75,81 @@ impl Table {
         }
     }
 
+    /// What was found of an engine that an earlier supervisor left.
+    pub(super) fn adopted(&mut self, id: &AttachmentId, found: Result<Box<Adopted>, String>) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
+        pod.unseen = false;
+        identity.unseen = identity.unseen.saturating_sub(1);
+        let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
+        let kind = match found {
+            Ok(adopted) => {
+                let Adopted { process, client, hello, since, descriptors, output } = *adopted;
+                tracing::info!(
+                    namespace,
+                    pod = name,
+                    pid = process.pid(),
+                    build = hello.build,
+                    "engine taken up"
+                );
+                self.epochs += 1;
+                let (epoch, of) = (self.epochs, id.clone());
+                let wrap = Box::new(move |event| Message::Engine(of.clone(), epoch, event));
+                let reports = Reports { to: self.to_self.clone(), wrap };
+                match Home::make(&self.context.config.node.run_dir, &pod.record.id) {
+                    Ok(home) => {
+                        let (process, client) = (Arc::clone(&process), client.clone());
+                        tokio::spawn(engine::attend_adopted(process, client, home, since, reports));
+                    }
+                    Err(e) => {
+                        tracing::error!(namespace, pod = name, "its directory cannot be used: {e}");
+                        process.kill();
+                        return;
+                    }
+                }
+                tokio::spawn(output::relay_adopted(output, pod.record.pod.clone(), process.pid()));
+                let told = client.clone();
+                let underlay = self.underlay.clone();
+                // It may have changed while nobody watched.
+                tokio::spawn(async move { told.set_underlay(within(ANSWER_WITHIN), underlay).await });
+                identity.holder = Some(id.clone());
+                pod.underlay =
+                    Underlay { udp4: descriptors.udp4.map(Arc::new), udp6: descriptors.udp6.map(Arc::new) };
+                pod.taken = Some(Taken { tun: descriptors.tun, dns: descriptors.dns });
+                pod.engine = Some(Running {
+                    epoch,
+                    process,
+                    told: None,
+                    roots: UNKNOWN_ROOTS,
+                    client: Some(client),
+                    status: None,
+                    asked: false,
+                    replaces_since: None,
+                    dns_problem: None,
+                    interception: None,
+                });
+                "taken_up"
+            }
+            Err(why) => {
+                tracing::info!(namespace, pod = name, "no engine to take up: {why}");
+                "none"
+            }
+        };
+        self.counters.adoptions.with_label_values(&[kind]).inc();
+        self.tell_roots();
+        self.refresh_routing(id);
+        let identity = self.pods.get(id).map(|pod| pod.identity.clone());
+        let waiting: Vec<AttachmentId> = self
+            .pods
+            .iter()
+            .filter(|(other, p)| *other != id && Some(&p.identity) == identity.as_ref())
+            .map(|(other, _)| other.clone())
+            .collect();
+        for other in waiting {
+            self.advance(&other);
+        }
+    }
+
     pub(super) fn engine_event(&mut self, id: &AttachmentId, epoch: u64, event: Event) {
         let Some(pod) = self.pods.get_mut(id) else { return };
         let Some(running) = pod.engine.as_mut().filter(|e| e.epoch == epoch) else { return };
@@ -81,9 +160,15 @@ impl Table {
                 running.client = Some(client);
                 if let Some(interception) = running.interception.take() {
                     let (record, to, of) = (pod.record.clone(), self.to_self.clone(), id.clone());
+                    let home = Home::make(&self.context.config.node.run_dir, &record.id);
                     tokio::spawn(async move {
-                        if let Some(why) = interception.begin(record).await {
-                            let _ = to.send(Message::NotIntercepted(of, epoch, why)).await;
+                        match interception.begin(record).await {
+                            Some(why) => {
+                                let _ = to.send(Message::NotIntercepted(of, epoch, why)).await;
+                            }
+                            // Without the note the next supervisor starts another engine: it costs less than
+                            // a pod whose names nobody answers.
+                            None => drop(home.and_then(|home| home.note_intercepting(pid))),
                         }
                     });
                 }
@@ -348,7 +433,7 @@ fn spawn_engine(
     named.extend(names.named());
     named.push((fds::SNAPSHOT, snapshot.as_fd()));
     named.push((fds::REASON, reason.as_fd()));
-    let birth = Birth { program: &context.engine, fds: &named, uid: pod.record.uid };
+    let birth = Birth { program: &context.engine, fds: &named, uid: pod.record.uid, home: home.dir() };
     let (process, child) = spawn::spawn(&birth)?;
     Ok((process, child, home, names))
 }

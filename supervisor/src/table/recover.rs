@@ -3,10 +3,12 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use podtether_net::netns;
+use podtether_proto::node::AttachmentId;
 
 use super::Table;
 use super::identities::Identity;
 use super::pod::Pod;
+use crate::adopt;
 use crate::engine::Home;
 use crate::plan::{Link, Wanted};
 use crate::record::{self, Aside, IdentityKey};
@@ -55,7 +57,7 @@ impl Table {
         tell_asides(&self.counters.refused, &asides);
         let keep_unclaimed = !asides.is_empty();
         self.asides = asides;
-        self.remove_leftovers(&attachments);
+        self.remove_leftovers(&attachments).await;
 
         let mut by_id: HashMap<String, IdentityKey> = HashMap::new();
         for record in identities {
@@ -92,6 +94,7 @@ impl Table {
             let mut pod = Pod::new(record, key.clone(), true);
             pod.record.uid = uid;
             if finished {
+                pod.link = Link::Unknown;
                 pod.reason = "the supervisor was restarted".into();
             } else {
                 // Nobody waits for this ADD any more: the runtime saw it fail.
@@ -99,7 +102,7 @@ impl Table {
                 pod.link = Link::Broken;
                 pod.key_given = true;
             }
-            self.pods.insert(id, pod);
+            self.left_behind(id, pod);
             return;
         }
         // Without its keys it cannot run; its link stays until DEL, so that nothing else breaks.
@@ -122,11 +125,20 @@ impl Table {
         pod.link = Link::Up;
         pod.stopped = Some("the record of its identity is damaged or missing; delete the pod".into());
         pod.reason.clone_from(pod.stopped.as_ref().unwrap_or(&String::new()));
+        self.left_behind(id, pod);
+    }
+
+    /// A pod of an earlier supervisor, whose engine may live.
+    fn left_behind(&mut self, id: AttachmentId, mut pod: Pod) {
+        pod.unseen = true;
+        if let Some(identity) = self.identities.get_mut(&pod.identity) {
+            identity.unseen += 1;
+        }
         self.pods.insert(id, pod);
     }
 
-    /// Namespaces and engine directories that no record names.
-    fn remove_leftovers(&self, attachments: &[record::Attachment]) {
+    /// Engines, namespaces and directories that no record names.
+    async fn remove_leftovers(&self, attachments: &[record::Attachment]) {
         let known: HashSet<&str> = attachments.iter().map(|a| a.id.as_str()).collect();
         let unknown = |dir: std::path::PathBuf| -> Vec<std::path::PathBuf> {
             let Ok(entries) = std::fs::read_dir(&dir) else { return Vec::new() };
@@ -136,14 +148,19 @@ impl Table {
                 .map(|e| e.path())
                 .collect()
         };
+        let run_dir = &self.context.config.node.run_dir;
+        let homes = unknown(run_dir.join("engines"));
+        // First: they hold what is removed after.
+        for dir in &homes {
+            adopt::end_left_behind(dir).await;
+        }
         for pin in unknown(self.context.netns_dir()) {
             tracing::info!(pin = %pin.display(), "removing a link namespace without a record");
             if let Err(e) = netns::unpin(&pin) {
                 tracing::warn!("{e}");
             }
         }
-        let run_dir = &self.context.config.node.run_dir;
-        for dir in unknown(run_dir.join("engines")) {
+        for dir in homes {
             if let Some(id) = dir.file_name().and_then(|n| n.to_str())
                 && let Err(e) = Home::remove(run_dir, id)
             {

@@ -9,7 +9,8 @@ use podtether_net::sockets::{self, Family, PortChoice};
 use podtether_proto::engine::{EngineClient, EngineStatus, Routing};
 use podtether_proto::exit::EngineExit;
 
-use super::pod::{Fds, Underlay};
+use super::pod::{Fds, Taken, Underlay};
+use crate::adopt::{self, Adopted};
 use crate::context::Context;
 use crate::credentials::{CredentialError, Key};
 use crate::engine::{ANSWER_WITHIN, Home, within};
@@ -20,6 +21,8 @@ use crate::spawn::Process;
 /// How a step ended.
 #[derive(Debug)]
 pub(super) enum Outcome {
+    /// The engine of an earlier supervisor, or why there is none.
+    Adopted(Result<Box<Adopted>, String>),
     /// The versions that are on disk now.
     Saved(Result<(u64, u64), String>),
     Built(Result<Arc<Fds>, podtether_net::Error>),
@@ -66,19 +69,42 @@ pub(super) async fn save(
     )
 }
 
-/// Makes or takes over the link and opens what an engine needs.
-pub(super) async fn build(context: Arc<Context>, record: Attachment, kept: Underlay) -> Outcome {
+/// Looks for the engine that an earlier supervisor left.
+pub(super) async fn adopt(context: Arc<Context>, record: Attachment) -> Outcome {
+    let pin = context.link_spec(&record).pin();
+    let home = Home::make(&context.config.node.run_dir, &record.id);
+    let home = home.map_err(|e| format!("its directory cannot be used: {e}"));
+    Outcome::Adopted(match home {
+        Ok(home) => adopt::adopt(&home, &record, &pin).await.map(Box::new),
+        Err(e) => Err(e),
+    })
+}
+
+/// Makes or takes over the link and opens what an engine needs; `taken` is what a living engine holds.
+pub(super) async fn build(
+    context: Arc<Context>,
+    record: Attachment,
+    kept: Underlay,
+    taken: Option<Taken>,
+) -> Outcome {
     let _place = context.link_places.acquire().await;
-    Outcome::Built(build_link(&context, &record, kept).await.map(Arc::new))
+    Outcome::Built(build_link(&context, &record, kept, taken).await.map(Arc::new))
 }
 
 async fn build_link(
     context: &Context,
     record: &Attachment,
     kept: Underlay,
+    taken: Option<Taken>,
 ) -> Result<Fds, podtether_net::Error> {
     let spec = context.link_spec(record);
     let mut link = link::ensure_link(&spec).await?;
+    if let Some(Taken { tun, dns }) = taken {
+        if link.made_tun() {
+            return Err(podtether_net::Error::Broken { what: "the engine's TUN is gone".into() });
+        }
+        return Ok(Fds { link, tun, dns, underlay: kept });
+    }
     let tun = open_tun(&mut link).await?;
     let dns = link.open_dns().await?;
     let range = context.config.node.udp_port_range.clone();

@@ -30,6 +30,8 @@ pub fn devnet(change: impl FnOnce(&mut DevnetConfig)) -> Devnet {
 pub struct Rig {
     pub dir: PathBuf,
     pub config: String,
+    /// Where its log goes; this process's stderr by default.
+    pub stderr: Option<PathBuf>,
     supervisor: Option<Child>,
 }
 
@@ -60,7 +62,7 @@ impl Rig {
              http_listen = \"127.0.0.1:9465\"\n",
             dir = dir.display()
         );
-        let rig = Rig { dir: dir.to_owned(), config, supervisor: None };
+        let rig = Rig { dir: dir.to_owned(), config, stderr: None, supervisor: None };
         std::fs::create_dir_all(rig.dir.join("netns")).unwrap();
         podtether_net::netns::prepare_dir(&rig.dir.join("netns")).unwrap();
         rig
@@ -69,7 +71,11 @@ impl Rig {
     pub fn start(&mut self) {
         let path = self.dir.join("supervisor.toml");
         std::fs::write(&path, &self.config).unwrap();
-        let child = self.command(&path).spawn().unwrap();
+        let mut command = self.command(&path);
+        if let Some(log) = &self.stderr {
+            command.stderr(std::fs::File::create(log).unwrap());
+        }
+        let child = command.spawn().unwrap();
         self.supervisor = Some(child);
     }
 

@@ -180,6 +180,12 @@ impl LinkSpec {
 }
 
 impl Link {
+    /// Whether the TUN had to be made: a descriptor of an earlier one leads nowhere.
+    #[must_use]
+    pub fn made_tun(&self) -> bool {
+        self.tun.is_some()
+    }
+
     /// The TUN's descriptor: made by this call of [`ensure_link`], or attached to again.
     ///
     /// # Errors

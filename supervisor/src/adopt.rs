@@ -1,0 +1,220 @@
+//! Takes up the engine that an earlier supervisor left running.
+//!
+//! The process is found by its [trace](crate::trace) and believed only when everything agrees: pid and
+//! start time of this boot, the peer of its socket, a `hello` that names the pod, and descriptors that
+//! lead to this pod's TUN, ports and namespaces. What is found and does not agree is killed, so that the
+//! plan goes on as if it had crashed.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
+use podtether_net::link::{DnsSockets, TUN_NAME};
+use podtether_net::{Netns, tun};
+use podtether_proto::engine::{EngineClient, Hello};
+use podtether_proto::{PROTO_VERSION, fds, transport};
+use tarpc::client;
+use tokio::net::unix::pipe;
+
+use crate::engine::{ANSWER_WITHIN, Home, within};
+use crate::record::Attachment;
+use crate::spawn::Process;
+use crate::trace::{self, Trace};
+
+/// A living engine and everything that its supervisor keeps of it.
+#[derive(Debug)]
+pub struct Adopted {
+    /// The process.
+    pub process: Arc<Process>,
+    /// The one connection to it.
+    pub client: EngineClient,
+    /// What it said.
+    pub hello: Hello,
+    /// When it was started.
+    pub since: Instant,
+    /// Duplicates of its descriptors.
+    pub descriptors: Descriptors,
+    /// What it writes: stdout and stderr.
+    pub output: [pipe::Receiver; 2],
+}
+
+/// Duplicates of what the engine was born with, checked.
+#[derive(Debug)]
+pub struct Descriptors {
+    /// The TUN.
+    pub tun: OwnedFd,
+    /// MagicDNS, IPv4 first.
+    pub dns: Vec<DnsSockets>,
+    /// Underlay.
+    pub udp4: Option<UdpSocket>,
+    /// Underlay.
+    pub udp6: Option<UdpSocket>,
+}
+
+/// Looks for the engine of `record`. An error says why there is none, as a sentence's end; a process that
+/// was there is gone by then.
+///
+/// # Errors
+/// See above.
+pub async fn adopt(home: &Home, record: &Attachment, link_netns: &Path) -> Result<Adopted, String> {
+    let trace = trace::read(home.dir()).ok_or("no process was started")?;
+    let process = find(&trace).ok_or_else(|| format!("process {} has ended", trace.pid))?;
+    match believe(&process, &trace, home, record, link_netns).await {
+        Ok((client, hello, descriptors)) => {
+            let output = reopen(&process).map_err(|e| format!("its output cannot be read: {e}"));
+            match output {
+                Ok(output) => {
+                    let since = Instant::now().checked_sub(age(&trace)).unwrap_or_else(Instant::now);
+                    Ok(Adopted { process: Arc::new(process), client, hello, since, descriptors, output })
+                }
+                Err(why) => Err(end(&process, &why).await),
+            }
+        }
+        Err(why) => Err(end(&process, &why).await),
+    }
+}
+
+/// Ends a process that a trace in `dir` tells of, if it still lives.
+pub async fn end_left_behind(dir: &Path) {
+    if let Some(process) = trace::read(dir).as_ref().and_then(find) {
+        end(&process, "no record names it").await;
+    }
+}
+
+async fn end(process: &Process, why: &str) -> String {
+    process.kill();
+    process.ended().await;
+    format!("process {} was killed: {why}", process.pid())
+}
+
+/// The living process that left `trace`. Its pidfd is opened before it is looked at, so that it cannot become
+/// another one in between.
+fn find(trace: &Trace) -> Option<Process> {
+    let process = Process::adopted(trace.pid).ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", trace.pid)).ok()?;
+    let boot_id = trace::boot_id().ok()?;
+    (trace.is(&boot_id, &stat) && !process.has_ended()).then_some(process)
+}
+
+async fn believe(
+    process: &Process,
+    trace: &Trace,
+    home: &Home,
+    record: &Attachment,
+    link_netns: &Path,
+) -> Result<(EngineClient, Hello, Descriptors), String> {
+    let stream = tokio::net::UnixStream::connect(home.socket())
+        .await
+        .map_err(|e| format!("nobody listens on its socket: {e}"))?;
+    let peer = stream.peer_cred().map_err(|e| format!("its socket does not tell whose it is: {e}"))?;
+    let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok());
+    if pid != Some(process.pid()) {
+        return Err(format!("its socket belongs to process {pid:?}"));
+    }
+    if record.uid.is_some_and(|uid| uid != peer.uid()) {
+        return Err(format!("its socket belongs to uid {}", peer.uid()));
+    }
+    let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
+    let hello = client.hello(within(ANSWER_WITHIN)).await.map_err(|e| format!("it does not answer: {e}"))?;
+    if !PROTO_VERSION.accepts(hello.version) {
+        let (theirs, ours) = (hello.version, PROTO_VERSION);
+        return Err(format!(
+            "it speaks version {}.{}, which version {}.{} does not understand",
+            theirs.major, theirs.minor, ours.major, ours.minor
+        ));
+    }
+    if hello.pod_uid != record.pod.uid {
+        return Err(match hello.pod_uid.as_str() {
+            "" => "nobody had told it who it is".to_owned(),
+            other => format!("it works for pod {other:?}"),
+        });
+    }
+    if !record.name_servers.is_empty() && !home.is_intercepting(process.pid()) {
+        return Err("its pod's questions for names were not led to it yet".to_owned());
+    }
+    let descriptors = take_back(process, trace, record, link_netns).map_err(|e| e.to_string())?;
+    Ok((client, hello, descriptors))
+}
+
+/// Duplicates of the descriptors, each looked at: an engine that was broken into may have put others at
+/// their numbers.
+fn take_back(
+    process: &Process,
+    trace: &Trace,
+    record: &Attachment,
+    link_netns: &Path,
+) -> Result<Descriptors, Mismatch> {
+    let link = Netns::open(link_netns)?;
+    let node = Netns::current()?;
+    let all = |name: &'static str| {
+        let taken: io::Result<Vec<OwnedFd>> = trace.numbers(name).map(|n| process.descriptor(n)).collect();
+        taken.map_err(|source| Mismatch::Gone { name, source })
+    };
+    let tun = all(fds::TUN)?.pop().ok_or(Mismatch::Not { name: fds::TUN, what: "one of its descriptors" })?;
+    if Netns::of_tun(&tun)? != link || tun::name_of(&tun)? != TUN_NAME {
+        return Err(Mismatch::Not { name: fds::TUN, what: "this pod's TUN" });
+    }
+    let underlay = |name, port: u16, v4: bool| -> Result<Option<UdpSocket>, Mismatch> {
+        let Some(fd) = all(name)?.pop() else { return Ok(None) };
+        let wrong = Mismatch::Not { name, what: "bound to the recorded port of this node" };
+        if Netns::of_socket(&fd)? != node {
+            return Err(wrong);
+        }
+        let socket = udp_socket(fd).ok_or(Mismatch::Not { name, what: "a UDP socket" })?;
+        let bound = socket.local_addr().is_ok_and(|a: SocketAddr| a.is_ipv4() == v4 && a.port() == port);
+        if bound && port != 0 { Ok(Some(socket)) } else { Err(wrong) }
+    };
+    let udp4 = underlay(fds::UDP4, record.udp4_port, true)?;
+    let udp6 = underlay(fds::UDP6, record.udp6_port, false)?;
+    let mut dns = Vec::new();
+    for (udp, tcp) in all(fds::DNS)?.into_iter().zip(all(fds::DNS_TCP)?) {
+        let wrong = || Mismatch::Not { name: fds::DNS, what: "this link's MagicDNS" };
+        if Netns::of_socket(&udp)? != link || Netns::of_socket(&tcp)? != link {
+            return Err(wrong());
+        }
+        dns.push(DnsSockets { udp: udp_socket(udp).ok_or_else(wrong)?, tcp: TcpListener::from(tcp) });
+    }
+    Ok(Descriptors { tun, dns, udp4, udp6 })
+}
+
+fn udp_socket(fd: OwnedFd) -> Option<UdpSocket> {
+    use nix::sys::socket::{SockType, getsockopt, sockopt};
+    (getsockopt(&fd, sockopt::SockType).ok()? == SockType::Datagram).then(|| UdpSocket::from(fd))
+}
+
+/// Why a descriptor is not believed.
+#[derive(Debug, thiserror::Error)]
+enum Mismatch {
+    #[error("its descriptor {name} cannot be had: {source}")]
+    Gone { name: &'static str, source: io::Error },
+    #[error("its descriptor {name} is not {what}")]
+    Not { name: &'static str, what: &'static str },
+    #[error(transparent)]
+    Net(#[from] podtether_net::Error),
+}
+
+/// Reading ends of its stdout and stderr. Opened anew through `/proc`: the engine writes on while nobody
+/// reads, and what it wrote last is still in the pipe.
+fn reopen(process: &Process) -> io::Result<[pipe::Receiver; 2]> {
+    let open = |number: i32| {
+        let path = format!("/proc/{}/fd/{number}", process.pid());
+        let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let fd = nix::fcntl::open(path.as_str(), flags, Mode::empty())?;
+        pipe::Receiver::from_owned_fd(fd)
+    };
+    Ok([open(1)?, open(2)?])
+}
+
+/// How long ago the process was started.
+fn age(trace: &Trace) -> Duration {
+    let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten();
+    let per_second = ticks.and_then(|ticks| u64::try_from(ticks).ok()).filter(|n| *n > 0).unwrap_or(100);
+    let uptime =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
+    uptime.saturating_sub(Duration::from_millis(trace.start_ticks.saturating_mul(1000) / per_second))
+}

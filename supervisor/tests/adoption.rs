@@ -1,0 +1,250 @@
+//! Engines outlive their supervisor, and the next one takes them up, or ends what it cannot believe.
+
+mod rig;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use podtether_net::testing::{block_on, in_namespaces};
+use rig::*;
+use serde_json::Value;
+
+fn pid(pod: &Value) -> u32 {
+    u32::try_from(pod["enginePid"].as_u64().unwrap()).unwrap()
+}
+
+fn settled(pod: &Value) -> bool {
+    pod["state"] == "running" && pod["controlConnected"] == true && pod["ifindex"] != 0
+}
+
+fn traces(dir: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(dir.join("run/engines")).unwrap();
+    entries.map(|entry| entry.unwrap().path().join("process")).collect()
+}
+
+fn lives(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // Nobody reaps orphans here, so a dead one is a zombie.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+#[test]
+fn a_supervisors_death_costs_no_packet_and_no_engine() {
+    in_namespaces("a_supervisors_death_costs_no_packet_and_no_engine", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            let (first, second) = tokio::join!(rig.add("a"), rig.add("b"));
+            let (first, second) = (first.unwrap(), second.unwrap());
+            echo(&b, 7);
+            let to = SocketAddr::new(v4(&second), 7);
+            reachable(&a, to);
+            let before = rig.until("a", "settled", settled).await;
+            let pinger = Pinger::start(&a, to, Duration::from_millis(5));
+            for round in 0..6 {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                if round % 3 == 2 {
+                    rig.terminate()
+                } else {
+                    rig.kill()
+                }
+                assert!(lives(pid(&before)), "the engine is still there");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                let start = Instant::now();
+                rig.start();
+                rig.client().await;
+                let after = rig.until("a", "taken up", settled).await;
+                println!("taken up {:?} after the start", start.elapsed());
+                for same in ["enginePid", "ifindex", "udpPort", "udp6Port", "addresses", "mac", "restarts"] {
+                    assert_eq!(after[same], before[same], "{same}");
+                }
+            }
+            let back = pinger.finish();
+            let lost = back.iter().filter(|b| b.is_none()).count();
+            let slowest = back.iter().flatten().max().unwrap();
+            println!("{} sent, {lost} lost, the slowest took {slowest:?}", back.len());
+            assert_eq!(lost, 0, "{} sent", back.len());
+            assert_eq!(devnet.nodes().len(), 2);
+            assert_eq!(rig.add("a").await.unwrap(), first, "the same answer");
+            assert!(http("/metrics").contains("podtether_engine_adoptions_total{found=\"taken_up\"} 2"));
+
+            // What was taken up can do all that an engine of its own can: die, hang, leave.
+            signal(pid(&before), libc::SIGKILL);
+            let other = |p: &Value| settled(p) && p["enginePid"] != before["enginePid"];
+            let reborn = rig.until("a", "restarted", other).await;
+            for same in ["ifindex", "udpPort", "udp6Port", "addresses", "mac"] {
+                assert_eq!(reborn[same], before[same], "{same}");
+            }
+            reachable(&a, to);
+            rig.kill();
+            rig.start();
+            rig.client().await;
+            let again = rig.until("a", "taken up", settled).await;
+            assert_eq!(again["enginePid"], reborn["enginePid"]);
+            signal(pid(&again), libc::SIGSTOP);
+            rig.until("a", "replaced", |p| settled(p) && p["enginePid"] != again["enginePid"]).await;
+            reachable(&a, to);
+            rig.kill();
+            rig.start();
+            rig.client().await;
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            assert!(devnet.wait_for(TIMEOUT, <[_]>::is_empty).await, "logged out: {:?}", devnet.nodes());
+            rig.until_clean(TIMEOUT).await;
+        });
+    });
+}
+
+#[test]
+fn what_an_engine_writes_while_nobody_reads_is_read_by_the_next() {
+    in_namespaces("what_an_engine_writes_while_nobody_reads_is_read_by_the_next", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            rig.netns("a").await;
+            rig.add("a").await.unwrap();
+            let before = rig.until("a", "settled", settled).await;
+            rig.kill();
+            // It loses its session and says so.
+            devnet.set_refusing(true);
+            devnet.drop_connections();
+            tokio::time::sleep(Duration::from_millis(1500)).await;
+            devnet.set_refusing(false);
+            assert!(devnet.wait_for(TIMEOUT, |nodes| nodes.iter().all(|n| n.streaming)).await);
+            rig.stderr = Some(dir.join("log"));
+            rig.start();
+            rig.client().await;
+            let after = rig.until("a", "taken up", settled).await;
+            assert_eq!(after["enginePid"], before["enginePid"]);
+            let start = Instant::now();
+            loop {
+                let log = std::fs::read_to_string(dir.join("log")).unwrap();
+                if log.lines().any(|line| line.contains("map session open") && line.contains("\"pod\":\"a\""))
+                {
+                    break;
+                }
+                assert!(start.elapsed() < TIMEOUT, "{log}");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
+    });
+}
+
+#[test]
+fn what_does_not_agree_is_ended_and_started_anew() {
+    in_namespaces("what_does_not_agree_is_ended_and_started_anew", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let names = ["a", "b", "c", "d"];
+            for name in names {
+                rig.netns(name).await;
+                rig.add(name).await.unwrap();
+                rig.until(name, "settled", settled).await;
+            }
+            let of = |name: &str| rig.pod(name);
+            let before: Vec<Value> = names.iter().map(|name| of(name)).collect();
+            let bystander = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+            rig.kill();
+            // a: another process has its pid by now.
+            let trace_of = |pid: u32| {
+                traces(dir)
+                    .into_iter()
+                    .find(|path| {
+                        let text = std::fs::read_to_string(path).unwrap();
+                        text.lines().nth(2).unwrap().starts_with(&format!("{pid} "))
+                    })
+                    .unwrap()
+            };
+            let (a, b, c) = (trace_of(pid(&before[0])), trace_of(pid(&before[1])), trace_of(pid(&before[2])));
+            signal(pid(&before[0]), libc::SIGKILL);
+            let text = std::fs::read_to_string(&a).unwrap();
+            let line = text.lines().nth(2).unwrap();
+            let stolen = line.replacen(&pid(&before[0]).to_string(), &bystander.id().to_string(), 1);
+            std::fs::write(&a, text.replace(line, &stolen)).unwrap();
+            // b: it does not answer.
+            signal(pid(&before[1]), libc::SIGSTOP);
+            // c: its descriptors are not what they should be.
+            let text = std::fs::read_to_string(&c).unwrap();
+            let names_line = text.lines().nth(1).unwrap();
+            let swapped = names_line.replace("udp4", "x").replace("udp6", "udp4").replace('x', "udp6");
+            assert_ne!(names_line, swapped);
+            std::fs::write(&c, text.replace(names_line, &swapped)).unwrap();
+            assert!(b.exists());
+
+            rig.start();
+            rig.client().await;
+            for (name, before) in names.iter().zip(&before) {
+                let after = rig.until(name, "settled", settled).await;
+                if *name == "d" {
+                    assert_eq!(after["enginePid"], before["enginePid"], "nothing was wrong with it");
+                } else {
+                    assert_ne!(after["enginePid"], before["enginePid"], "{name}");
+                    assert!(!lives(pid(before)), "{name}: the old one is gone");
+                }
+                for same in ["ifindex", "udpPort", "udp6Port", "addresses", "mac"] {
+                    assert_eq!(after[same], before[same], "{name}: {same}");
+                }
+            }
+            assert!(lives(bystander.id()), "whoever has the pid of an engine that died is left alone");
+            let mut bystander = bystander;
+            bystander.kill().unwrap();
+            bystander.wait().unwrap();
+
+            // An engine whose record is gone is ended, and its link goes.
+            let d = rig.pod("d");
+            rig.kill();
+            for entry in std::fs::read_dir(dir.join("state/attachments")).unwrap() {
+                let path = entry.unwrap().path();
+                if std::fs::read_to_string(&path).unwrap().contains("\"name\":\"d\"") {
+                    std::fs::remove_file(path).unwrap();
+                }
+            }
+            rig.start();
+            rig.client().await;
+            rig.until("a", "settled", settled).await;
+            assert!(!lives(pid(&d)));
+            assert_eq!(rig.pod("d"), Value::Null);
+            assert_eq!(traces(dir).len(), 3);
+        });
+    });
+}
+
+#[test]
+fn an_engine_caught_before_it_was_told_who_it_is_does_not_stay() {
+    in_namespaces("an_engine_caught_before_it_was_told_who_it_is_does_not_stay", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        block_on(async {
+            rig.start();
+            rig.netns("a").await;
+            rig.add("a").await.unwrap();
+            let mut restarts = 0;
+            for round in 0..12_u64 {
+                let pod = rig.until("a", "settled", settled).await;
+                signal(pid(&pod), libc::SIGKILL);
+                // Somewhere between the fork, the exec, the confinement and the start request.
+                tokio::time::sleep(Duration::from_micros(round * 700)).await;
+                rig.kill();
+                rig.start();
+                rig.client().await;
+                restarts += 1;
+            }
+            let pod = rig.until("a", "settled", settled).await;
+            let engines: Vec<u32> = std::fs::read_dir("/proc")
+                .unwrap()
+                .filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok())
+                .filter(|pid| {
+                    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+                    comm.starts_with("podtether-engin") && lives(*pid)
+                })
+                .collect();
+            assert_eq!(engines, [pid(&pod)], "one engine after {restarts} rounds");
+        });
+    });
+}
