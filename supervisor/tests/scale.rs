@@ -44,12 +44,38 @@ fn many_pods_join_die_and_leave_at_once() {
             }
             println!("one ADD after another: {alone:?}");
 
+            let engines = |rig: &Rig| -> Vec<u32> {
+                let pid =
+                    |name: &String| u32::try_from(rig.pod(name)["enginePid"].as_u64().unwrap()).unwrap();
+                names.iter().map(pid).collect()
+            };
+            let before = engines(&rig);
             rig.kill();
             let start = Instant::now();
             rig.start();
             rig.client().await;
+            let taken_up = format!("podtether_engine_adoptions_total{{found=\"taken_up\"}} {pods}");
+            while !http("/metrics").contains(&taken_up) {
+                assert!(start.elapsed() < TIMEOUT, "{}", http("/metrics"));
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            println!("supervisor killed: {pods} engines taken up after {:?}", start.elapsed());
             for name in &names {
-                rig.until(name, "running", |p| p["state"] == "running").await;
+                rig.until(name, "running", |p| p["state"] == "running" && p["ifindex"] != 0).await;
+            }
+            println!("supervisor killed: all links looked at after {:?}", start.elapsed());
+            assert_eq!(engines(&rig), before, "nobody was started anew");
+
+            rig.kill();
+            for pid in before {
+                signal(pid, libc::SIGKILL);
+            }
+            let start = Instant::now();
+            rig.start();
+            rig.client().await;
+            for name in &names {
+                rig.until(name, "running", |p| p["state"] == "running" && p["controlConnected"] == true)
+                    .await;
             }
             println!("everything killed: {pods} pods run again after {:?}", start.elapsed());
 

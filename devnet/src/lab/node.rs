@@ -304,6 +304,22 @@ impl Node {
         self.end_supervisor(Signal::SIGKILL)
     }
 
+    /// `kill -9` of the supervisor and of every engine it had, before any of them is started again.
+    ///
+    /// # Errors
+    /// When nobody can say which engines there are.
+    pub fn kill_everything(&mut self) -> Result<()> {
+        let pods = self.pods()?;
+        self.kill_supervisor()?;
+        for pid in pods.iter().filter_map(|pod| pod["enginePid"].as_i64()) {
+            match kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL) {
+                Ok(()) | Err(nix::Error::ESRCH) => {}
+                Err(e) => bail!("cannot kill engine {pid}: {e}"),
+            }
+        }
+        Ok(())
+    }
+
     fn end_supervisor(&mut self, signal: Signal) -> Result<Option<ExitStatus>> {
         let Some(mut child) = self.supervisor.take() else { return Ok(None) };
         let pid = Pid::from_raw(i32::try_from(child.id())?);

@@ -94,11 +94,19 @@ fn a_killed_supervisor_comes_back_to_the_same_pods() {
         let [near, far] = &pods[..] else { panic!("two pods") };
         wait_reachable(far, near.v4().unwrap());
         let before = rig.nodes[0].pod_report("near").unwrap();
+        let pings = Pinging::start(&far.netns, near.v4().unwrap(), INTERVAL, None).unwrap();
+        assert!(pings.wait_for_replies(20, PATIENCE));
         rig.nodes[0].kill_supervisor().unwrap();
+        assert!(pings.wait_for_replies(20, PATIENCE), "nobody watches, and it works");
         rig.nodes[0].start_supervisor().unwrap();
-        wait_reachable(far, near.v4().unwrap());
-        let after = rig.nodes[0].pod_report("near").unwrap();
-        for key in ["ifindex", "addresses", "udpPort", "udp6Port", "mac", "name"] {
+        let after = wait_for("the pod to be taken up", || {
+            let report = rig.nodes[0].pod_report("near").ok()?;
+            (report["state"] == "running" && report["ifindex"] != 0).then_some(report)
+        });
+        assert!(pings.wait_for_replies(20, PATIENCE));
+        let report = pings.stop(PATIENCE).unwrap();
+        assert_eq!(report.lost(), 0, "of {} pings", report.sent);
+        for key in ["enginePid", "ifindex", "addresses", "udpPort", "udp6Port", "mac", "name"] {
             assert_eq!(after[key], before[key], "{key}");
         }
         wait_for("CHECK to pass", || near.check(&rig.nodes[0]).ok());

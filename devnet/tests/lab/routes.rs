@@ -315,7 +315,7 @@ fn an_exit_node_takes_everything_but_the_clusters_own() {
         wait_for("CHECK to pass", || client.check(&rig.nodes[0]).ok());
 
         // The exit node dies: nothing leaks, the cluster goes on.
-        rig.nodes[1].kill_supervisor().unwrap();
+        rig.nodes[1].kill_everything().unwrap();
         wait_for("the exit node to be gone", || (leads(client, INTERNET) == World::Nowhere).then_some(()));
         assert_eq!(leads(client, INTERNET_V6), World::Nowhere);
         cluster_works(&rig);

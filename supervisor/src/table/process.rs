@@ -83,6 +83,11 @@ impl Table {
         identity.unseen = identity.unseen.saturating_sub(1);
         let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
         let kind = match found {
+            // Its keys are lost: it could not be started again, nor its device be known.
+            Ok(adopted) if pod.stopped.is_some() => {
+                adopted.process.kill();
+                "no_identity"
+            }
             Ok(adopted) => {
                 let Adopted { process, client, hello, since, descriptors, output } = *adopted;
                 tracing::info!(

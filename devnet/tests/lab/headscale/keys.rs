@@ -88,7 +88,7 @@ fn auth_keys_of_every_kind() {
             println!("logged out: expiry {expiry}");
             // One that just vanishes goes when Headscale has missed it for long enough.
             let start = Instant::now();
-            world.nodes[0].kill_supervisor().unwrap();
+            world.nodes[0].kill_everything().unwrap();
             wait_for_within(std::time::Duration::from_secs(150), "the vanished node to be gone", || {
                 world.server.node("f").is_err().then_some(())
             });
