@@ -121,6 +121,8 @@ pub(crate) enum Opened {
     /// An IP packet of this length is in the output.
     Packet(usize),
     Keepalive,
+    /// Authentic, and what is inside no IP packet.
+    Unreadable,
     /// A handshake response of this length is in the output, to be sent back.
     Response(usize),
     /// Our handshake is complete; a keepalive of this length is in the output and confirms it to the
@@ -410,6 +412,8 @@ impl Tunnel {
                         Opened::Packet(packet.len())
                     }
                     TunnResult::Done => Opened::Keepalive,
+                    // Of a data message's content: it has been decrypted by then.
+                    TunnResult::Err(WireGuardError::InvalidPacket) => Opened::Unreadable,
                     TunnResult::Err(error) => return rejected(&error),
                     TunnResult::WriteToNetwork(_) => return Opened::Rejected,
                 };

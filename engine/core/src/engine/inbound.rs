@@ -207,9 +207,11 @@ impl Engine {
             Opened::Cookie => Ok(()),
             Opened::Duplicate => Err(DropReason::Duplicate),
             Opened::TooMany => Err(DropReason::UnderLoad),
-            Opened::Packet(_) | Opened::Keepalive | Opened::Response(_) | Opened::Rejected => {
-                Err(DropReason::BadCrypto)
-            }
+            Opened::Packet(_)
+            | Opened::Keepalive
+            | Opened::Unreadable
+            | Opened::Response(_)
+            | Opened::Rejected => Err(DropReason::BadCrypto),
         }
     }
 
@@ -231,6 +233,7 @@ impl Engine {
             inner = match active.tunnel.open(datagram, buf, now) {
                 Opened::Packet(len) => self.judge(slot, buf.get_mut(..len)?),
                 Opened::Keepalive => Inner::Keepalive,
+                Opened::Unreadable => Inner::Denied(DropReason::Malformed),
                 Opened::Duplicate => Inner::Rejected(DropReason::Duplicate),
                 Opened::Response(_)
                 | Opened::Established(_)

@@ -205,6 +205,7 @@ fn only_the_newest_initiations_response_counts_and_a_slow_path_gets_the_time_it_
                 | Opened::Response(_)
                 | Opened::Cookie
                 | Opened::TooMany
+                | Opened::Unreadable
                 | Opened::Rejected) => panic!("{other:?}"),
             }
             continue;

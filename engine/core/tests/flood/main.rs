@@ -151,3 +151,40 @@ fn a_pod_that_calls_everybody_begins_with_few_and_keeps_those_it_has() {
     assert!((256..=385).contains(&begun), "{begun} peers begun with");
     assert!(delivered >= 95, "{delivered} of 100 packets to the peer it knows");
 }
+
+#[test]
+fn garbage_by_relay_is_counted_and_costs_few_handshakes() {
+    let mut pair = Pair::new(20);
+    assert!(pair.send());
+    let before: u64 = pair.nodes[0].counters().drops().map(|(_, n)| n).sum();
+    let stranger = initiation([0x77; 32]);
+    let key = SharedKey::new(&disco_key(900), &disco_key(1).public());
+    let mut disco = Vec::new();
+    let ping = Message::Ping { tx: [1; 12], node_key: None };
+    key.seal(&disco_key(900).public(), [1; 24], &ping, &mut disco);
+    let (mut answers, mut arrived) = (0, 0);
+    for n in 0..PER_SECOND {
+        let mut payload = match n % 4 {
+            0 => stranger.clone(),
+            1 => disco.clone(),
+            2 => vec![0x5a; 300],
+            _ => [&[4, 0, 0, 0], &n.to_le_bytes()[..], &[7; 60]].concat(),
+        };
+        // From a node that the netmap does not have, and from one that it has.
+        let source = node_key(if n / 4 % 2 == 0 { 900 } else { 3 }).public();
+        let mut out = Outbox::default();
+        let event = DerpEvent::Packet { source, payload: &mut payload };
+        pair.nodes[0].handle_derp(REGION, event, pair.now, &mut out);
+        answers += out.derp.len() + out.udp.len();
+        pair.now += Duration::from_secs(1) / PER_SECOND;
+        if n % (PER_SECOND / 10) == 0 {
+            pair.tick();
+            arrived += u32::from(pair.send());
+        }
+    }
+    assert!(arrived >= 9, "{arrived} of 10 packets of the peer");
+    let after: u64 = pair.nodes[0].counters().drops().map(|(_, n)| n).sum();
+    assert_eq!(after - before, u64::from(PER_SECOND), "each is counted");
+    assert!(drops(&pair.nodes[0], DropReason::BadCrypto) <= 80, "twenty at once and twenty in the second");
+    assert!(answers < 400, "{answers} datagrams, cookies among them");
+}
