@@ -16,7 +16,7 @@ pub mod transport;
 
 /// Version of both services, in [`engine::Hello`] and [`node::Version`]. Each side accepts its own
 /// minor and the one before it; a different major never talks.
-pub const PROTO_VERSION: Version = Version { major: 2, minor: 0 };
+pub const PROTO_VERSION: Version = Version { major: 3, minor: 0 };
 
 /// A protocol version; see [`PROTO_VERSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

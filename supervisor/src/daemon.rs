@@ -56,11 +56,11 @@ pub async fn run(config: Config) -> Result<()> {
     let ready = Arc::clone(&web.ready);
     if let Some(listener) = http {
         let routes = http::all_routes(web.clone());
-        tokio::spawn(async move { axum::serve(listener, routes).await });
+        tokio::spawn(http::serve(listener, routes));
     }
     if let Some(listener) = metrics {
         let routes = http::metrics_routes(web);
-        tokio::spawn(async move { axum::serve(listener, routes).await });
+        tokio::spawn(http::serve(listener, routes));
     }
     tracing::info!(socket = %run_dir.join("supervisor.sock").display(), "serving");
 

@@ -10,12 +10,29 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use futures_util::future::join_all;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use serde::Deserialize;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use crate::engine::within;
 use crate::metrics::{Counters, scrape};
 use crate::table::{Handle, PodReport};
 
+/// Callers at a time; more wait in the listener.
+const MAX_CONNECTIONS: usize = 64;
+/// How long a caller may take to send a request's head, also its next one.
+const HEAD_WITHIN: Duration = Duration::from_secs(10);
+/// Largest head, bytes.
+const MAX_HEAD: usize = 16 << 10;
+/// A caller is asked to come again after this, so that one that reads nothing holds no place.
+const LIFETIME: Duration = Duration::from_secs(120);
+/// And has so long to read its last answer.
+const LAST_ANSWER: Duration = Duration::from_secs(10);
+/// After an accept error (descriptors exhausted), so that it does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// How long an engine may take to list its peers.
 const PEERS_WITHIN: Duration = Duration::from_secs(1);
 
@@ -43,6 +60,35 @@ pub fn metrics_routes(web: Web) -> Router {
 /// Everything, for `http_listen`.
 pub fn all_routes(web: Web) -> Router {
     Router::new().route("/v1/pods", get(pods)).with_state(web.clone()).merge(metrics_routes(web))
+}
+
+/// Serves `routes`. Whoever is slow, silent or many costs its own connection and no more.
+pub async fn serve(listener: TcpListener, routes: Router) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(HEAD_WITHIN).max_buf_size(MAX_HEAD);
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "accept on an HTTP listener failed");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let service = TowerToHyperService::new(routes.clone());
+        let connection = http.serve_connection(TokioIo::new(stream), service);
+        tokio::spawn(async move {
+            let mut connection = std::pin::pin!(connection);
+            // What a caller does wrong is its own to read.
+            if tokio::time::timeout(LIFETIME, connection.as_mut()).await.is_err() {
+                connection.as_mut().graceful_shutdown();
+                let _ = tokio::time::timeout(LAST_ANSWER, connection).await;
+            }
+            drop(place);
+        });
+    }
 }
 
 async fn metrics(State(web): State<Web>) -> Response {

@@ -26,6 +26,12 @@ const MAX_MESSAGE: usize = 500;
 
 /// Callers at a time; more wait in the socket.
 const MAX_CONNECTIONS: usize = 512;
+/// Calls of one caller that run at a time; more are refused. The plugin makes one.
+const MAX_CALLS: usize = 32;
+/// A caller that does not send a whole call at once gives its place to another.
+const FIRST_CALL: Duration = Duration::from_secs(5);
+/// So does one that has nothing running and makes no further call.
+const NEXT_CALL: Duration = Duration::from_secs(120);
 /// After an accept error (descriptors exhausted), so that it does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -76,29 +82,44 @@ pub async fn serve(socket: &Socket, table: Handle, refused: Refused) {
         };
         match stream.peer_cred() {
             Ok(peer) if peer.uid() == 0 || peer.uid() == own => {}
-            other => {
-                tracing::warn!(?other, "refused a caller on the supervisor's socket");
+            Ok(peer) => {
+                let (uid, pid) = (peer.uid(), peer.pid().unwrap_or_default());
+                let what =
+                    format!("uid {uid} (process {pid}) called on the supervisor's socket, which is root's");
+                refused.count(Reason::RpcPeer, &what);
+                continue;
+            }
+            Err(error) => {
+                refused
+                    .count(Reason::RpcPeer, &format!("a caller of whom the kernel does not tell: {error}"));
                 continue;
             }
         }
         let service = Service { table: table.clone(), refused: refused.clone() };
         tokio::spawn(async move {
-            connection(stream, service).await;
+            connection(stream, service, [FIRST_CALL, NEXT_CALL]).await;
             drop(place);
         });
     }
 }
 
-async fn connection(stream: UnixStream, service: Service) {
+async fn connection(stream: UnixStream, service: Service, [first, next]: [Duration; 2]) {
     let refused = service.refused.clone();
-    let requests = BaseChannel::with_defaults(transport::served(stream)).requests();
+    let requests =
+        BaseChannel::with_defaults(transport::served(stream)).max_concurrent_requests(MAX_CALLS).requests();
     // A caller that goes away takes its calls with it.
     let mut running = JoinSet::new();
     tokio::pin!(requests);
+    let mut idle = first;
     loop {
+        let until = tokio::time::Instant::now() + idle;
         tokio::select! {
+            () = tokio::time::sleep_until(until), if running.is_empty() => return,
             request = requests.next() => match request {
-                Some(Ok(request)) => { running.spawn(request.execute(service.clone().serve())); }
+                Some(Ok(request)) => {
+                    idle = next;
+                    running.spawn(request.execute(service.clone().serve()));
+                }
                 Some(Err(error)) => {
                     if transport::is_malformed(&error) {
                         let what = "a caller on the supervisor's socket sent what is no call: is it of another build?";
@@ -226,5 +247,62 @@ impl Node for Service {
 
     async fn status(self, _: Context) -> Version {
         PROTO_VERSION
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podtether_proto::node::NodeClient;
+    use tarpc::{client, context};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::table::Unanswered;
+
+    fn service() -> (Service, Unanswered) {
+        let options = prometheus::Opts::new("refused", "x");
+        let refused = Refused::new(prometheus::IntCounterVec::new(options, &["reason"]).unwrap());
+        let (table, questions) = Unanswered::new();
+        (Service { table, refused }, questions)
+    }
+
+    #[tokio::test]
+    async fn a_caller_that_says_nothing_whole_gives_its_place_back() {
+        for beginning in [&b""[..], &[0, 0, 1, 0, 7, 7]] {
+            let (mut near, far) = UnixStream::pair().unwrap();
+            near.write_all(beginning).await.unwrap();
+            let idle = Duration::from_millis(50);
+            let begun = std::time::Instant::now();
+            connection(far, service().0, [idle, Duration::MAX / 4]).await;
+            assert!(begun.elapsed() >= idle);
+            assert_eq!(near.read(&mut [0]).await.unwrap(), 0, "it was hung up on");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_that_runs_is_not_idle_and_a_caller_has_so_many() {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (service, questions) = service();
+        let served = tokio::spawn(connection(far, service, [Duration::from_millis(20); 2]));
+        let client = NodeClient::new(client::Config::default(), transport::framed(near)).spawn();
+        let calls: Vec<_> = (0..3 * MAX_CALLS)
+            .map(|_| {
+                let client = client.clone();
+                tokio::spawn(async move { client.pods(context::current(), 0).await })
+            })
+            .collect();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert!(!served.is_finished(), "its calls are running");
+        assert_eq!(questions.len(), MAX_CALLS);
+        let (refused, running): (Vec<_>, Vec<_>) = calls.into_iter().partition(|call| call.is_finished());
+        assert_eq!((refused.len(), running.len()), (2 * MAX_CALLS, MAX_CALLS), "the others are told so");
+        for call in refused {
+            assert!(matches!(call.await.unwrap(), Err(client::RpcError::Server(_))));
+        }
+        for call in running {
+            call.abort();
+        }
+        drop(client);
+        served.await.unwrap();
     }
 }

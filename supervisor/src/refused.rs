@@ -14,6 +14,8 @@ const LINE_EVERY: Duration = Duration::from_secs(60);
 /// Why something was refused. A bounded set: these become metric labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Reason {
+    /// A caller on the socket who is neither root nor this process's user.
+    RpcPeer,
     /// A caller on the socket sent what is no call.
     RpcFrame,
     /// The plugin was called in a CNI version that it does not speak.
@@ -41,6 +43,7 @@ impl Reason {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::RpcPeer => "rpc_peer",
             Self::RpcFrame => "rpc_frame",
             Self::CniVersion => "cni_version",
             Self::CniField => "cni_field",

@@ -117,6 +117,22 @@ fn left() -> CniError {
     }
 }
 
+/// Questions to a table that answers none, for tests of who asks.
+#[cfg(test)]
+pub(crate) struct Unanswered(mpsc::Receiver<Message>);
+
+#[cfg(test)]
+impl Unanswered {
+    pub(crate) fn new() -> (Handle, Self) {
+        let (to, questions) = mpsc::channel(QUEUE);
+        (Handle { to }, Self(questions))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
 impl Handle {
     async fn ask<T>(&self, message: impl FnOnce(oneshot::Sender<T>) -> Message) -> Option<T> {
         let (answer, answered) = oneshot::channel();
