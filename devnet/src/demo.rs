@@ -14,8 +14,8 @@
 //! | what the user sees | [`display`] |
 
 mod display;
-mod inside;
-mod outer;
+pub(crate) mod inside;
+pub(crate) mod outer;
 mod reach;
 mod trouble;
 mod world;
@@ -39,7 +39,8 @@ pub(crate) fn run(demo: &Demo) -> ExitCode {
     let result = if isolate::is_isolated() {
         inside::run(demo.keep)
     } else {
-        outer::run(if demo.keep { &["--keep"] } else { &[] })
+        let keep = demo.keep.then_some("--keep");
+        outer::run(&["demo"].into_iter().chain(keep).map(str::to_owned).collect::<Vec<_>>())
     };
     result.unwrap_or_else(|error| {
         println!("the demo cannot start: {error}");

@@ -1,7 +1,9 @@
 //! `podtether-devnet serve`: a tailnet to develop and test against. `podtether-devnet demo`: see [`demo`].
+//! `podtether-devnet chaos`: see [`podtether_devnet::chaos`].
 #![expect(clippy::print_stdout, reason = "a command line tool prints its answers")]
 
 mod demo;
+mod trial;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -26,6 +28,8 @@ enum Command {
     Serve(Serve),
     /// Show the main job: pods join a tailnet through CNI, survive kill -9, and leave.
     Demo(demo::Demo),
+    /// Kill, stop and unplug things in a seeded order under traffic, and say what it cost.
+    Chaos(trial::Chaos),
 }
 
 #[derive(Args)]
@@ -82,6 +86,7 @@ fn main() -> anyhow::Result<ExitCode> {
             .block_on(serve(arguments))
             .map(|()| ExitCode::SUCCESS),
         Command::Demo(arguments) => Ok(demo::run(&arguments)),
+        Command::Chaos(arguments) => Ok(trial::run(&arguments)),
     }
 }
 

@@ -28,7 +28,8 @@ pub enum ProbeError {
 }
 
 impl ProbeError {
-    fn socket(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+    /// For `map_err` of a socket call.
+    pub(crate) fn socket(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Socket { what, source }
     }
 }

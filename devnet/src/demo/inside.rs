@@ -26,7 +26,7 @@ pub(super) fn run(keep: bool) -> Result<ExitCode> {
     // Interrupts from the terminal go to the process outside, not to supervisors and engines.
     nix::unistd::setsid().context("start a session")?;
     let mut display = Display::new();
-    let (pid, lifeline) = lifeline(display.clearer())?;
+    let (pid, lifeline) = lifeline(display.clearer(), LONGEST)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let dir = runtime.block_on(isolate::settle())?;
     drop(runtime);
@@ -76,7 +76,8 @@ fn steps(display: &mut Display, slot: &mut Option<World>, dir: &std::path::Path,
     Ok(())
 }
 
-fn requirements() -> Result<Vec<Row>> {
+/// Says what to do where TUNs cannot be made.
+pub(crate) fn require_tun() -> Result<()> {
     if let Err(error) = File::options().read(true).write(true).open("/dev/net/tun") {
         let advice = if error.kind() == ErrorKind::NotFound {
             "as root: `modprobe tun`"
@@ -86,6 +87,11 @@ fn requirements() -> Result<Vec<Row>> {
         };
         bail!("/dev/net/tun cannot be opened: {error}; {advice}");
     }
+    Ok(())
+}
+
+fn requirements() -> Result<Vec<Row>> {
+    require_tun()?;
     let map = std::fs::read_to_string("/proc/self/uid_map").context("read the id map")?;
     let ids: u64 = map.lines().filter_map(|l| l.split_whitespace().nth(2)?.parse::<u64>().ok()).sum();
     let (what, measured) = if ids > 65_536 {
@@ -98,7 +104,7 @@ fn requirements() -> Result<Vec<Row>> {
 
 /// The end of stdin ends this process, and with it everything here: the process outside was interrupted,
 /// or is gone.
-struct Lifeline {
+pub(crate) struct Lifeline {
     kept: mpsc::Sender<()>,
     ended: Receiver<()>,
 }
@@ -112,8 +118,8 @@ impl Lifeline {
     }
 }
 
-/// Starts watching; also returns this process's id as the process outside sees it.
-fn lifeline(clear: impl Fn() + Send + 'static) -> Result<(String, Lifeline)> {
+/// Starts watching, for `longest` at most; also returns this process's id as the process outside sees it.
+pub(crate) fn lifeline(clear: impl Fn() + Send + 'static, longest: Duration) -> Result<(String, Lifeline)> {
     let mut stdin = BufReader::new(std::io::stdin());
     let mut pid = String::new();
     stdin.read_line(&mut pid).context("read the own pid")?;
@@ -125,7 +131,7 @@ fn lifeline(clear: impl Fn() + Send + 'static) -> Result<(String, Lifeline)> {
         let _ = gone.send(());
     })?;
     std::thread::Builder::new().name("watchdog".into()).spawn(move || {
-        let timed_out = is_gone.recv_timeout(LONGEST).is_err();
+        let timed_out = is_gone.recv_timeout(longest).is_err();
         if is_kept.try_recv().is_ok() {
             if timed_out {
                 let _ = is_gone.recv();

@@ -1,4 +1,4 @@
-//! The process the user started: it puts the demo into namespaces of its own, passes interrupts on, and
+//! The process the user started: it puts the demo, or chaos, into namespaces of its own, passes interrupts on, and
 //! looks afterwards whether anything is left.
 
 use std::collections::BTreeSet;
@@ -18,8 +18,8 @@ use super::display::{Row, table};
 /// How long the demo inside may take to say goodbye once it was interrupted.
 const GOODBYE: Duration = Duration::from_secs(5);
 
-/// Runs the demo inside, and says what is left of it.
-pub(super) fn run(arguments: &[&str]) -> anyhow::Result<ExitCode> {
+/// Runs this program inside with these arguments, and says what is left of it.
+pub(crate) fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
     let before = Host::look();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on an interrupt no longer ends this process before it has cleaned up.
@@ -30,7 +30,7 @@ pub(super) fn run(arguments: &[&str]) -> anyhow::Result<ExitCode> {
 
     let mut command = Command::new(std::env::current_exe().context("own path")?);
     // The lifeline: the demo inside ends when its stdin does, so it never outlives this process.
-    command.arg("demo").args(arguments).stdin(Stdio::piped());
+    command.args(arguments).stdin(Stdio::piped());
     let mut guard = isolate::spawn(command)?;
     let mut lifeline = guard.stdin.take().context("no lifeline")?;
     let guard_pid = guard.id();

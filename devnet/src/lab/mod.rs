@@ -183,6 +183,26 @@ impl Lab {
         })
     }
 
+    /// Takes the carrier from the uplink of node `n`, or gives it back; addresses and routes stay.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn set_uplink(&self, n: u8, up: bool) -> Result<()> {
+        let port = format!("node{n}");
+        let key = format!("net/ipv6/conf/{port}/keep_addr_on_down");
+        self.router.run_blocking(move || sysctl::write(&key, "1"))??;
+        block_on(async {
+            let router = Netlink::open(&self.router).await?;
+            let link = index_of(&router, &port).await?;
+            if up {
+                router.set_up(link).await?;
+                router.wait_running(&port).await.map_err(anyhow::Error::from)
+            } else {
+                router.set_down(link).await.map_err(anyhow::Error::from)
+            }
+        })
+    }
+
     /// Drops all UDP between nodes, in both directions and families. TCP between them, and everything to
     /// the devnets (DERP, STUN, control), goes on.
     ///

@@ -155,6 +155,22 @@ impl Node {
         Ok(node)
     }
 
+    /// The same node for another thread, which may ask and call the plugin; the supervisor stays with this
+    /// one, and so does the making of pods.
+    #[must_use]
+    pub fn caller(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            netns: self.netns.clone(),
+            number: self.number,
+            dir: self.dir.clone(),
+            pins: self.pins.clone(),
+            programs: self.programs.clone(),
+            pods: self.pods,
+            supervisor: None,
+        }
+    }
+
     /// Addresses of host `p` of the node's pod network.
     fn pod_addresses(&self, p: u8) -> [IpNet; 2] {
         let n = self.number;

@@ -81,13 +81,16 @@ fn mounts() -> Result<Vec<String>> {
     Ok(lines.collect())
 }
 
-/// Id and name of every process.
+/// Id and name of every process; without orphans that ended, whom the first process here, a test or the
+/// demo, does not wait for as an init would.
 fn processes() -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let entry = entry?;
         if entry.file_name().to_str().is_some_and(|n| n.parse::<u32>().is_ok())
             && let Ok(name) = fs::read_to_string(entry.path().join("comm"))
+            && let Ok(stat) = fs::read_to_string(entry.path().join("stat"))
+            && !stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with("Z 1 "))
         {
             found.push(format!("{} {}", entry.file_name().display(), name.trim()));
         }

@@ -271,7 +271,8 @@ fn receive_loop(shared: &Shared, socket: &Socket, target: IpAddr, id: u16, start
     }
 }
 
-fn echo_request(target: IpAddr, id: u16, sequence: u16) -> [u8; 64] {
+/// The packet; IPv6 leaves the checksum to the kernel.
+pub(crate) fn echo_request(target: IpAddr, id: u16, sequence: u16) -> [u8; 64] {
     let mut packet = [0x5a; 64];
     packet[0] = if target.is_ipv4() { 8 } else { 128 };
     packet[1..4].fill(0);
@@ -285,7 +286,8 @@ fn echo_request(target: IpAddr, id: u16, sequence: u16) -> [u8; 64] {
     packet
 }
 
-fn echo_reply(target: IpAddr, id: u16, bytes: &[u8]) -> Option<u16> {
+/// The sequence number of a reply to `id`'s requests.
+pub(crate) fn echo_reply(target: IpAddr, id: u16, bytes: &[u8]) -> Option<u16> {
     let (kind, icmp) = if target.is_ipv4() {
         let header = usize::from(bytes.first()? & 0x0f) * 4;
         (0, bytes.get(header..)?)

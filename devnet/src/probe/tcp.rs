@@ -146,7 +146,8 @@ pub fn connect(ns: &Netns, target: SocketAddr, limit: Duration) -> Result<Option
     Ok(dial(ns, target, limit)?.map(|_| started.elapsed()))
 }
 
-fn dial(ns: &Netns, target: SocketAddr, limit: Duration) -> Result<Option<TcpStream>, ProbeError> {
+/// A connection from `ns`, or `None` when nobody accepted within `limit`.
+pub(crate) fn dial(ns: &Netns, target: SocketAddr, limit: Duration) -> Result<Option<TcpStream>, ProbeError> {
     let socket = ns
         .run_blocking(move || Socket::new(Domain::for_address(target), Type::STREAM, None))?
         .map_err(ProbeError::socket("open a TCP socket"))?;

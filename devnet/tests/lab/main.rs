@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stdout, reason = "the harness shows what a failed test printed")]
 
+mod chaos;
 mod cni;
 mod headscale;
 mod kills;
