@@ -4,7 +4,10 @@
 //! A step that the environment cannot offer is skipped and reported ([`Report`]); a step that should
 //! work and fails stops the engine.
 
+use std::os::fd::OwnedFd;
+
 use caps::{CapSet, Capability};
+use nix::sched::{CloneFlags, setns};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
@@ -19,6 +22,8 @@ pub(crate) struct Ids {
 /// What could not be given up because the environment does not offer it.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
+    /// The supervisor's mount namespace is kept: it could not make an empty one.
+    pub(crate) mounts_kept: bool,
     /// The bounding set stays: this process never had CAP_SETPCAP (an ordinary user's).
     pub(crate) bounding_set_kept: bool,
     /// The supervisor's uid is kept: no other id is mapped.
@@ -36,9 +41,16 @@ fn step<T, E: std::fmt::Display>(step: &'static str, result: Result<T, E>) -> Re
     result.map_err(|error| ConfineError::Step { step, error: error.to_string() })
 }
 
-/// The whole of it.
-pub(crate) fn confine(ids: Ids) -> Result<Report, ConfineError> {
+/// The whole of it. `nowhere` is an empty mount namespace.
+pub(crate) fn confine(ids: Ids, nowhere: Option<OwnedFd>) -> Result<Report, ConfineError> {
     let mut report = Report::default();
+
+    // Needs capabilities that the next steps drop.
+    if let Some(nowhere) = nowhere {
+        step("enter the empty mount namespace", setns(&nowhere, CloneFlags::CLONE_NEWNS))?;
+    } else {
+        report.mounts_kept = true;
+    }
 
     // Capabilities that a later execve could give back go first: dropping them needs CAP_SETPCAP,
     // which goes with the uid.

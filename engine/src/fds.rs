@@ -15,6 +15,8 @@ pub(crate) struct Descriptors {
     pub(crate) names: Names,
     pub(crate) snapshot: Option<OwnedFd>,
     pub(crate) reason: Option<OwnedFd>,
+    /// An empty mount namespace.
+    pub(crate) nowhere: Option<OwnedFd>,
 }
 
 /// What questions for names come in by and go out by.
@@ -79,6 +81,7 @@ impl Descriptors {
             mut udp6,
             mut snapshot,
             mut reason,
+            mut nowhere,
             dns,
             dns_tcp,
             stand_in,
@@ -99,6 +102,7 @@ impl Descriptors {
             names,
             snapshot: snapshot.pop(),
             reason: reason.pop(),
+            nowhere: nowhere.pop(),
         })
     }
 }
@@ -113,13 +117,14 @@ fn close_from(first: RawFd) -> std::io::Result<()> {
 }
 
 /// Those that there is at most one of, then those that there may be more of.
-const NAMES: [&str; 15] = [
+const NAMES: [&str; 16] = [
     fds::RPC,
     fds::TUN,
     fds::UDP4,
     fds::UDP6,
     fds::SNAPSHOT,
     fds::REASON,
+    fds::NOWHERE,
     fds::DNS,
     fds::DNS_TCP,
     fds::STAND_IN,
@@ -130,7 +135,7 @@ const NAMES: [&str; 15] = [
     fds::ASK_TCP6,
     fds::DNS_OWNER,
 ];
-const SINGLE: usize = 6;
+const SINGLE: usize = 7;
 
 /// Indices into `NAMES`, in the order of the descriptors.
 fn parse(names: &str) -> Result<Vec<usize>, FdsError> {
@@ -155,7 +160,7 @@ mod tests {
         assert_eq!(parse("rpc:tun:udp6"), Ok(vec![0, 1, 3]));
         assert_eq!(parse(""), Ok(vec![]));
         assert_eq!(parse("rpc:disk"), Err(FdsError::Unknown("disk".into())));
-        assert_eq!(parse("dns:dns:rpc"), Ok(vec![6, 6, 0]));
+        assert_eq!(parse("dns:dns:rpc"), Ok(vec![7, 7, 0]));
         assert_eq!(parse("rpc:rpc"), Err(FdsError::Twice("rpc".into())));
     }
 }

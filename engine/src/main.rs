@@ -44,6 +44,8 @@ fn main() -> ExitCode {
     // SAFETY: first thing in the process; nothing has opened a descriptor yet.
     let descriptors = unsafe { Descriptors::take(named.as_deref()) };
     log::init();
+    // Executed from memory, it would be called by the number of a descriptor. A name changes nothing else.
+    let _ = nix::sys::prctl::set_name(c"podtether-engine");
     std::panic::set_hook(Box::new(|panic| {
         // A task that is gone would leave a half-dead engine; a crash is handled.
         tracing::error!(%panic, "panic");
@@ -56,7 +58,7 @@ fn main() -> ExitCode {
         }
     };
     let reason = ReasonFile::new(descriptors.reason.take());
-    let ending = match confine::confine(ids()) {
+    let ending = match confine::confine(ids(), descriptors.nowhere.take()) {
         Ok(report) => {
             tracing::debug!(?report, "confined");
             run(descriptors, supervisor_uid).unwrap_or_else(|error| {
@@ -75,7 +77,7 @@ fn ids() -> Ids {
 }
 
 fn run(descriptors: Descriptors, supervisor_uid: u32) -> anyhow::Result<Ending> {
-    let Descriptors { rpc, tun, udp4, udp6, names, snapshot, reason: _ } = descriptors;
+    let Descriptors { rpc, tun, udp4, udp6, names, snapshot, reason: _, nowhere: _ } = descriptors;
     let listener = rpc::listen(rpc).context("the RPC descriptor is unusable")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ending = runtime.block_on(async {

@@ -39,5 +39,7 @@ pub const ASK_TCP6: &str = "ask-tcp6";
 pub const DNS_OWNER: &str = "dns-owner";
 /// Regular file (tmpfs, 0600) for the warm snapshot, opened read-write; its format is the engine's.
 pub const SNAPSHOT: &str = "snapshot";
+/// An empty mount namespace, which the engine enters before anything else.
+pub const NOWHERE: &str = "nowhere";
 /// Regular file for [`crate::exit::ExitReason`], opened write-only, truncated before each start.
 pub const REASON: &str = "reason";

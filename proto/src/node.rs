@@ -111,6 +111,9 @@ pub struct PodSummary {
     pub addresses: Vec<IpAddr>,
     /// Engine restarts since the supervisor started.
     pub restarts: u64,
+    /// What limits its engine, of `cgroup` (outside the supervisor's), `memory`, `pids`, `cpu` and `mounts` (none of
+    /// the supervisor's).
+    pub limits: Vec<String>,
     /// Whether the map stream is up.
     pub control_connected: bool,
     /// Home DERP region, 0 for none.

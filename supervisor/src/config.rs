@@ -32,6 +32,11 @@ pub const DEFAULT_PATH: &str = "/etc/podtether/supervisor.toml";
 /// `run_dir/engines/<id>/engine.sock` has to fit a Unix socket address.
 const MAX_RUN_DIR_BYTES: usize = 68;
 
+/// An engine takes 1.5 to 3 MB, 10 to 20 among ten thousand peers while their map comes in, and its snapshot,
+/// which is charged to it, up to 16.
+const DEFAULT_ENGINE_MIB: i64 = 128;
+const MIN_ENGINE_MIB: u64 = 8;
+
 /// What is wrong with the configuration: one sentence that names the key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -141,6 +146,10 @@ pub struct Node {
     pub udp_port_range: Option<RangeInclusive<u16>>,
     /// First uid of the engines.
     pub uid_base: u32,
+    /// Cgroup of the engines, below the root of every hierarchy; empty for none of their own.
+    pub cgroup_root: String,
+    /// Memory that one engine may use, in bytes.
+    pub engine_memory_bytes: u64,
     /// Ranges that pods do not route into the tailnet.
     pub exclude_cidrs: Vec<IpNet>,
     /// The cluster's own ranges: no route of another node covers them.
@@ -361,6 +370,16 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         .ok()
         .filter(|u| (1..=u32::MAX - 100_000).contains(u))
         .ok_or_else(|| at.error("uid_base", &format!("{uid_base} leaves no room for the engines' uids")))?;
+    let cgroup_root = at.raw_text("cgroup_root")?.unwrap_or("podtether").trim_matches('/').to_owned();
+    if cgroup_root.split('/').any(|part| part == ".." || part == ".") || cgroup_root.len() > 200 {
+        return Err(at.error("cgroup_root", "is no path of a cgroup"));
+    }
+    let memory = at.number("engine_memory_mib")?.unwrap_or(DEFAULT_ENGINE_MIB);
+    let engine_memory_bytes = u64::try_from(memory)
+        .ok()
+        .filter(|mib| (MIN_ENGINE_MIB..1 << 20).contains(mib))
+        .map(|mib| mib << 20)
+        .ok_or_else(|| at.error("engine_memory_mib", &format!("{memory} is less than an engine may need")))?;
     Ok(Node {
         cluster_name: at.text("cluster_name")?.unwrap_or("k8s").to_owned(),
         state_dir: at.path("state_dir")?.unwrap_or_else(|| "/var/lib/podtether".into()),
@@ -372,6 +391,8 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         udp_port_range: value::parse_port_range(at.text("udp_port_range")?.unwrap_or(""))
             .map_err(|e| at.error("udp_port_range", &e))?,
         uid_base,
+        cgroup_root,
+        engine_memory_bytes,
         exclude_cidrs,
         cluster_cidrs,
         exempt_namespaces: at.list("exempt_namespaces")?.unwrap_or_else(|| vec!["kube-system".into()]),

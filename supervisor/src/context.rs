@@ -8,8 +8,10 @@ use ipnet::IpNet;
 use podtether_net::link::{LinkSpec, tailnet_routes};
 use tokio::sync::Semaphore;
 
+use crate::cgroup::Cgroups;
 use crate::config::Config;
 use crate::credentials::{Credential, Roots};
+use crate::detach::{Image, Nowhere};
 use crate::record::{Attachment, Store};
 
 /// MTU of every link.
@@ -28,6 +30,14 @@ pub struct Context {
     pub roots: BTreeMap<String, Arc<Roots>>,
     /// The engine's binary.
     pub engine: PathBuf,
+    /// The same in memory, where the kernel allows that.
+    pub image: Option<Image>,
+    /// Where engines go, where the kernel allows that.
+    pub nowhere: Option<Nowhere>,
+    /// What limits engines, outside the supervisor's own cgroup.
+    pub cgroups: Cgroups,
+    /// What engines cannot be given here, a sentence each.
+    pub shortcomings: Vec<String>,
     /// Whether engines get uids of their own.
     pub own_uids: bool,
     /// Links that are made or removed at a time: the kernel does them one after another anyway, and
@@ -58,7 +68,37 @@ impl Context {
         }
         let own_uids = own_uids(config.node.uid_base);
         let link_places = Semaphore::new(LINKS_AT_ONCE);
-        Ok(Context { config, store, credentials, roots, engine, own_uids, link_places })
+        let mut shortcomings = Vec::new();
+        let mut had = |what: &str, got: Result<(), String>| {
+            shortcomings.extend(got.err().map(|why| format!("{what}: {why}")));
+        };
+        let image = Image::load(&engine).map_err(|e| e.to_string());
+        had(
+            "engines run from their file, which keeps its file system",
+            image.as_ref().map(drop).map_err(Clone::clone),
+        );
+        let nowhere = Nowhere::make(&config.node.run_dir);
+        had(
+            "engines stay in the supervisor's mount namespace",
+            nowhere.as_ref().map(drop).map_err(Clone::clone),
+        );
+        let cgroups = Cgroups::prepare(&config.node.cgroup_root, config.node.engine_memory_bytes);
+        let lacking = cgroups.lacking();
+        had("engines lack cgroups of their own", if lacking.is_empty() { Ok(()) } else { Err(lacking) });
+        let (image, nowhere) = (image.ok(), nowhere.ok());
+        Ok(Context {
+            config,
+            store,
+            credentials,
+            roots,
+            engine,
+            image,
+            nowhere,
+            cgroups,
+            shortcomings,
+            own_uids,
+            link_places,
+        })
     }
 
     /// Where namespaces are pinned.

@@ -84,6 +84,14 @@ async fn bind(address: Option<SocketAddr>, key: &str) -> Result<Option<TcpListen
 }
 
 fn report_confinement(context: &Context) -> Result<()> {
+    if context.config.node.require_sandbox
+        && let Some(why) = context.shortcomings.first()
+    {
+        return Err(anyhow!("node.require_sandbox: {why}"));
+    }
+    for why in &context.shortcomings {
+        tracing::warn!("{why}");
+    }
     if context.own_uids {
         return Ok(());
     }

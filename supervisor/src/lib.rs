@@ -5,10 +5,12 @@
 //! pods never wait for each other and create, restart, recover and leave are the same code.
 
 pub mod adopt;
+pub mod cgroup;
 pub mod config;
 pub mod context;
 pub mod credentials;
 pub mod daemon;
+pub mod detach;
 pub mod distrust;
 pub mod dns;
 pub mod engine;

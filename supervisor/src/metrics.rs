@@ -10,6 +10,7 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::cgroup::Hold;
 use crate::distrust;
 use crate::engine::within;
 use crate::refused::Refused;
@@ -133,6 +134,7 @@ struct Series {
     login: GaugeVec,
     health: GaugeVec,
     restarts: IntCounterVec,
+    limits: GaugeVec,
     control: GaugeVec,
     home_derp: GaugeVec,
     packets: IntCounterVec,
@@ -168,6 +170,11 @@ impl Series {
             login: gauge("needs_login", "1 while somebody has to open the URL.", &["url"])?,
             health: gauge("health_messages", "What is wrong, by severity.", &["severity"])?,
             restarts: counter("engine_restarts_total", "Engine restarts since the supervisor started.", &[])?,
+            limits: gauge(
+                "engine_limits",
+                "1 where the limit holds for the engine, 0 where not.",
+                &["limit"],
+            )?,
             control: gauge("control_connected", "1 while the map stream is up.", &[])?,
             home_derp: gauge("home_derp_region", "Home DERP region, 0 for none.", &[])?,
             packets: counter("packets_total", "Packets since the engine started.", &["direction"])?,
@@ -210,6 +217,12 @@ impl Series {
             self.health.with_label_values(&with(severity)).set(float(count));
         }
         self.restarts.with_label_values(&own).inc_by(pod.restarts);
+        if pod.engine_pid.is_some() {
+            for hold in Hold::ALL {
+                let holds = pod.limits.contains(&hold.name());
+                self.limits.with_label_values(&with(hold.name())).set(flag(holds));
+            }
+        }
         let Some(m) = engine else { return };
         self.control.with_label_values(&own).set(flag(m.control_connected));
         self.home_derp.with_label_values(&own).set(m.home_derp.into());

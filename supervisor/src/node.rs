@@ -180,6 +180,7 @@ fn summary(report: PodReport) -> PodSummary {
         name: report.name,
         addresses: report.addresses,
         restarts: report.restarts,
+        limits: report.limits.into_iter().map(str::to_owned).collect(),
         control_connected: report.control_connected,
         home_derp: report.home_derp,
         accept_routes: report.accept_routes,

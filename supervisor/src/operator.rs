@@ -210,11 +210,12 @@ fn table(pods: &[PodSummary]) -> String {
             if addresses.is_empty() { "-".to_owned() } else { addresses.join(",") },
             if pod.name.is_empty() { "-".to_owned() } else { pod.name.clone() },
             pod.restarts.to_string(),
+            if pod.limits.is_empty() { "-".to_owned() } else { pod.limits.join(",") },
         ]
     };
-    let mut rows = vec![["POD", "STATE", "ADDRESSES", "NAME", "RESTARTS"].map(str::to_owned)];
+    let mut rows = vec![["POD", "STATE", "ADDRESSES", "NAME", "RESTARTS", "LIMITS"].map(str::to_owned)];
     rows.extend(pods.iter().map(row));
-    let mut widths = [0; 5];
+    let mut widths = [0; 6];
     for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.chars().count().max(*width);

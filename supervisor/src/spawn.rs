@@ -26,7 +26,7 @@ const MAX_FDS: usize = 64;
 /// What a new engine is given.
 #[derive(Debug)]
 pub struct Birth<'a> {
-    /// The engine's binary.
+    /// The engine's program.
     pub program: &'a Path,
     /// Names (see [`fds`]) and descriptors.
     pub fds: &'a [(&'static str, BorrowedFd<'a>)],
@@ -34,6 +34,8 @@ pub struct Birth<'a> {
     pub uid: Option<u32>,
     /// Where the process leaves its [trace](crate::trace).
     pub home: &'a Path,
+    /// `cgroup.procs` of the cgroups it goes to.
+    pub cgroups: Vec<OwnedFd>,
 }
 
 /// A living engine process, or one whose end nobody has asked about yet.
@@ -51,7 +53,7 @@ pub struct Process {
 ///
 /// # Errors
 /// As fork, exec and their preparations.
-pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
+pub fn spawn(birth: Birth<'_>) -> io::Result<(Process, Child)> {
     if birth.fds.len() > MAX_FDS {
         return Err(io::Error::other("too many descriptors for an engine"));
     }
@@ -64,11 +66,14 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
     let count = birth.fds.len();
     let trace = crate::trace::begin(birth.home, &names)?;
     let mut command = Command::new(birth.program);
+    // Open for its whole life, so nothing of a file system: the end of a pipe that nobody writes to.
+    let (stdin, _) = io::pipe()?;
     command
+        .arg0("podtether-engine")
         .env_clear()
         .env(fds::ENV, names.join(":"))
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(stdin))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     for (name, value) in passed_on() {
@@ -77,11 +82,16 @@ pub fn spawn(birth: &Birth<'_>) -> io::Result<(Process, Child)> {
     if let Some(uid) = birth.uid {
         command.env("PODTETHER_UID", uid.to_string()).env("PODTETHER_GID", uid.to_string());
     }
+    let cgroups = birth.cgroups;
     // SAFETY: the closure runs between fork and exec and only makes async-signal-safe system calls on
     // memory it owns: it neither allocates nor locks.
     unsafe {
         command.pre_exec(move || {
             nix::unistd::setsid()?;
+            // Before it is told of: where it is found, its limits hold.
+            for procs in &cgroups {
+                crate::cgroup::join(procs)?;
+            }
             crate::trace::sign(&trace)?;
             place(&mut sources, count)
         });
@@ -128,7 +138,7 @@ fn place(sources: &mut [RawFd; MAX_FDS], count: usize) -> io::Result<()> {
 
 /// The standard library reports a failed exec through a pipe of its own; were that pipe at a number
 /// that [`place`] overwrites, the report would go to an engine's descriptor.
-fn keep_low_numbers_free() -> io::Result<()> {
+pub(crate) fn keep_low_numbers_free() -> io::Result<()> {
     use std::sync::Mutex;
     static HELD: Mutex<Vec<OwnedFd>> = Mutex::new(Vec::new());
     let end = fds::FIRST_FD + libc::c_int::try_from(MAX_FDS).unwrap_or(0);
@@ -278,7 +288,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), text);
         let (process, child) =
-            spawn(&Birth { program: &program, fds, uid: Some(1234), home: dir.path() }).unwrap();
+            spawn(Birth { program: &program, fds, uid: Some(1234), home: dir.path(), cgroups: Vec::new() })
+                .unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), process.ended()).await.unwrap();
         let output = child.wait_with_output().await.unwrap();
         (ended, String::from_utf8(output.stdout).unwrap())
@@ -331,8 +342,8 @@ mod tests {
         assert_eq!(run("exit 72", &[]).await.0, Ended::Exit(EngineExit::Orphaned));
         let dir = tempfile::tempdir().unwrap();
         let program = Path::new("/no/such/engine");
-        let missing = Birth { program, fds: &[], uid: None, home: dir.path() };
-        assert_eq!(spawn(&missing).unwrap_err().kind(), io::ErrorKind::NotFound);
+        let missing = Birth { program, fds: &[], uid: None, home: dir.path(), cgroups: Vec::new() };
+        assert_eq!(spawn(missing).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[tokio::test]
@@ -340,7 +351,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), "exec sleep 600");
         let (process, mut child) =
-            spawn(&Birth { program: &program, fds: &[], uid: None, home: dir.path() }).unwrap();
+            spawn(Birth { program: &program, fds: &[], uid: None, home: dir.path(), cgroups: Vec::new() })
+                .unwrap();
         process.kill();
         assert_eq!(
             tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap(),

@@ -234,7 +234,7 @@ impl Node {
         }
         text += &format!(
             "[node]\ncluster_name = \"lab\"\nstate_dir = {:?}\nrun_dir = {:?}\nengine_path = {:?}\n\
-             http_listen = \"{HTTP}\"\n{extra}\n",
+             cgroup_root = \"\"\nhttp_listen = \"{HTTP}\"\n{extra}\n",
             self.state_dir(),
             self.run_dir(),
             self.programs.engine,

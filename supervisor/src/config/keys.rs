@@ -91,6 +91,8 @@ pub(super) const KEYS: &[Key] = &[
     key(Section::Node, "engine_path", Kind::Text, "podtether-engine; default beside the supervisor"),
     key(Section::Node, "udp_port_range", Kind::Text, "engines' UDP ports, FIRST-LAST; default any"),
     key(Section::Node, "uid_base", Kind::Number, "first uid of the engines"),
+    key(Section::Node, "cgroup_root", Kind::Text, "cgroup of the engines; \"\" for none of their own"),
+    key(Section::Node, "engine_memory_mib", Kind::Number, "memory that one engine may use"),
     key(Section::Node, "exclude_cidrs", Kind::List, "cluster ranges that overlap the tailnet's"),
     key(
         Section::Node,

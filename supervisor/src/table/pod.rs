@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::identities::Identity;
 use super::routing::Router;
+use crate::cgroup::Hold;
 use crate::context::MTU;
 use crate::credentials::Key;
 use crate::dns::{self, Interception};
@@ -88,6 +89,10 @@ pub(super) struct Running {
     pub(super) replaces_since: Option<Instant>,
     /// Waits for its first answer: only then does anybody answer the pod.
     pub(super) interception: Option<Interception>,
+    /// What limits it.
+    pub(super) holds: Vec<Hold>,
+    /// What the kernel had killed in its memory cgroup before it.
+    pub(super) memory_kills: u64,
     /// Why the pod's DNS is not intercepted although it should be.
     pub(super) dns_problem: Option<String>,
 }

@@ -15,6 +15,7 @@ use super::{Message, Table, random};
 use crate::adopt::Adopted;
 use crate::context::{Context, MTU};
 use crate::credentials::Credential;
+use crate::detach::Image;
 use crate::dns::Sockets;
 use crate::engine::{self, ANSWER_WITHIN, Event, Home, Reports, within};
 use crate::output;
@@ -59,6 +60,8 @@ impl Table {
                     replaces_since: pod.died_at.take(),
                     dns_problem: names.problem(),
                     interception: names.interception(&pod.record),
+                    holds: Vec::new(),
+                    memory_kills: self.context.cgroups.memory_kills(&pod.record.id),
                 });
                 tokio::spawn(engine::attend(process, child, home, request, reports));
                 true
@@ -121,7 +124,10 @@ impl Table {
                 pod.underlay =
                     Underlay { udp4: descriptors.udp4.map(Arc::new), udp6: descriptors.udp6.map(Arc::new) };
                 pod.taken = Some(Taken { tun: descriptors.tun, dns: descriptors.dns });
+                let holds = self.context.cgroups.holds(&pod.record.id, process.pid());
                 pod.engine = Some(Running {
+                    holds,
+                    memory_kills: self.context.cgroups.memory_kills(&pod.record.id),
                     epoch,
                     process,
                     told: None,
@@ -163,6 +169,7 @@ impl Table {
                 let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
                 let pid = running.process.pid();
                 running.client = Some(client);
+                running.holds = self.context.cgroups.holds(&pod.record.id, pid);
                 if let Some(interception) = running.interception.take() {
                     let (record, to, of) = (pod.record.clone(), self.to_self.clone(), id.clone());
                     let home = Home::make(&self.context.config.node.run_dir, &record.id);
@@ -264,7 +271,16 @@ impl Table {
         reason: String,
     ) {
         let Some(pod) = self.pods.get_mut(id) else { return };
-        let asked = pod.engine.take().is_some_and(|e| e.asked);
+        let engine = pod.engine.take();
+        let asked = engine.as_ref().is_some_and(|e| e.asked);
+        let cgroups = &self.context.cgroups;
+        let killed = |e: &Running| cgroups.memory_kills(&pod.record.id) > e.memory_kills;
+        let (kind, reason) = if *ended == Ended::Crash && engine.as_ref().is_some_and(killed) {
+            let mib = cgroups.max_bytes() >> 20;
+            ("memory", format!("the engine wanted more than its {mib} MiB of memory and was killed"))
+        } else {
+            (kind(ended), reason)
+        };
         if pod.wanted != Wanted::Attached || (asked && pod.link == Link::Broken) {
             return;
         }
@@ -281,7 +297,7 @@ impl Table {
         pod.reason.clone_from(&reason);
         pod.restarts += 1;
         pod.died_at = Some(now);
-        self.counters.engine_exits.with_label_values(&[kind(ended)]).inc();
+        self.counters.engine_exits.with_label_values(&[kind]).inc();
         if !delay.is_zero() {
             pod.hold_until = Some(now + delay);
         }
@@ -438,7 +454,10 @@ fn spawn_engine(
     named.extend(names.named());
     named.push((fds::SNAPSHOT, snapshot.as_fd()));
     named.push((fds::REASON, reason.as_fd()));
-    let birth = Birth { program: &context.engine, fds: &named, uid: pod.record.uid, home: home.dir() };
-    let (process, child) = spawn::spawn(&birth)?;
+    named.extend(context.nowhere.as_ref().map(|nowhere| (fds::NOWHERE, nowhere.as_fd())));
+    let program = context.image.as_ref().map_or_else(|| context.engine.clone(), Image::program);
+    let cgroups = context.cgroups.open(&pod.record.id)?;
+    let birth = Birth { program: &program, fds: &named, uid: pod.record.uid, home: home.dir(), cgroups };
+    let (process, child) = spawn::spawn(birth)?;
     Ok((process, child, home, names))
 }

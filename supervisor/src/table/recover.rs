@@ -154,6 +154,9 @@ impl Table {
         for dir in &homes {
             adopt::end_left_behind(dir).await;
         }
+        for e in self.context.cgroups.remove_unknown(&known) {
+            tracing::warn!("{e}");
+        }
         for pin in unknown(self.context.netns_dir()) {
             tracing::info!(pin = %pin.display(), "removing a link namespace without a record");
             if let Err(e) = netns::unpin(&pin) {

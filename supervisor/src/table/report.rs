@@ -49,6 +49,8 @@ pub struct PodReport {
     pub udp_port: u16,
     /// UDP port of the underlay over IPv6.
     pub udp6_port: u16,
+    /// What limits the engine, of `cgroup`, `memory`, `pids`, `cpu` and `mounts`.
+    pub limits: Vec<&'static str>,
     /// Uid of the engine; absent where engines run under the supervisor's own.
     pub engine_uid: Option<u32>,
     /// Whether it uses the networks of subnet routers.
@@ -101,6 +103,7 @@ impl Table {
                 mac: pod.record.mac.clone(),
                 udp_port: pod.record.udp4_port,
                 udp6_port: pod.record.udp6_port,
+                limits: pod.engine.iter().flat_map(|e| &e.holds).map(|hold| hold.name()).collect(),
                 engine_uid: pod.record.uid,
                 accept_routes: pod.record.routing.accept_routes,
                 exit_node: pod.record.routing.exit_node.clone(),

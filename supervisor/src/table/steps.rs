@@ -231,6 +231,7 @@ pub(super) async fn forget(context: Arc<Context>, id: String, fate: IdentityFate
                     context.store.remove::<Identity>(id).map_err(|e| e.to_string())?;
                 }
             }
+            context.cgroups.remove(&id).map_err(|e| e.to_string())?;
             Home::remove(&context.config.node.run_dir, &id)
                 .map_err(|e| format!("cannot remove the engine's directory: {e}"))?;
             // Last: while the record is there, a new supervisor finishes what this one began.

@@ -59,7 +59,7 @@ impl Rig {
     pub fn new(dir: &Path, tailnets: &str) -> Rig {
         let config = format!(
             "{tailnets}\n[node]\nstate_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\n\
-             http_listen = \"127.0.0.1:9465\"\n",
+             http_listen = \"127.0.0.1:9465\"\ncgroup_root = \"\"\n",
             dir = dir.display()
         );
         let rig = Rig { dir: dir.to_owned(), config, stderr: None, supervisor: None };
