@@ -1,0 +1,248 @@
+//! containerd with everything it has in a directory of its own, and the supervisor in a container of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MsFlags, mount};
+use podtether_net::isolate;
+use podtether_net::testing::block_on;
+
+use crate::rig::TIMEOUT;
+
+/// Names the test whose process in namespaces of its own this is.
+const TEST: &str = "PODTETHER_TEST_CONTAINERD";
+const IMAGE: &str = "docker.io/local/podtether:1";
+const NEEDED: [&str; 6] = ["containerd", "ctr", "runc", "busybox", "unshare", "tar"];
+
+/// Runs `body` in mount, network and PID namespaces of its own but the machine's user and cgroup namespaces,
+/// with a directory on a tmpfs that mounts propagate from, as a node's `/run` is.
+pub(crate) fn on_a_node(name: &str, body: impl FnOnce(&Path)) {
+    if std::env::var(TEST).is_ok_and(|inside| inside == name) {
+        let dir = block_on(isolate::settle()).unwrap();
+        let none = None::<&str>;
+        mount(none, dir.parent().unwrap(), none, MsFlags::MS_SHARED, none).unwrap();
+        body(&dir);
+        return;
+    }
+    if let Some(why) = unfit() {
+        assert!(std::env::var_os("CI").is_none(), "{name}: {why}");
+        println!("{name}: skipped, {why}");
+        return;
+    }
+    let output = Command::new("unshare")
+        .args(["--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"])
+        .arg(std::env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture", "--test-threads=1"])
+        .env(TEST, name)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    println!("{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && stdout.contains("1 passed"), "{name} failed ({})", output.status);
+}
+
+fn unfit() -> Option<String> {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let missing: Vec<_> =
+        NEEDED.iter().filter(|n| !path.split(':').any(|dir| Path::new(dir).join(n).exists())).collect();
+    if !missing.is_empty() {
+        return Some(format!("{missing:?} are not on PATH"));
+    }
+    let whole = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains(" 4294967295"));
+    if !nix::unistd::geteuid().is_root() || !whole {
+        return Some("it needs real root".into());
+    }
+    None
+}
+
+/// A containerd.
+pub(crate) struct Runtime {
+    dir: PathBuf,
+    daemon: Child,
+}
+
+impl Runtime {
+    pub(crate) fn start(dir: &Path) -> Self {
+        let dir = dir.join("ctd");
+        fs::create_dir_all(&dir).unwrap();
+        let at = dir.display();
+        let config = format!(
+            "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\n[grpc]\naddress = \"{at}/sock\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\"]\nrestrict_oom_score_adj = true\n\
+             disable_hugetlb_controller = true\n"
+        );
+        fs::write(dir.join("config.toml"), config).unwrap();
+        let daemon = Command::new("containerd")
+            .arg("-c")
+            .arg(dir.join("config.toml"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(dir.join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        let runtime = Self { dir, daemon };
+        let start = Instant::now();
+        while !runtime.ctr(&["version"]).1 {
+            assert!(start.elapsed() < TIMEOUT, "{}", fs::read_to_string(runtime.dir.join("log")).unwrap());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        runtime
+    }
+
+    /// What it printed, and whether it succeeded.
+    pub(crate) fn ctr(&self, arguments: &[&str]) -> (String, bool) {
+        let output = Command::new("ctr").arg("-a").arg(self.dir.join("sock")).args(arguments).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (String::from_utf8_lossy(&text).into_owned(), output.status.success())
+    }
+
+    pub(crate) fn must(&self, arguments: &[&str]) -> String {
+        let (text, done) = self.ctr(arguments);
+        assert!(done, "ctr {arguments:?}: {text}");
+        text
+    }
+
+    /// Packs the supervisor, the engine, busybox and the libraries that a development build needs.
+    pub(crate) fn import_image(&self) {
+        let image = self.dir.join("image");
+        let root = image.join("rootfs");
+        fs::create_dir_all(root.join("bin")).unwrap();
+        let supervisor = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
+        for program in [supervisor, &supervisor.with_file_name("podtether-engine")] {
+            fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
+            for library in libraries(program) {
+                let target = root.join(library.strip_prefix("/").unwrap());
+                fs::create_dir_all(target.parent().unwrap()).unwrap();
+                fs::copy(&library, &target).unwrap();
+            }
+        }
+        let run = |command: &mut Command| {
+            let output = command.current_dir(&image).output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            String::from_utf8(output.stdout).unwrap()
+        };
+        run(Command::new("tar").args(["-C", "rootfs", "-cf", "layer.tar", "."]));
+        let sum = run(Command::new("sha256sum").arg("layer.tar"));
+        let sum = sum.split(' ').next().unwrap();
+        let config = format!(
+            "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{{\"Env\":[\"PATH=/bin\"]}},\
+             \"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"sha256:{sum}\"]}}}}"
+        );
+        fs::write(image.join("config.json"), config).unwrap();
+        let manifest = format!(
+            "[{{\"Config\":\"config.json\",\"RepoTags\":[\"{IMAGE}\"],\"Layers\":[\"layer.tar\"]}}]"
+        );
+        fs::write(image.join("manifest.json"), manifest).unwrap();
+        run(Command::new("tar").args(["-cf", "image.tar", "manifest.json", "config.json", "layer.tar"]));
+        self.must(&["images", "import", "--snapshotter", "native", &image.join("image.tar").display().to_string()]);
+        fs::remove_dir_all(&image).unwrap();
+    }
+
+    /// Where the file systems of containers are.
+    pub(crate) fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+fn libraries(program: &Path) -> Vec<PathBuf> {
+    let listed = Command::new("ldd").arg(program).output().unwrap();
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}
+
+/// Settings of the container, as a DaemonSet gives them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Settings {
+    /// `hostPID: true`
+    pub(crate) host_pid: bool,
+    /// The node's `/sys/fs/cgroup`, writable.
+    pub(crate) cgroups: bool,
+    /// `mountPropagation: Bidirectional` for `node.run_dir`.
+    pub(crate) bidirectional: bool,
+}
+
+impl Settings {
+    pub(crate) const ALL: Settings = Settings { host_pid: true, cgroups: true, bidirectional: true };
+}
+
+/// The supervisor's container.
+pub(crate) struct Container<'a> {
+    runtime: &'a Runtime,
+    id: String,
+    cgroup: String,
+}
+
+impl<'a> Container<'a> {
+    /// Starts one; `dir` holds what [`crate::rig::Rig`] made, `cgroup` is the container's.
+    pub(crate) fn start(runtime: &'a Runtime, id: &str, dir: &Path, cgroup: &str, settings: Settings) -> Self {
+        let bind = |path: &Path, options: &str| {
+            let path = path.display();
+            ["--mount".to_owned(), format!("type=bind,src={path},dst={path},options=rbind:{options}")]
+        };
+        fs::create_dir_all(dir.join("run")).unwrap();
+        fs::create_dir_all(dir.join("state")).unwrap();
+        let mut arguments: Vec<String> = ["run", "--detach", "--snapshotter", "native", "--privileged", "--net-host"]
+            .map(str::to_owned)
+            .to_vec();
+        arguments.extend(["--rootfs-propagation".into(), "rshared".into(), "--cgroup".into(), cgroup.into()]);
+        arguments.extend(["--log-uri".into(), format!("file://{}", dir.join(format!("{id}.log")).display())]);
+        if settings.host_pid {
+            arguments.extend(["--with-ns".into(), "pid:/proc/1/ns/pid".into()]);
+        }
+        if settings.cgroups {
+            arguments.extend(bind(Path::new("/sys/fs/cgroup"), "rw"));
+        }
+        arguments.extend(bind(&dir.join("run"), if settings.bidirectional { "rshared" } else { "rslave" }));
+        arguments.extend(bind(&dir.join("state"), "rw"));
+        arguments.extend(bind(&dir.join("netns"), "rslave"));
+        for file in ["supervisor.toml", "id", "secret", "default-ca.pem"] {
+            arguments.extend(bind(&dir.join(file), "ro"));
+        }
+        arguments.extend([IMAGE.into(), id.into(), "/bin/podtether-supervisor".into(), "--config".into()]);
+        arguments.push(dir.join("supervisor.toml").display().to_string());
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        runtime.must(&arguments);
+        Self { runtime, id: id.to_owned(), cgroup: cgroup.to_owned() }
+    }
+
+    /// The pid of the supervisor.
+    pub(crate) fn pid(&self) -> u32 {
+        let text = self.runtime.must(&["task", "ls"]);
+        let line = text.lines().find(|line| line.starts_with(&format!("{} ", self.id))).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Kills the supervisor without a word, then removes task, container and file system.
+    pub(crate) fn kill_and_delete(self) {
+        self.runtime.must(&["task", "kill", "--signal", "SIGKILL", &self.id]);
+        let start = Instant::now();
+        while !self.runtime.must(&["task", "ls"]).contains("STOPPED") {
+            assert!(start.elapsed() < TIMEOUT, "it does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        self.runtime.must(&["task", "rm", &self.id]);
+        self.runtime.must(&["container", "rm", &self.id]);
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&format!("{}/rootfs", self.id)), "its root file system is unmounted: {mounts}");
+        for cgroup in cgroups_named(&self.cgroup) {
+            panic!("{} is still there", cgroup.display());
+        }
+    }
+}
+
+/// Cgroups of this path in every hierarchy.
+pub(crate) fn cgroups_named(path: &str) -> Vec<PathBuf> {
+    let hierarchies = fs::read_dir("/sys/fs/cgroup").unwrap().flatten().map(|e| e.path());
+    let all = hierarchies.chain([PathBuf::from("/sys/fs/cgroup")]);
+    all.map(|h| h.join(path.trim_start_matches('/'))).filter(|p| p.is_dir()).collect()
+}
