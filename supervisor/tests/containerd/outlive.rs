@@ -24,38 +24,6 @@ fn lives(pid: u32) -> bool {
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
-/// Cgroups of one test, removed at its end.
-struct Names {
-    engines: String,
-    containers: String,
-}
-
-impl Names {
-    fn new(of: &str) -> Self {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
-        Self { engines: format!("podtether-{of}-{now}"), containers: format!("podtether-{of}-c-{now}") }
-    }
-
-    fn config(&self, rig: &mut Rig) {
-        let own = format!("cgroup_root = \"{}\"", self.engines);
-        rig.config = rig.config.replace("cgroup_root = \"\"", &own);
-        fs::write(rig.dir.join("supervisor.toml"), &rig.config).unwrap();
-    }
-}
-
-impl Drop for Names {
-    fn drop(&mut self) {
-        for name in [&self.engines, &self.containers] {
-            for dir in cgroups_named(name) {
-                for inner in fs::read_dir(&dir).into_iter().flatten().flatten() {
-                    let _ = fs::remove_dir(inner.path());
-                }
-                let _ = fs::remove_dir(dir);
-            }
-        }
-    }
-}
-
 /// Nothing of a container's file system is open or mounted in the engine.
 fn holds_nothing(pid: u32, root: &Path) {
     let of = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
@@ -80,11 +48,10 @@ fn holds_nothing(pid: u32, root: &Path) {
 
 #[test]
 fn a_containers_end_is_no_engines() {
-    on_a_node("outlive::a_containers_end_is_no_engines", |dir| {
-        let names = Names::new("outlive");
+    on_a_node("outlive::a_containers_end_is_no_engines", |dir, names| {
         let devnet = devnet(|_| {});
         let mut rig = Rig::oauth(dir, &devnet);
-        names.config(&mut rig);
+        names.configure(&mut rig);
         let runtime = Runtime::start(dir);
         runtime.import_image();
         let cgroup = format!("/{}/1", names.containers);
@@ -160,12 +127,11 @@ fn a_containers_end_is_no_engines() {
 }
 
 /// What happens to a pod's engine when the container ends that ran the supervisor with these settings.
-fn without(name: &str, of: &str, settings: Settings, limits: &[&str]) {
-    on_a_node(name, |dir| {
-        let names = Names::new(of);
+fn without(name: &str, settings: Settings, limits: &[&str]) {
+    on_a_node(name, |dir, names| {
         let devnet = devnet(|_| {});
         let mut rig = Rig::oauth(dir, &devnet);
-        names.config(&mut rig);
+        names.configure(&mut rig);
         let runtime = Runtime::start(dir);
         runtime.import_image();
         let cgroup = format!("/{}/1", names.containers);
@@ -209,12 +175,12 @@ fn engines() -> Vec<u32> {
 fn without_the_nodes_cgroups_engines_end_with_the_container() {
     let settings = Settings { cgroups: false, ..Settings::ALL };
     let name = "outlive::without_the_nodes_cgroups_engines_end_with_the_container";
-    without(name, "nocg", settings, &["mounts"]);
+    without(name, settings, &["mounts"]);
 }
 
 #[test]
 fn without_the_nodes_pids_engines_end_with_the_container() {
     let settings = Settings { host_pid: false, ..Settings::ALL };
     let name = "outlive::without_the_nodes_pids_engines_end_with_the_container";
-    without(name, "nopid", settings, &["cgroup", "memory", "pids", "cpu", "mounts"]);
+    without(name, settings, &["cgroup", "memory", "pids", "cpu", "mounts"]);
 }

@@ -9,21 +9,26 @@ use nix::mount::{MsFlags, mount};
 use podtether_net::isolate;
 use podtether_net::testing::block_on;
 
-use crate::rig::TIMEOUT;
+use crate::rig::{Rig, TIMEOUT};
 
 /// Names the test whose process in namespaces of its own this is.
 const TEST: &str = "PODTETHER_TEST_CONTAINERD";
+/// Tells its cgroups from another run's.
+const RUN: &str = "PODTETHER_TEST_RUN";
 const IMAGE: &str = "docker.io/local/podtether:1";
 const NEEDED: [&str; 6] = ["containerd", "ctr", "runc", "busybox", "unshare", "tar"];
 
 /// Runs `body` in mount, network and PID namespaces of its own but the machine's user and cgroup namespaces,
 /// with a directory on a tmpfs that mounts propagate from, as a node's `/run` is.
-pub(crate) fn on_a_node(name: &str, body: impl FnOnce(&Path)) {
+///
+/// The cgroups of [`Names`] are removed at the end, however it ends.
+pub(crate) fn on_a_node(name: &str, body: impl FnOnce(&Path, &Names)) {
     if std::env::var(TEST).is_ok_and(|inside| inside == name) {
+        let names = Names::of(&std::env::var(RUN).unwrap());
         let dir = block_on(isolate::settle()).unwrap();
         let none = None::<&str>;
         mount(none, dir.parent().unwrap(), none, MsFlags::MS_SHARED, none).unwrap();
-        body(&dir);
+        body(&dir, &names);
         return;
     }
     if let Some(why) = unfit() {
@@ -31,14 +36,18 @@ pub(crate) fn on_a_node(name: &str, body: impl FnOnce(&Path)) {
         println!("{name}: skipped, {why}");
         return;
     }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos();
+    let run = format!("{}-{now}", std::process::id());
     let output = Command::new("unshare")
         .args(["--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"])
         .arg(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture", "--test-threads=1"])
         .env(TEST, name)
+        .env(RUN, &run)
         .stdin(Stdio::null())
         .output()
         .unwrap();
+    Names::of(&run).remove();
     let stdout = String::from_utf8_lossy(&output.stdout);
     println!("{stdout}{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && stdout.contains("1 passed"), "{name} failed ({})", output.status);
@@ -56,6 +65,51 @@ fn unfit() -> Option<String> {
         return Some("it needs real root".into());
     }
     None
+}
+
+/// Cgroups of one test.
+pub(crate) struct Names {
+    /// `node.cgroup_root`
+    pub(crate) engines: String,
+    /// Above those of containers.
+    pub(crate) containers: String,
+}
+
+impl Names {
+    fn of(run: &str) -> Self {
+        Self { engines: format!("podtether-test-{run}"), containers: format!("podtether-test-c-{run}") }
+    }
+
+    pub(crate) fn configure(&self, rig: &mut Rig) {
+        let own = format!("cgroup_root = \"{}\"", self.engines);
+        rig.config = rig.config.replace("cgroup_root = \"\"", &own);
+        fs::write(rig.dir.join("supervisor.toml"), &rig.config).unwrap();
+    }
+
+    /// The processes in them ended with their PID namespace, whose end the kernel may still be about.
+    fn remove(&self) {
+        let start = Instant::now();
+        loop {
+            for name in [&self.engines, &self.containers] {
+                cgroups_named(name).iter().for_each(|dir| remove_below(dir));
+            }
+            let left = [cgroups_named(&self.engines), cgroups_named(&self.containers)].concat();
+            if left.is_empty() {
+                return;
+            }
+            assert!(start.elapsed() < TIMEOUT, "still there: {left:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+fn remove_below(dir: &Path) {
+    for inner in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if inner.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_below(&inner.path());
+        }
+    }
+    let _ = fs::remove_dir(dir);
 }
 
 /// A containerd.
@@ -94,7 +148,8 @@ impl Runtime {
 
     /// What it printed, and whether it succeeded.
     pub(crate) fn ctr(&self, arguments: &[&str]) -> (String, bool) {
-        let output = Command::new("ctr").arg("-a").arg(self.dir.join("sock")).args(arguments).output().unwrap();
+        let output =
+            Command::new("ctr").arg("-a").arg(self.dir.join("sock")).args(arguments).output().unwrap();
         let text = [output.stdout, output.stderr].concat();
         (String::from_utf8_lossy(&text).into_owned(), output.status.success())
     }
@@ -132,12 +187,17 @@ impl Runtime {
              \"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"sha256:{sum}\"]}}}}"
         );
         fs::write(image.join("config.json"), config).unwrap();
-        let manifest = format!(
-            "[{{\"Config\":\"config.json\",\"RepoTags\":[\"{IMAGE}\"],\"Layers\":[\"layer.tar\"]}}]"
-        );
+        let manifest =
+            format!("[{{\"Config\":\"config.json\",\"RepoTags\":[\"{IMAGE}\"],\"Layers\":[\"layer.tar\"]}}]");
         fs::write(image.join("manifest.json"), manifest).unwrap();
         run(Command::new("tar").args(["-cf", "image.tar", "manifest.json", "config.json", "layer.tar"]));
-        self.must(&["images", "import", "--snapshotter", "native", &image.join("image.tar").display().to_string()]);
+        self.must(&[
+            "images",
+            "import",
+            "--snapshotter",
+            "native",
+            &image.join("image.tar").display().to_string(),
+        ]);
         fs::remove_dir_all(&image).unwrap();
     }
 
@@ -184,16 +244,23 @@ pub(crate) struct Container<'a> {
 
 impl<'a> Container<'a> {
     /// Starts one; `dir` holds what [`crate::rig::Rig`] made, `cgroup` is the container's.
-    pub(crate) fn start(runtime: &'a Runtime, id: &str, dir: &Path, cgroup: &str, settings: Settings) -> Self {
+    pub(crate) fn start(
+        runtime: &'a Runtime,
+        id: &str,
+        dir: &Path,
+        cgroup: &str,
+        settings: Settings,
+    ) -> Self {
         let bind = |path: &Path, options: &str| {
             let path = path.display();
             ["--mount".to_owned(), format!("type=bind,src={path},dst={path},options=rbind:{options}")]
         };
         fs::create_dir_all(dir.join("run")).unwrap();
         fs::create_dir_all(dir.join("state")).unwrap();
-        let mut arguments: Vec<String> = ["run", "--detach", "--snapshotter", "native", "--privileged", "--net-host"]
-            .map(str::to_owned)
-            .to_vec();
+        let mut arguments: Vec<String> =
+            ["run", "--detach", "--snapshotter", "native", "--privileged", "--net-host"]
+                .map(str::to_owned)
+                .to_vec();
         arguments.extend(["--rootfs-propagation".into(), "rshared".into(), "--cgroup".into(), cgroup.into()]);
         arguments.extend(["--log-uri".into(), format!("file://{}", dir.join(format!("{id}.log")).display())]);
         if settings.host_pid {
@@ -233,7 +300,10 @@ impl<'a> Container<'a> {
         self.runtime.must(&["task", "rm", &self.id]);
         self.runtime.must(&["container", "rm", &self.id]);
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(&format!("{}/rootfs", self.id)), "its root file system is unmounted: {mounts}");
+        assert!(
+            !mounts.contains(&format!("{}/rootfs", self.id)),
+            "its root file system is unmounted: {mounts}"
+        );
         for cgroup in cgroups_named(&self.cgroup) {
             panic!("{} is still there", cgroup.display());
         }
