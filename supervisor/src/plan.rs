@@ -189,7 +189,7 @@ fn attach(at: &Observed) -> Vec<Step> {
         steps.push(Step::Configure);
     }
     if at.engine == Engine::Running {
-        // Last: nothing a pod waits for stands behind the disk.
+        // Last, and once: then the ADD is answered.
         if at.records == Records::Stale {
             steps.push(Step::Save);
         }

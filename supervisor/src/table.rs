@@ -342,6 +342,8 @@ impl Table {
             if pod.wanted == Wanted::Attached
                 && observed.configured
                 && observed.engine == crate::plan::Engine::Running
+                // Not before: a supervisor that finds no addresses takes the ADD for unanswered and undoes it.
+                && observed.records == crate::plan::Records::Saved
             {
                 self.answer_adders(id);
                 let Some(pod) = self.pods.get(id) else { return };

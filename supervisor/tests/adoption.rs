@@ -137,6 +137,28 @@ fn what_an_engine_writes_while_nobody_reads_is_read_by_the_next() {
 }
 
 #[test]
+fn a_pod_is_known_to_the_next_supervisor_from_the_answer_on() {
+    in_namespaces("a_pod_is_known_to_the_next_supervisor_from_the_answer_on", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        block_on(async {
+            for round in 0..10 {
+                rig.start();
+                let name = format!("p{round}");
+                rig.netns(&name).await;
+                let answer = rig.add(&name).await.unwrap();
+                rig.kill();
+                rig.start();
+                assert_eq!(rig.add(&name).await.unwrap(), answer, "round {round}");
+                rig.until(&name, "settled", settled).await;
+                rig.del(&name).await.unwrap();
+                rig.kill();
+            }
+        });
+    });
+}
+
+#[test]
 fn what_does_not_agree_is_ended_and_started_anew() {
     in_namespaces("what_does_not_agree_is_ended_and_started_anew", |dir| {
         let devnet = devnet(|_| {});

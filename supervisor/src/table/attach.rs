@@ -231,7 +231,7 @@ impl Table {
         pod.retry_at = None;
     }
 
-    /// The link is up and configured: everybody who waits gets the same answer.
+    /// The link is up and configured, and the disk knows: everybody who waits gets the same answer.
     pub(super) fn answer_adders(&mut self, id: &AttachmentId) {
         let Some(pod) = self.pods.get_mut(id) else { return };
         let Some(join) = pod.join.take() else { return };
