@@ -94,6 +94,10 @@ pub(super) fn remove(dir: &Path, id: &str) -> Result<(), StoreError> {
     let path = dir.join(format!("{id}.json"));
     let removed = match fs::remove_file(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        // A read-only disk says so before it looks whether there is anything to remove.
+        Err(_) if fs::symlink_metadata(&path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound) => {
+            return Ok(());
+        }
         other => other,
     };
     removed

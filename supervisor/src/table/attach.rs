@@ -54,7 +54,13 @@ impl Table {
                     }
                     self.advance(&request.attachment);
                 }
-                Wanted::Gone { .. } => pod.next.push((request, reply, Instant::now())),
+                Wanted::Gone { .. } => {
+                    let id = request.attachment.clone();
+                    pod.next.push((request, reply, Instant::now()));
+                    // Somebody waits for what is left to be removed: whatever failed is tried at once.
+                    pod.retry_at = None;
+                    self.advance(&id);
+                }
             }
             return;
         }
