@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
 #![allow(clippy::print_stdout, reason = "what was measured is for people to judge, too")]
 
+mod limits;
 mod outlive;
 #[path = "../rig/mod.rs"]
 mod rig;

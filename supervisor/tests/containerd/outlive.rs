@@ -11,15 +11,15 @@ use serde_json::Value;
 use crate::rig::*;
 use crate::runtime::{Container, Runtime, Settings, cgroups_named, on_a_node};
 
-fn pid(pod: &Value) -> u32 {
+pub(crate) fn pid(pod: &Value) -> u32 {
     u32::try_from(pod["enginePid"].as_u64().unwrap()).unwrap()
 }
 
-fn settled(pod: &Value) -> bool {
+pub(crate) fn settled(pod: &Value) -> bool {
     pod["state"] == "running" && pod["controlConnected"] == true && pod["ifindex"] != 0
 }
 
-fn lives(pid: u32) -> bool {
+pub(crate) fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
