@@ -17,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 use podtether_core::backoff::Backoff;
 use podtether_core::engine::{ControlAnswer, HostUpdate, PeerList};
 use podtether_core::key::{MachinePrivate, NodePublic};
+use podtether_core::map_stream::MapStream;
 use podtether_core::retry_after;
 use podtether_core::tailcfg::{ControlDialPlan, HostParams, Hostinfo, MapResponse, Node, UnixTime};
 use podtether_proto::secret::SecretString;
@@ -217,6 +218,7 @@ impl Control {
             registered: false,
             useful_since: None,
             complaints: Complaints::default(),
+            map: MapStream::new(),
         };
         task.spawn(client.run());
         Self { host, answers, logouts, events, _task: task }
@@ -266,6 +268,8 @@ struct Client {
     /// When this session gave its first netmap.
     useful_since: Option<Instant>,
     complaints: Complaints,
+    /// It outlives sessions, for the sake of the rules that it knows.
+    map: MapStream,
 }
 
 /// The driver is gone, so this task ends too.

@@ -172,8 +172,10 @@ fn ten_thousand_peers_and_a_thousand_deltas_a_second() {
                 assert!(devnet.wait_for(Duration::from_secs(60), anew).await);
                 peers(&a, |peers| peers == count + 1).await
             };
-            let ((during, count), most_again) =
-                at_most(&a, async { tokio::join!(pings(&a, a_ip, to, Duration::from_secs(6)), again) }).await;
+            let ((during, count), most_again) = Box::pin(at_most(&a, async {
+                tokio::join!(pings(&a, a_ip, to, Duration::from_secs(6)), again)
+            }))
+            .await;
             let renewed = usage(&a);
             println!(
                 "a new session: {renewed}, at most {most_again} KiB, CPU {:?}; gap {:?}, lost {}",

@@ -7,6 +7,7 @@ use divan::Bencher;
 use divan::counter::BytesCount;
 use podtether_core::batch::{Batch, Outbox};
 use podtether_core::engine::{Config, ControlEvent, Engine};
+use podtether_core::filter::Rule;
 use podtether_core::key::{DiscoPrivate, NodePrivate};
 use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
 
@@ -21,13 +22,13 @@ fn endpoint(n: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, n], 1000))
 }
 
-fn rules(count: u8) -> Vec<FilterRule> {
+fn rules(count: u8) -> Vec<Rule> {
     let rule = |port| FilterRule {
         src_ips: vec!["100.64.0.0/10".into()],
         dst_ports: vec![NetPortRange { ip: "*".into(), ports: PortRange { first: port, last: port } }],
         ..FilterRule::default()
     };
-    (0..count).map(|n| rule(1000 + u16::from(n))).chain([rule(80)]).collect()
+    (0..count).map(|n| rule(1000 + u16::from(n))).chain([rule(80)]).map(Rule::from).collect()
 }
 
 fn node(n: u8, key: &NodePrivate, disco: &DiscoPrivate) -> Node {

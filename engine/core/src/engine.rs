@@ -51,7 +51,7 @@ use crate::batch::{Batch, Outbox, RegionId};
 use crate::budget::Bucket;
 use crate::disco;
 use crate::dns::Dns;
-use crate::filter::FilterState;
+use crate::filter::{FilterBuild, FilterState};
 use crate::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use crate::netcheck::{Netcheck, StunRequest};
 use crate::netmap::NetMap;
@@ -112,6 +112,10 @@ pub struct Engine {
     /// The pod's own address of each family, which a masquerade stands for.
     native: [Option<IpAddr>; 2],
     filter: FilterState,
+    /// The next filter, while it is put together.
+    filter_build: Option<FilterBuild>,
+    /// The rules have changed since that began.
+    filter_again: bool,
     /// Peers without a tailnet lock signature.
     unsigned: BTreeSet<NodeId>,
     /// The rules would let such a peer in, so none of them is in force.
@@ -179,6 +183,8 @@ impl Engine {
             own_routes: Vec::new(),
             native: [None; 2],
             filter: FilterState::default(),
+            filter_build: None,
+            filter_again: false,
             unsigned: BTreeSet::new(),
             filter_discarded: false,
             rejections: tsmp::Rejections::default(),

@@ -27,6 +27,7 @@
 mod caps;
 mod compile;
 mod flows;
+mod rule;
 mod tally;
 
 use std::net::IpAddr;
@@ -39,8 +40,14 @@ use crate::packet::{Fragment, Parsed, protocol};
 use crate::tailcfg::FilterRule;
 
 pub use caps::{PeerCaps, admits_any, peer_caps};
+pub use rule::{Rule, RuleBook};
 use tally::Tally;
 pub use tally::{MAX_NAMED_RULES, RuleName};
+
+/// What all rules of a filter may take in memory, by [`Rule::footprint`]; more are left out.
+pub const MAX_FILTER_BYTES: usize = 16 << 20;
+/// Most named parts of a filter.
+pub const MAX_CHUNKS: usize = 1024;
 
 /// Compiled rules.
 #[derive(Debug, Clone)]
@@ -152,13 +159,14 @@ impl Filter {
         chunks: impl IntoIterator<Item = (&'a str, &'a [FilterRule])>,
         own: &[IpNet],
     ) -> Self {
-        let mut rules = Vec::new();
-        let mut names = tally::Names::default();
-        for (name, chunk) in chunks {
-            names.push(name, chunk);
-            rules.extend(chunk);
-        }
-        Self { v4: Family::compile(&rules, own), v6: Family::compile(&rules, own), names }
+        let mut book = RuleBook::default();
+        let chunks: Vec<(&str, Vec<Rule>)> = chunks
+            .into_iter()
+            .map(|(name, chunk)| (name, chunk.iter().map(|rule| book.rule_of(rule)).collect()))
+            .collect();
+        let mut build = FilterBuild::begin(chunks.iter().map(|(name, rules)| (*name, rules.as_slice())), own);
+        while !build.go_on(usize::MAX) {}
+        build.filter
     }
 
     /// What the rule with this number in a [`Pass::Rule`] is called.
@@ -177,6 +185,55 @@ impl Filter {
     #[must_use]
     pub fn skipped(&self) -> usize {
         self.v4.skipped().max(self.v6.skipped())
+    }
+}
+
+/// A filter that is being put together, a portion at a time.
+#[derive(Debug)]
+pub struct FilterBuild {
+    filter: Filter,
+    rules: Vec<Rule>,
+    next: usize,
+}
+
+impl FilterBuild {
+    /// As [`Filter::of_chunks`], of rules that are decoded; goes on with [`FilterBuild::go_on`].
+    #[must_use]
+    pub fn begin<'a>(chunks: impl IntoIterator<Item = (&'a str, &'a [Rule])>, own: &[IpNet]) -> Self {
+        let (mut rules, mut names) = (Vec::new(), tally::Names::default());
+        for (name, chunk) in chunks {
+            names.push(name, chunk);
+            rules.extend_from_slice(chunk);
+        }
+        Self { filter: Filter { v4: Family::new(own), v6: Family::new(own), names }, rules, next: 0 }
+    }
+
+    /// Does some more: one rule, and others until about `portion` entries of tables were made. True when
+    /// the filter is whole.
+    pub fn go_on(&mut self, portion: usize) -> bool {
+        let Filter { v4, v6, .. } = &mut self.filter;
+        let mut done = 0;
+        while let Some(rule) = self.rules.get(self.next) {
+            if done >= portion {
+                return false;
+            }
+            // `MAX_FILTER_BYTES` is some tens of thousands of them.
+            let index = u32::try_from(self.next).unwrap_or(u32::MAX);
+            self.next += 1;
+            let rule = rule.kept();
+            let made = v4.add(index, &rule.v4, &rule.protocols, rule.odd)
+                + v6.add(index, &rule.v6, &rule.protocols, rule.odd);
+            done += 1 + made;
+        }
+        v4.end();
+        v6.end();
+        true
+    }
+
+    /// The filter, once it is whole.
+    #[must_use]
+    pub fn finish(self) -> Filter {
+        self.filter
     }
 }
 
@@ -312,5 +369,7 @@ fn judge<A: Address>(
     rule.map_or(Verdict::Drop(DropReason::NoRule), |rule| Verdict::Accept(Pass::Rule(rule)))
 }
 
+#[cfg(test)]
+mod kept;
 #[cfg(test)]
 mod tests;

@@ -3,24 +3,30 @@
 //! The stream is messages, each a u32 little-endian length and that many bytes of JSON. A full map of ten
 //! thousand peers is ten megabytes of it. So the elements of `Peers` and `PeersChanged` are decoded and
 //! handed on one portion at a time as they come in, and only what is left of the message is gathered
-//! until its end. What is odd is skipped and counted; a message that is no JSON object, or is too large
+//! until its end. The rules of `PacketFilter` and `PacketFilters` are taken one by one as well: a rule that
+//! is in use already is found by its bytes and not decoded, even over sessions. What is odd is skipped and counted; a message that is no JSON object, or is too large
 //! without its peers, is passed over, because its length says where the next one begins.
 
+use crate::filter::{MAX_CHUNKS, MAX_FILTER_BYTES, Rule, RuleBook};
 use crate::peer::PeerList;
 use crate::tailcfg::{MapResponse, Node, counting};
 
 /// Largest message taken, bytes. A netmap of ten thousand peers is a tenth of it.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 20;
-/// Largest part of a message beside its peers, bytes.
+/// Largest part of a message beside its peers and rules, bytes.
 const MAX_REST_BYTES: usize = 16 << 20;
 /// Largest description of one peer, bytes; a larger one is skipped.
 const MAX_PEER_BYTES: usize = 256 << 10;
+/// Largest rule, bytes: a hundred thousand peers by their addresses; a larger one is skipped.
+const MAX_RULE_BYTES: usize = 4 << 20;
 /// Peers handed on at a time: some tenths of a millisecond to decode and to take in.
 const PORTION: usize = 32;
 /// JSON of so many bytes is a portion as well.
 const PORTION_BYTES: usize = 64 << 10;
-/// Longest name of a field that is told apart.
-const MAX_KEY: usize = 16;
+/// Rules of so many bytes are decoded in one go: some tenths of a millisecond, unless one is larger.
+const RULES_PORTION_BYTES: usize = 32 << 10;
+/// Longest name of a field or chunk of the filter that is told apart.
+const MAX_KEY: usize = 256;
 /// What idle buffers keep allocated, bytes.
 const KEEP_BYTES: usize = 16 << 10;
 
@@ -46,10 +52,25 @@ pub enum BadMessage {
 pub enum Piece {
     /// Some peers of one of its lists.
     Peers(PeerList, Vec<Node>),
+    /// Nothing yet: some rules were decoded, and whatever else there is to do can have its turn.
+    Pause,
     /// Everything else, which ends the message, and how many elements of all of it were passed over.
     Rest(Box<MapResponse>, u64),
     /// The end of a message that is none. Some of its peers may have been handed on.
     Bad(BadMessage),
+}
+
+/// A list whose elements are taken one by one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum List {
+    Peers(PeerList),
+    Rules,
+}
+
+/// Something that is to be handed on.
+enum Ready {
+    Peers(PeerList),
+    Pause,
 }
 
 /// Where in a message the scanner is.
@@ -57,10 +78,10 @@ pub enum Piece {
 enum At {
     /// Anywhere but in one of the lists.
     Rest,
-    /// Between the elements of a list of peers.
-    List(PeerList),
+    /// Between the elements of a list.
+    List(List),
     /// In an element of it.
-    Element(PeerList),
+    Element(List),
     /// In a list that nobody needs.
     Unneeded,
     /// Behind what made the message too large.
@@ -82,16 +103,31 @@ pub struct MapStream {
     depth: u32,
     in_string: bool,
     escaped: bool,
-    /// The last string directly in the message's object, as far as it may be a list's name.
+    /// The last string directly in the message's object or that of the filter's chunks, as far as it may be
+    /// a list's name.
     key: Vec<u8>,
     /// It was followed by a colon, and the value has not begun.
     key_stands: bool,
+    /// In the object of the filter's chunks.
+    in_chunks: bool,
+    /// The nesting of the list's elements.
+    list_depth: u32,
     rest: Vec<u8>,
     element: Vec<u8>,
     element_too_large: bool,
     nodes: Vec<Node>,
     /// Bytes of JSON that `nodes` were.
     nodes_bytes: usize,
+    book: RuleBook,
+    /// The chunk that the list is; none for the filter in its older form.
+    chunk: Option<String>,
+    rules: Vec<Rule>,
+    /// Bytes of JSON since the last pause.
+    rules_bytes: usize,
+    /// What this message's rules take.
+    rules_footprint: usize,
+    /// This message's lists of rules that are whole.
+    lists: Vec<(Option<String>, Vec<Rule>)>,
     skipped: u64,
 }
 
@@ -116,13 +152,32 @@ impl MapStream {
             escaped: false,
             key: Vec::new(),
             key_stands: false,
+            in_chunks: false,
+            list_depth: 2,
             rest: Vec::new(),
             element: Vec::new(),
             element_too_large: false,
             nodes: Vec::new(),
             nodes_bytes: 0,
+            book: RuleBook::default(),
+            chunk: None,
+            rules: Vec::new(),
+            rules_bytes: 0,
+            rules_footprint: 0,
+            lists: Vec::new(),
             skipped: 0,
         }
+    }
+
+    /// Makes ready for another stream, whose rules may be those of the one before.
+    pub fn restart(&mut self) {
+        *self = Self { book: std::mem::take(&mut self.book), ..Self::new() };
+    }
+
+    /// How many rules had to be decoded so far.
+    #[must_use]
+    pub fn rules_decoded(&self) -> u64 {
+        self.book.decoded()
     }
 
     /// Adds bytes of the response body.
@@ -174,15 +229,27 @@ impl MapStream {
             let (used, ready) = self.take(here);
             self.start += used;
             self.left = Some(left - used);
-            if let Some(list) = ready {
-                self.nodes_bytes = 0;
-                return Ok(Some(Piece::Peers(list, std::mem::take(&mut self.nodes))));
+            match ready {
+                None => {}
+                Some(Ready::Pause) => {
+                    self.rules_bytes = 0;
+                    return Ok(Some(Piece::Pause));
+                }
+                Some(Ready::Peers(list)) => {
+                    self.nodes_bytes = 0;
+                    return Ok(Some(Piece::Peers(list, std::mem::take(&mut self.nodes))));
+                }
             }
         }
     }
 
-    /// Takes some of what is here, which is not empty: how much, and the list of which a portion is ready.
-    fn take(&mut self, here: &[u8]) -> (usize, Option<PeerList>) {
+    /// How deep the names are that matter.
+    fn key_depth(&self) -> u32 {
+        if self.in_chunks { 2 } else { 1 }
+    }
+
+    /// Takes some of what is here, which is not empty: how much, and what is ready.
+    fn take(&mut self, here: &[u8]) -> (usize, Option<Ready>) {
         let plain = match self.at {
             At::TooLarge => here.len(),
             At::List(_) => 0,
@@ -197,7 +264,7 @@ impl MapStream {
         }
         let here = &here[..plain];
         self.keep(here);
-        if self.at == At::Rest && self.depth == 1 {
+        if self.at == At::Rest && self.depth == self.key_depth() {
             if self.in_string {
                 let room = MAX_KEY - self.key.len().min(MAX_KEY);
                 self.key.extend_from_slice(&here[..room.min(plain)]);
@@ -213,7 +280,7 @@ impl MapStream {
         match self.at {
             At::Rest if self.rest.len() + bytes.len() > MAX_REST_BYTES => self.at = At::TooLarge,
             At::Rest => self.rest.extend_from_slice(bytes),
-            At::Element(_) if self.element.len() + bytes.len() > MAX_PEER_BYTES => {
+            At::Element(list) if self.element.len() + bytes.len() > list.max_bytes() => {
                 self.element_too_large = true;
             }
             At::Element(_) => self.element.extend_from_slice(bytes),
@@ -221,8 +288,8 @@ impl MapStream {
         }
     }
 
-    /// Takes one byte that may matter; the list of which a portion is ready, if so.
-    fn byte(&mut self, byte: u8) -> Option<PeerList> {
+    /// Takes one byte that may matter; what is ready, if so.
+    fn byte(&mut self, byte: u8) -> Option<Ready> {
         match self.at {
             At::Rest => {
                 self.keep(&[byte]);
@@ -241,13 +308,19 @@ impl MapStream {
                 }
                 None
             }
-            At::Element(list) if !self.in_string && self.depth == 2 && matches!(byte, b',' | b']') => {
-                self.end_element();
+            At::Element(list)
+                if !self.in_string && self.depth == self.list_depth && matches!(byte, b',' | b']') =>
+            {
+                self.end_element(list);
                 self.at = At::List(list);
                 if byte == b']' {
                     return self.end_list(list);
                 }
-                (self.nodes.len() >= PORTION || self.nodes_bytes >= PORTION_BYTES).then_some(list)
+                let ready = match list {
+                    List::Peers(_) => self.nodes.len() >= PORTION || self.nodes_bytes >= PORTION_BYTES,
+                    List::Rules => self.rules_bytes >= RULES_PORTION_BYTES,
+                };
+                ready.then(|| list.ready())
             }
             At::Element(_) => {
                 self.keep(&[byte]);
@@ -267,34 +340,60 @@ impl MapStream {
     }
 
     fn rest_byte(&mut self, byte: u8) {
-        let at_top = self.depth == 1;
+        let at_top = self.depth == self.key_depth();
         if self.in_string {
             if at_top && self.key.len() < MAX_KEY && (byte != b'"' || self.escaped) {
                 self.key.push(byte);
             }
         } else if at_top {
-            let list = match self.key.as_slice() {
-                b"Peers" => Some(At::List(PeerList::All)),
-                b"PeersChanged" => Some(At::List(PeerList::Changed)),
-                b"UserProfiles" => Some(At::Unneeded),
-                _ => None,
-            };
-            match (byte, list) {
+            match byte {
                 // A text for a value is no name.
-                (b'"', _) => {
+                b'"' => {
                     self.key.clear();
                     self.key_stands = false;
                 }
-                (b':', _) => self.key_stands = true,
-                (b'[', Some(list)) if self.key_stands && self.at == At::Rest => {
-                    // For the rest, the list is empty.
-                    self.at = list;
+                b':' => self.key_stands = true,
+                b'[' if self.key_stands && self.at == At::Rest => {
+                    self.key_stands = false;
+                    if let Some(at) = self.list() {
+                        // For the rest, the list is empty.
+                        self.at = at;
+                        self.list_depth = self.depth + 1;
+                    }
+                }
+                b'{' if self.key_stands && !self.in_chunks && self.key == b"PacketFilters" => {
+                    self.in_chunks = true;
                     self.key_stands = false;
                 }
                 _ => self.key_stands = false,
             }
         }
         self.step(byte);
+        if self.depth < 2 {
+            self.in_chunks = false;
+        }
+    }
+
+    /// What the name that stands says of the list that begins.
+    fn list(&mut self) -> Option<At> {
+        if self.in_chunks {
+            if self.key.len() == MAX_KEY || self.lists.len() >= MAX_CHUNKS {
+                return None;
+            }
+            let name = [b"\"", self.key.as_slice(), b"\""].concat();
+            self.chunk = Some(serde_json::from_slice(&name).ok()?);
+            return Some(At::List(List::Rules));
+        }
+        match self.key.as_slice() {
+            b"Peers" => Some(At::List(List::Peers(PeerList::All))),
+            b"PeersChanged" => Some(At::List(List::Peers(PeerList::Changed))),
+            b"PacketFilter" => {
+                self.chunk = None;
+                Some(At::List(List::Rules))
+            }
+            b"UserProfiles" => Some(At::Unneeded),
+            _ => None,
+        }
     }
 
     /// Keeps track of strings and nesting.
@@ -316,9 +415,11 @@ impl MapStream {
         }
     }
 
-    fn end_element(&mut self) {
+    fn end_element(&mut self, list: List) {
         if self.element_too_large {
             self.skipped += 1;
+        } else if list == List::Rules {
+            self.end_rule();
         } else {
             self.nodes_bytes += self.element.len();
             match counting(|| serde_json::from_slice(&self.element)) {
@@ -333,12 +434,35 @@ impl MapStream {
         self.element_too_large = false;
     }
 
+    /// Rules over the bound open nothing.
+    fn end_rule(&mut self) {
+        self.rules_bytes += self.element.len();
+        if self.rules_footprint > MAX_FILTER_BYTES {
+            self.skipped += 1;
+            return;
+        }
+        match counting(|| self.book.rule(self.element.trim_ascii_end())) {
+            (Ok(rule), skipped) => {
+                self.rules_footprint += rule.footprint();
+                self.rules.push(rule);
+                self.skipped += skipped;
+            }
+            (Err(_), _) => self.skipped += 1,
+        }
+    }
+
     /// The closing bracket.
-    fn end_list(&mut self, list: PeerList) -> Option<PeerList> {
+    fn end_list(&mut self, list: List) -> Option<Ready> {
         self.at = At::Rest;
-        self.depth = 1;
+        self.depth = self.list_depth - 1;
         self.keep(b"]");
-        (!self.nodes.is_empty()).then_some(list)
+        match list {
+            List::Peers(list) => (!self.nodes.is_empty()).then_some(Ready::Peers(list)),
+            List::Rules => {
+                self.lists.push((self.chunk.take(), std::mem::take(&mut self.rules)));
+                (self.rules_bytes >= RULES_PORTION_BYTES).then_some(Ready::Pause)
+            }
+        }
     }
 
     fn end_message(&mut self) -> Piece {
@@ -346,7 +470,10 @@ impl MapStream {
             Piece::Bad(BadMessage::TooLarge)
         } else {
             match MapResponse::from_json(&self.rest) {
-                Ok((message, skipped)) => Piece::Rest(Box::new(message), skipped + self.skipped),
+                Ok((mut message, skipped)) => {
+                    put_rules(&mut message, std::mem::take(&mut self.lists));
+                    Piece::Rest(Box::new(message), skipped + self.skipped)
+                }
                 Err(error) => Piece::Bad(error.into()),
             }
         };
@@ -364,8 +491,46 @@ impl MapStream {
         self.element_too_large = false;
         self.nodes = Vec::new();
         self.nodes_bytes = 0;
+        self.in_chunks = false;
+        if self.rules_footprint > 0 {
+            self.book.sweep();
+        }
+        self.chunk = None;
+        self.rules = Vec::new();
+        self.rules_bytes = 0;
+        self.rules_footprint = 0;
+        self.lists = Vec::new();
         self.skipped = 0;
         piece
+    }
+}
+
+impl List {
+    fn max_bytes(self) -> usize {
+        match self {
+            Self::Peers(_) => MAX_PEER_BYTES,
+            Self::Rules => MAX_RULE_BYTES,
+        }
+    }
+
+    fn ready(self) -> Ready {
+        match self {
+            Self::Peers(list) => Ready::Peers(list),
+            Self::Rules => Ready::Pause,
+        }
+    }
+}
+
+/// Puts the rules where the message has empty lists; what it names several times is what it says last.
+fn put_rules(message: &mut MapResponse, lists: Vec<(Option<String>, Vec<Rule>)>) {
+    for (chunk, rules) in lists {
+        let place = match chunk {
+            None => message.packet_filter.as_mut(),
+            Some(name) => message.packet_filters.as_mut().and_then(|chunks| chunks.get_mut(&name)?.as_mut()),
+        };
+        if let Some(place) = place {
+            *place = rules;
+        }
     }
 }
 
@@ -415,6 +580,7 @@ mod tests {
                 match piece {
                     Piece::Peers(PeerList::All, nodes) => peers.extend(nodes),
                     Piece::Peers(PeerList::Changed, nodes) => changed.extend(nodes),
+                    Piece::Pause => {}
                     Piece::Rest(mut message, skipped) => {
                         assert!(message.peers.is_empty() && message.peers_changed.is_empty());
                         message.peers = std::mem::take(&mut peers);
@@ -495,6 +661,75 @@ mod tests {
         assert_eq!((message.domain.as_str(), message.peers.len(), skipped), ("Peers", 0, 1));
     }
 
+    fn rule(n: u64) -> Value {
+        let ports = json!({"First": n, "Last": n});
+        json!({"DstPorts": [{"IP": "*", "Ports": ports}], "SrcIPs": ["a]},{[\"\\", "100.64.0.1"]})
+    }
+
+    #[test]
+    fn rules_are_taken_one_by_one_and_those_in_use_are_not_decoded_again() {
+        let odd = json!({"SrcIPs": [1]});
+        let chunks = json!({"a": [rule(1), odd, rule(2)], "b\"\\": [rule(3)], "c": null, "d": [], "e": 5});
+        let json = json!({"PacketFilters": chunks, "PacketFilter": [rule(1)]});
+        let (message, skipped) = one(&json);
+        assert_eq!((serde_json::from_value(json.clone()).ok(), skipped), (Some(message), 2));
+        let mut stream = MapStream::new();
+        let mut messages = Vec::new();
+        for _ in 0..3 {
+            stream.push(&frame(json.to_string().as_bytes()));
+            let Ok(Some(Piece::Rest(message, 2))) = stream.next_piece() else { panic!("no message") };
+            messages.push(message);
+            stream.restart();
+        }
+        // The odd one is tried each time.
+        assert_eq!(stream.rules_decoded(), 3 + 3);
+        assert_eq!(messages[0], messages[2]);
+    }
+
+    #[test]
+    fn of_a_chunk_that_is_named_twice_the_last_counts() {
+        for (json, rules) in [
+            (r#"{"PacketFilters":{"a":[{}],"\u0061":[{},{}]}}"#, Some(2)),
+            (r#"{"PacketFilters":{"a":[{}],"a":null}}"#, None),
+            (r#"{"PacketFilters":{"a":null,"a" : [ {} ] }}"#, Some(1)),
+            (r#"{"PacketFilters":{"b":{"a":[{}]},"a":[{},{},{}]}, "a":[{}]}"#, Some(3)),
+        ] {
+            let decoded: MapResponse = serde_json::from_str(json).unwrap();
+            for cut in [1, 1000] {
+                let got = gather(&frame(json.as_bytes()), cut).pop().unwrap().unwrap().0;
+                assert_eq!(got, decoded, "{json}");
+                assert_eq!(got.packet_filters.unwrap()["a"].as_ref().map(Vec::len), rules, "{json}");
+            }
+        }
+    }
+
+    #[test]
+    fn many_rules_are_decoded_with_pauses_and_too_many_are_left_out() {
+        let sources = vec!["100.64.0.1"; 1000];
+        let large = json!({"SrcIPs": sources}).to_string();
+        let mut stream = MapStream::new();
+        let count = MAX_FILTER_BYTES / large.len() + 10;
+        let list = vec![large.as_str(); count].join(",");
+        stream.push(&frame(format!("{{\"PacketFilter\":[{list}]}}").as_bytes()));
+        let mut pauses = 0;
+        loop {
+            match stream.next_piece().unwrap() {
+                Some(Piece::Pause) => pauses += 1,
+                Some(Piece::Rest(message, skipped)) => {
+                    let kept = message.packet_filter.unwrap().len();
+                    assert_eq!(kept + usize::try_from(skipped).unwrap(), count);
+                    assert!((10..100).contains(&skipped), "{skipped} of {count}");
+                    break;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(pauses >= count * large.len() / (RULES_PORTION_BYTES + large.len()), "{pauses}");
+        let huge = json!({"PacketFilter": [{"SrcIPs": ["x".repeat(MAX_RULE_BYTES)]}, {}]});
+        let (message, skipped) = one(&huge);
+        assert_eq!((message.packet_filter.unwrap().len(), skipped), (1, 1));
+    }
+
     #[test]
     fn what_is_no_message_is_passed_over_and_the_next_one_taken() {
         let good = json!({"Peers": [node(1)], "Domain": "d"}).to_string();
@@ -505,6 +740,10 @@ mod tests {
             "{\"Peers\":[",
             "{\"Peers\":[{]",
             "{\"Peers\":[]",
+            "{\"PacketFilter\":[",
+            "{\"PacketFilters\":{\"a\":[{}",
+            "{\"PacketFilters\":{\"a\":[{}]}",
+            "{\"PacketFilters\":{\"a\":[}]}",
             "\"",
             "\"\\",
             "{}}",
@@ -562,15 +801,28 @@ mod tests {
         #[test]
         fn fuzz_any_cut_gives_what_decoding_in_one_go_gives(
             messages in proptest::collection::vec(
-                (proptest::collection::vec(1_u64..9, 0..80), proptest::collection::vec(1_u64..9, 0..3), any::<String>()),
+                (
+                    proptest::collection::vec(1_u64..9, 0..80),
+                    proptest::collection::vec(1_u64..9, 0..3),
+                    any::<String>(),
+                    proptest::collection::btree_map(
+                        any::<String>(),
+                        proptest::option::of(proptest::collection::vec(1_u64..9, 0..5)),
+                        0..4,
+                    ),
+                ),
                 1..4,
             ),
             cut in 1_usize..97,
         ) {
             let (mut wire, mut expected) = (Vec::new(), Vec::new());
-            for (peers, changed, domain) in messages {
+            for (peers, changed, domain, chunks) in messages {
                 let nodes = |ids: Vec<u64>| ids.into_iter().map(node).collect::<Vec<_>>();
-                let json = json!({"Peers": nodes(peers), "Domain": domain, "PeersChanged": nodes(changed)}).to_string();
+                let json = json!({"Peers": nodes(peers), "Domain": domain, "PeersChanged": nodes(changed),
+                    "PacketFilters": chunks.iter().map(|(name, chunk)| {
+                        let rules = |rules: &Vec<u64>| rules.iter().copied().map(rule).collect::<Vec<_>>();
+                        (name.clone(), json!(chunk.as_ref().map(rules)))
+                    }).collect::<serde_json::Map<_, _>>()}).to_string();
                 wire.extend(frame(json.as_bytes()));
                 expected.push((serde_json::from_str::<MapResponse>(&json).unwrap(), 0));
             }
@@ -580,10 +832,10 @@ mod tests {
 
         #[test]
         fn fuzz_any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200), cut in 1_usize..20) {
-            let mut json = b"{\"Peers\":[".to_vec();
-            json.extend_from_slice(&bytes);
+            let [peers, chunks] = [&b"{\"Peers\":["[..], b"{\"PacketFilters\":{\"a\":["]
+                .map(|start| [start, &bytes].concat());
             let end = frame(b"{\"Domain\":\"d\"}");
-            for bytes in [bytes, json] {
+            for bytes in [bytes, peers, chunks] {
                 let got = gather(&[frame(&bytes), end.clone()].concat(), cut);
                 prop_assert_eq!(got.len(), 2);
                 prop_assert_eq!(&got[1].as_ref().unwrap().0.domain, "d");

@@ -6,18 +6,19 @@
 
 use std::collections::BTreeMap;
 
+use crate::filter::{MAX_CHUNKS, MAX_FILTER_BYTES, Rule};
 use crate::health::{HealthMessage, Severity};
 use crate::tailcfg::{
-    ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, FilterRule, MapResponse, Node, PingRequest, UnixTime,
+    ControlDialPlan, DerpMap, DisplayMessage, DnsConfig, MapResponse, Node, PingRequest, UnixTime,
 };
 
-/// Most named parts of the packet filter, and what all of them may take.
-const MAX_CHUNKS: usize = 1024;
-const MAX_FILTER_BYTES: usize = 16 << 20;
 /// Most health texts and display messages kept.
 const MAX_MESSAGES: usize = 32;
 /// Below this, a difference to the server's clock is noise.
 const CLOCK_TOLERANCE_MS: i64 = 60_000;
+
+/// The rules of the packet filter by the name of their chunk.
+type Chunks = BTreeMap<String, Vec<Rule>>;
 
 /// A message that cannot be taken; the session has to start anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -61,7 +62,9 @@ pub struct NetMap {
     dns: Option<DnsConfig>,
     domain: String,
     /// `None` until a session brought a filter: then everything inbound is dropped.
-    chunks: Option<BTreeMap<String, Vec<FilterRule>>>,
+    chunks: Option<Chunks>,
+    /// What they take in memory.
+    filter_bytes: usize,
     health: Vec<String>,
     messages: BTreeMap<String, DisplayMessage>,
     clock_offset_ms: i64,
@@ -108,12 +111,12 @@ impl NetMap {
 
     /// The rules by the name of their chunk. `None` while there is no filter: drop everything.
     #[must_use]
-    pub fn packet_filter(&self) -> Option<&BTreeMap<String, Vec<FilterRule>>> {
+    pub fn packet_filter(&self) -> Option<&BTreeMap<String, Vec<Rule>>> {
         self.chunks.as_ref()
     }
 
     /// All rules, chunks in order of their name.
-    pub fn rules(&self) -> impl Iterator<Item = &FilterRule> {
+    pub fn rules(&self) -> impl Iterator<Item = &Rule> {
         self.chunks.iter().flat_map(BTreeMap::values).flatten()
     }
 
@@ -189,11 +192,9 @@ impl NetMap {
         self.awaiting_first = false;
         change.session = true;
         change.dns_changed = true;
-        change.filter_changed = true;
         change.health_changed = true;
         self.dns = None;
         self.domain.clear();
-        self.chunks = None;
         self.health.clear();
         self.messages.clear();
         self.locked = false;
@@ -218,47 +219,69 @@ impl NetMap {
         }
     }
 
+    /// Servers send everything again when a little has changed; only what differs from before counts.
     fn apply_filter(&mut self, message: &mut MapResponse, change: &mut NetMapChange) {
+        let updates = message.packet_filters.take();
+        let all = updates.as_ref().is_some_and(|updates| matches!(updates.get("*"), Some(None)));
+        let before = (change.session || all).then(|| {
+            self.filter_bytes = 0;
+            self.chunks.take()
+        });
         if let Some(rules) = message.packet_filter.take() {
+            // The older form comes first, so that the newer one replaces it.
             self.set_chunk(String::from("base"), rules, change);
-        }
-        if let Some(updates) = message.packet_filters.take() {
-            let chunks = self.chunks.get_or_insert_default();
-            if matches!(updates.get("*"), Some(None)) {
-                chunks.clear();
+            if all {
+                self.remove_chunk("base");
             }
+        }
+        if let Some(updates) = updates {
+            self.chunks.get_or_insert_default();
             for (name, rules) in updates {
                 match rules {
                     Some(rules) => self.set_chunk(name, rules, change),
-                    None => {
-                        self.chunks.get_or_insert_default().remove(&name);
-                    }
+                    None => change.filter_changed |= self.remove_chunk(&name),
                 }
             }
-            change.filter_changed = true;
+        }
+        if let Some(before) = before {
+            change.filter_changed = match (&before, &self.chunks) {
+                (Some(before), Some(now)) => {
+                    before.len() != now.len()
+                        || before.iter().zip(now).any(|(a, b)| a.0 != b.0 || !same(a.1, b.1))
+                }
+                (before, now) => before.is_some() != now.is_some(),
+            };
         }
     }
 
+    fn remove_chunk(&mut self, name: &str) -> bool {
+        let removed = self.chunks.as_mut().and_then(|chunks| chunks.remove(name));
+        self.filter_bytes -= removed.as_ref().map_or(0, |rules| footprint(name, rules));
+        removed.is_some()
+    }
+
     /// Rules over the bounds are left out, which opens nothing.
-    fn set_chunk(&mut self, name: String, mut rules: Vec<FilterRule>, change: &mut NetMapChange) {
+    fn set_chunk(&mut self, name: String, mut rules: Vec<Rule>, change: &mut NetMapChange) {
+        if self.chunks.get_or_insert_default().get(&name).is_some_and(|before| same(before, &rules)) {
+            return;
+        }
         change.filter_changed = true;
-        let chunks = self.chunks.get_or_insert_default();
-        chunks.remove(&name);
-        let mut left = MAX_FILTER_BYTES
-            .saturating_sub(chunks.values().flatten().map(FilterRule::footprint).sum())
-            .saturating_sub(name.len());
+        self.remove_chunk(&name);
+        let mut left = MAX_FILTER_BYTES.saturating_sub(self.filter_bytes).saturating_sub(name.len());
         let fit = rules.iter().take_while(|rule| {
             let rest = left.checked_sub(rule.footprint());
             left = rest.unwrap_or(left);
             rest.is_some()
         });
         let fit = fit.count();
+        let chunks = self.chunks.get_or_insert_default();
         if chunks.len() >= MAX_CHUNKS || fit < rules.len() {
             change.ignored += u64::try_from(rules.len() - fit).unwrap_or(1).max(1);
             rules.truncate(fit);
         }
         if chunks.len() < MAX_CHUNKS {
             rules.shrink_to_fit();
+            self.filter_bytes += footprint(&name, &rules);
             chunks.insert(name, rules);
         }
     }
@@ -287,6 +310,14 @@ impl NetMap {
             change.health_changed = true;
         }
     }
+}
+
+fn same(a: &[Rule], b: &[Rule]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.is(b))
+}
+
+fn footprint(name: &str, rules: &[Rule]) -> usize {
+    name.len() + rules.iter().map(Rule::footprint).sum::<usize>()
 }
 
 #[cfg(test)]

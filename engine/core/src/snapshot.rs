@@ -7,17 +7,23 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::filter::{Rule, RuleBook};
 use crate::key::{DiscoPrivate, NodePublic};
 use crate::peer::{Peer, Slot};
 use crate::tailcfg::{MapResponse, RegionId, UnixTime};
 
 const MAGIC: [u8; 4] = *b"PTSN";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Magic, version, disco private key, length of the body.
 const HEADER: usize = 4 + 2 + 32 + 4;
 const TRAILER: usize = 8;
+/// A packet filter with more JSON than this is not kept: then only answers come in until control speaks.
+pub(crate) const MAX_RULE_BYTES: usize = MAX_BYTES / 2;
 /// Largest snapshot: some thirty thousand peers. Of more, those without traffic are left out.
 pub const MAX_BYTES: usize = (8 << 20) - 4096;
+
+/// Bytes of rules written in one go, or one rule.
+const RULES_PORTION: usize = 64 << 10;
 
 /// Why bytes are no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +56,8 @@ pub(crate) struct ActivePeer {
 pub struct Snapshot {
     pub(crate) disco: DiscoPrivate,
     pub(crate) body: Body,
+    /// All rules of the packet filter, one chunk's after the other's.
+    pub(crate) rules: Vec<Rule>,
     /// One after the other, as `Peer::store` writes them.
     pub(crate) peers: Vec<u8>,
 }
@@ -66,22 +74,26 @@ pub(crate) struct Body {
     pub(crate) home: RegionId,
     pub(crate) active: Vec<ActivePeer>,
     pub(crate) resolved: Vec<(String, Vec<IpAddr>)>,
-    /// The netmap without its peers, as the one message that makes it.
+    /// The netmap without its peers and rules, as the one message that makes it.
     pub(crate) netmap: Option<Box<MapResponse>>,
+    /// The chunks of the packet filter, and how many of the rules that follow are in each.
+    pub(crate) chunks: Option<Vec<(String, u32)>>,
 }
 
 impl Snapshot {
     /// What an engine that never had a netmap leaves behind.
     #[must_use]
     pub fn empty(disco: DiscoPrivate) -> Self {
-        Self { disco, body: Body::default(), peers: Vec::new() }
+        Self { disco, body: Body::default(), rules: Vec::new(), peers: Vec::new() }
     }
 
     /// The stored form. It holds the disco private key: keep it where only the engine reads.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
-        let mut writer = SnapshotWriter::begin(&self.disco, &self.body, Vec::new(), &mut out);
+        let rules = self.rules.clone();
+        let mut writer = SnapshotWriter::begin(&self.disco, &self.body, rules, Vec::new(), &mut out);
+        while writer.add_rules(&mut out) {}
         writer.note(&self.peers);
         out.extend_from_slice(&self.peers);
         writer.end(&mut out);
@@ -109,8 +121,16 @@ impl Snapshot {
         let length = u32::from_le_bytes(length.try_into().map_err(|_| SnapshotError::Format)?);
         let length = usize::try_from(length).map_err(|_| SnapshotError::Format)?;
         let (body, peers) = content.split_at_checked(length).ok_or(SnapshotError::Format)?;
-        let body = serde_json::from_slice(body).map_err(SnapshotError::Content)?;
-        Ok(Self { disco: DiscoPrivate::from_bytes(*disco), body, peers: peers.to_vec() })
+        let body: Body = serde_json::from_slice(body).map_err(SnapshotError::Content)?;
+        let (mut rules, mut rest, mut book) = (Vec::new(), peers, RuleBook::default());
+        for _ in 0..body.chunks.iter().flatten().map(|(_, rules)| u64::from(*rules)).sum() {
+            let (length, after) = rest.split_first_chunk::<4>().ok_or(SnapshotError::Format)?;
+            let length = usize::try_from(u32::from_le_bytes(*length)).map_err(|_| SnapshotError::Format)?;
+            let (rule, after) = after.split_at_checked(length).ok_or(SnapshotError::Format)?;
+            rules.push(book.rule(rule).map_err(SnapshotError::Content)?);
+            rest = after;
+        }
+        Ok(Self { disco: DiscoPrivate::from_bytes(*disco), body, rules, peers: rest.to_vec() })
     }
 }
 
@@ -118,6 +138,9 @@ impl Snapshot {
 /// written as it is by then: each peer is whole, and no two depend on each other.
 #[derive(Debug)]
 pub struct SnapshotWriter {
+    /// Rules of the packet filter; they are written before all peers.
+    rules: Vec<Rule>,
+    written_rules: usize,
     /// Peers with traffic, sorted; they are written first.
     pub(crate) first: Vec<Slot>,
     pub(crate) written_first: usize,
@@ -127,7 +150,13 @@ pub struct SnapshotWriter {
 }
 
 impl SnapshotWriter {
-    pub(crate) fn begin(disco: &DiscoPrivate, body: &Body, first: Vec<Slot>, out: &mut Vec<u8>) -> Self {
+    pub(crate) fn begin(
+        disco: &DiscoPrivate,
+        body: &Body,
+        rules: Vec<Rule>,
+        first: Vec<Slot>,
+        out: &mut Vec<u8>,
+    ) -> Self {
         let from = out.len();
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
@@ -136,9 +165,33 @@ impl SnapshotWriter {
         let body = serde_json::to_vec(body).unwrap_or_default();
         out.extend_from_slice(&u32::try_from(body.len()).unwrap_or_default().to_le_bytes());
         out.extend_from_slice(&body);
-        let mut this = Self { first, written_first: 0, next: 0, written: 0, sum: Checksum::default() };
+        let mut this = Self {
+            rules,
+            written_rules: 0,
+            first,
+            written_first: 0,
+            next: 0,
+            written: 0,
+            sum: Checksum::default(),
+        };
         this.note(&out[from..]);
         this
+    }
+
+    /// Appends a portion of the rules; false when there was none left.
+    pub(crate) fn add_rules(&mut self, out: &mut Vec<u8>) -> bool {
+        let from = out.len();
+        while let Some(rule) = self.rules.get(self.written_rules)
+            && out.len() - from < RULES_PORTION
+        {
+            // Rules are bounded together far below the four gigabytes.
+            let length = u32::try_from(rule.json().len()).unwrap_or_default();
+            out.extend_from_slice(&length.to_le_bytes());
+            out.extend_from_slice(rule.json());
+            self.written_rules += 1;
+        }
+        self.note(&out[from..]);
+        out.len() > from
     }
 
     /// Appends one peer; false when there is no room for it.
@@ -190,10 +243,21 @@ mod tests {
     #[test]
     fn comes_back_as_it_was_and_any_damage_is_noticed() {
         let disco = DiscoPrivate::from_bytes([5; 32]);
-        let body = Body { home: RegionId(7), ..Body::default() };
         let mut bytes = Vec::new();
-        SnapshotWriter::begin(&disco, &body, Vec::new(), &mut bytes).end(&mut bytes);
+        let body = Body {
+            chunks: Some(vec![("a".into(), 1), ("b".into(), 0), ("c".into(), 2)]),
+            home: RegionId(7),
+            ..Body::default()
+        };
+        let rules: Vec<Rule> = [&br#"{"SrcIPs":["*"]}"#[..], b"{ }", br#"{"IPProto":[6]}"#]
+            .map(|json| RuleBook::default().rule(json).unwrap())
+            .into();
+        let mut writer = SnapshotWriter::begin(&disco, &body, rules.clone(), Vec::new(), &mut bytes);
+        while writer.add_rules(&mut bytes) {}
+        writer.end(&mut bytes);
         let back = Snapshot::from_bytes(&bytes).expect("reads");
+        assert_eq!(back.rules, rules);
+        assert_eq!(back.to_bytes(), bytes);
         assert_eq!((&back.body, back.peers.len()), (&body, 0));
         assert!(back.disco == disco);
         for at in 0..bytes.len() {

@@ -13,7 +13,7 @@ mod register;
 mod time;
 
 pub use derp_map::{DerpHomeParams, DerpMap, DerpNode, DerpRegion};
-pub(crate) use lenient::counting;
+pub(crate) use lenient::{counting, list, or_default};
 pub use map::{
     ControlDialPlan, ControlIpCandidate, Debug, DisplayMessage, EndpointType, MapRequest, MapResponse,
     PingRequest, PingResponse, TkaInfo,

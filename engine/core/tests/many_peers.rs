@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use counting::{ALLOCATIONS, BYTES};
 use podtether_core::batch::{Batch, Outbox};
-use podtether_core::engine::{Config, ControlEvent, Engine, Event};
+use podtether_core::engine::{Config, ControlEvent, Decision, Engine, Event, Question};
 use podtether_core::key::{DiscoPrivate, DiscoPublic, NodePrivate, NodePublic};
 use podtether_core::map_stream::{MapStream, Piece, encode};
 use podtether_core::snapshot::{MAX_BYTES, Snapshot};
@@ -131,13 +131,62 @@ fn a_greedy_map_is_cut_and_counted() {
     assert_eq!(engine.counters().map_ignored, 200 * (1 + 9968 + 2000));
 }
 
-/// What a change of one of the filter's named chunks costs beside forty others, under policies that name
-/// thousands of peers by their addresses: hundreds of peers a group, and a tenth of all in some rules.
+/// What some bytes of the map stream cost.
+#[derive(Debug, Default)]
+struct Cost {
+    all: Duration,
+    /// The longest that a packet has to wait.
+    turn: Duration,
+    /// Rules that were decoded.
+    decoded: u64,
+    allocations: u64,
+}
+
+/// Takes a message as it arrives, in as many turns as packets can have theirs in between.
+fn feed(engine: &mut Engine, stream: &mut MapStream, message: &str, now: Instant) -> Cost {
+    let mut framed = Vec::with_capacity(message.len() + 4);
+    encode(message.as_bytes(), &mut framed).expect("no larger than a message may be");
+    let (allocations, decoded) = (ALLOCATIONS.get(), stream.rules_decoded());
+    let mut cost = Cost::default();
+    let mut note = |began: Instant| {
+        cost.all += began.elapsed();
+        cost.turn = cost.turn.max(began.elapsed());
+    };
+    for part in framed.chunks(16 << 10) {
+        let mut began = Instant::now();
+        stream.push(part);
+        while let Some(piece) = stream.next_piece().expect("whole") {
+            match piece {
+                Piece::Pause => {}
+                Piece::Rest(message, 0) => {
+                    engine.handle_control(ControlEvent::Map(message), now, &mut Outbox::default());
+                }
+                odd @ (Piece::Peers(..) | Piece::Rest(..) | Piece::Bad(_)) => panic!("{odd:?}"),
+            }
+            note(began);
+            began = Instant::now();
+        }
+        note(began);
+    }
+    while engine.poll_timeout().is_some_and(|at| at <= now) {
+        let began = Instant::now();
+        engine.handle_timeout(now, &mut Outbox::default());
+        note(began);
+    }
+    while engine.poll_event().is_some() {}
+    cost.decoded = stream.rules_decoded() - decoded;
+    cost.allocations = ALLOCATIONS.get() - allocations;
+    cost
+}
+
+/// A filter of forty named chunks, under policies that name thousands of peers by their addresses: hundreds
+/// of peers a group, and a tenth of all in some rules. Only what differs from before is decoded.
 #[test]
 fn what_a_filter_change_costs() {
     let now = Instant::now();
     for peers in SIZES {
         let mut engine = engine(peers, now);
+        let mut stream = MapStream::new();
         let addresses = |from: u32, count: u32| -> Vec<String> {
             let own = |n: u32| {
                 let [_, _, high, low] = (n % peers).to_be_bytes();
@@ -154,29 +203,84 @@ fn what_a_filter_change_costs() {
                 {"SrcIPs": addresses(0, peers / 10), "IPProto": [6], "DstPorts": [
                     {"IP": "*", "Ports": {"First": 443, "Last": 443}}]}])
         };
-        let chunks: serde_json::Map<_, _> = (0..40).map(|n| (format!("group-{n}"), rules(n))).collect();
-        let whole = json!({"PacketFilters": chunks}).to_string();
-        let text = whole.len();
-        let decoding = Instant::now();
-        let (message, skipped) = MapResponse::from_json(whole.as_bytes()).expect("a message");
-        let decoded = decoding.elapsed();
-        assert_eq!(skipped, 0);
-        apply(&mut engine, message, now);
-        let mut fastest = Duration::MAX;
-        for turn in 0..5 {
-            let one = json!({"PacketFilters": {"group-7": rules(41 + turn)}}).to_string();
-            let (message, _) = MapResponse::from_json(one.as_bytes()).expect("a message");
-            let began = Instant::now();
-            apply(&mut engine, message, now);
-            fastest = fastest.min(began.elapsed());
-        }
-        let rules = engine.gauges(now).filter_rules;
+        let whole = |turn: u32| {
+            let of = |n| if n == 7 { rules(n + 41 * turn) } else { rules(n) };
+            let chunks: serde_json::Map<_, _> = (0..40).map(|n| (format!("group-{n}"), of(n))).collect();
+            json!({"PacketFilters": chunks}).to_string()
+        };
+        let before = BYTES.get();
+        let text = whole(0);
+        let length = i64::try_from(text.len()).expect("some megabytes");
+        let first = feed(&mut engine, &mut stream, &text, now);
+        let again = feed(&mut engine, &mut stream, &text, now);
+        drop(text);
+        let kept = BYTES.get() - before;
+        let changed = feed(&mut engine, &mut stream, &whole(1), now);
+        let one = json!({"PacketFilters": {"group-7": rules(7 + 82)}}).to_string();
+        let alone = feed(&mut engine, &mut stream, &one, now);
         println!(
-            "{peers} peers, {rules} rules of {text} bytes of JSON: decoded in {decoded:?}, a chunk changed in {fastest:?}"
+            "{peers} peers, 80 rules of {length} bytes of JSON, {kept} in memory ({} a rule)",
+            kept / 80
         );
-        assert!(rules >= 80);
-        assert!(fastest < Duration::from_secs(2), "{fastest:?}");
+        for (what, cost) in [
+            ("new", &first),
+            ("again", &again),
+            ("again, one chunk changed", &changed),
+            ("one chunk", &alone),
+        ] {
+            println!("  {what}: {cost:?}");
+        }
+        assert_eq!(engine.gauges(now).filter_rules, 81);
+        // All chunks have one rule in common.
+        assert_eq!([&first, &again, &changed, &alone].map(|cost| cost.decoded), [41, 0, 1, 1]);
+        // The stream's buffers, and the message with its chunks.
+        assert!(again.allocations < 400, "{again:?}");
+        assert!(kept < 3 * length + (64 << 10), "{kept} for {length}");
     }
+}
+
+/// Until the last of its portions is done, the filter before it decides about packets.
+#[test]
+fn a_large_filter_comes_into_force_as_a_whole() {
+    let now = Instant::now();
+    let mut engine = engine(10, now);
+    let rules = |from: u16| {
+        let rule = |port: u16| {
+            json!({"SrcIPs": ["100.65.0.1"], "DstPorts": [
+                {"IP": "*", "Ports": {"First": port, "Last": port}}]})
+        };
+        let rules: Vec<_> = (from..from + 3000).map(rule).collect();
+        let message = json!({"PacketFilters": {"*": null, "large": rules}}).to_string();
+        MapResponse::from_json(message.as_bytes()).expect("a message").0
+    };
+    let open = |engine: &Engine, dst_port| {
+        let (src, dst) = (IpAddr::from([100, 65, 0, 1]), IpAddr::from([100, 64, 0, 1]));
+        let question = Question { src, dst, protocol: 6, src_port: 1, dst_port };
+        engine.why(question, now).decision == Decision::Accept
+    };
+    assert!(open(&engine, 80), "everything is open");
+    apply(&mut engine, rules(1000), now);
+    // More news comes before that is in force.
+    apply(&mut engine, rules(5000), now);
+    let mut seen = Vec::new();
+    let mut portions = 0;
+    while engine.poll_timeout().is_some_and(|at| at <= now) {
+        let ports = [80, 1000, 3999, 5000, 7999].map(|port| open(&engine, port));
+        if seen.last() != Some(&ports) {
+            seen.push(ports);
+        }
+        engine.handle_timeout(now, &mut Outbox::default());
+        portions += 1;
+    }
+    seen.push([80, 1000, 3999, 5000, 7999].map(|port| open(&engine, port)));
+    let (before, first) = ([true; 5], [false, true, true, false, false]);
+    assert_eq!(seen, [before, first, [false, false, false, true, true]]);
+    assert!(portions > 6, "{portions}");
+    // What shuts everything needs no portions.
+    apply(&mut engine, rules(1000), now);
+    let none = json!({"PacketFilters": {"*": null}}).to_string();
+    apply(&mut engine, MapResponse::from_json(none.as_bytes()).expect("a message").0, now);
+    assert!(!open(&engine, 5000) && engine.gauges(now).filter_rules == 0);
 }
 
 /// Traffic of ten peers beside ten thousand idle ones takes the path of a small tailnet's.
@@ -264,7 +368,7 @@ fn a_minute_of_a_thousand_deltas_a_second_leaves_memory_as_it_was() {
             let event = match piece {
                 Piece::Peers(list, nodes) => ControlEvent::Peers { list, nodes },
                 Piece::Rest(message, 0) => ControlEvent::Map(message),
-                odd @ (Piece::Rest(..) | Piece::Bad(_)) => panic!("{odd:?}"),
+                odd @ (Piece::Pause | Piece::Rest(..) | Piece::Bad(_)) => panic!("{odd:?}"),
             };
             engine.handle_control(event, now, &mut Outbox::default());
         }

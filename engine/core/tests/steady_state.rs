@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use counting::ALLOCATIONS;
 use podtether_core::batch::{Batch, Outbox, RegionId};
 use podtether_core::engine::{Config, ControlEvent, Engine, PathView};
+use podtether_core::filter::Rule;
 use podtether_core::key::{DiscoPrivate, NodePrivate};
 use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
 
@@ -30,9 +31,9 @@ fn endpoint(n: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, n], 1000))
 }
 
-fn allow_all() -> Vec<FilterRule> {
+fn allow_all() -> Vec<Rule> {
     let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
-    vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }]
+    vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }.into()]
 }
 
 fn pair(now: Instant) -> [Engine; 2] {

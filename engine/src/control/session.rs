@@ -10,7 +10,7 @@ use h2::client::SendRequest;
 use http::{Method, Request, Response, StatusCode};
 use podtether_core::backoff::Backoff;
 use podtether_core::engine::HostUpdate;
-use podtether_core::map_stream::{MapStream, Piece};
+use podtether_core::map_stream::Piece;
 use podtether_core::tailcfg::{
     CAPABILITY_VERSION, Debug, MapRequest, MapResponse, RegisterRequest, RegisterResponse, UnixTime,
 };
@@ -187,18 +187,22 @@ impl Client {
         mut forgotten: oneshot::Receiver<()>,
     ) -> Result<Result<Infallible, Failure>, Gone> {
         let mut first = Some(steps);
-        let mut stream = MapStream::new();
+        self.map.restart();
         let mut answers = Answers::new(session.clone(), self.dialer.clone());
         // What the server wants to wait for, and the message that waits.
         let mut pause: Option<(Instant, Box<MapResponse>)> = None;
         let mut heard = Instant::now();
         loop {
             if pause.is_none() {
-                match stream.next_piece() {
+                match self.map.next_piece() {
                     Ok(None) => {}
                     Ok(Some(Piece::Peers(list, nodes))) => {
                         self.tell(Event::Peers(list, nodes)).await?;
                         // Thousands may follow, and packets wait.
+                        tokio::task::yield_now().await;
+                        continue;
+                    }
+                    Ok(Some(Piece::Pause)) => {
                         tokio::task::yield_now().await;
                         continue;
                     }
@@ -272,7 +276,7 @@ impl Client {
             if let Err(error) = body.flow_control().release_capacity(chunk.len()) {
                 return Ok(Err(session.lost("following the map", &error)));
             }
-            stream.push(&chunk);
+            self.map.push(&chunk);
         }
     }
 

@@ -21,6 +21,7 @@ pub fn map(data: &[u8]) {
             let event = match piece {
                 Piece::Peers(list, nodes) => ControlEvent::Peers { list, nodes },
                 Piece::Rest(message, _) => ControlEvent::Map(message),
+                Piece::Pause => continue,
                 Piece::Bad(_) => ControlEvent::PeersUnfinished,
             };
             engine.handle_control(event, now, &mut out);

@@ -77,7 +77,7 @@ fn running(now: Instant, out: &mut Outbox) -> Engine {
     let map = MapResponse {
         node: Some(node(1)),
         peers: vec![node(PEER)],
-        packet_filter: Some(vec![rule]),
+        packet_filter: Some(vec![rule.into()]),
         dns_config: Some(DnsConfig {
             proxied: true,
             domains: vec!["test".into()],

@@ -16,7 +16,8 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`] next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let at_once = (!self.greet.is_empty() || self.peers.is_sweeping()).then_some(self.started);
+        let unfinished = self.peers.is_sweeping() || self.filter_build.is_some();
+        let at_once = (!self.greet.is_empty() || unfinished).then_some(self.started);
         [
             at_once,
             self.timers.first().map(|(at, _)| *at),
@@ -38,6 +39,7 @@ impl Engine {
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Outbox) {
         self.greet_peers(now, out);
         self.sweep_peers(now, out);
+        self.continue_filter();
         while let Some((at, slot)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
             self.timers.remove(&(at, slot));
             if let Some(active) = self.active(slot) {

@@ -1,7 +1,10 @@
 //! What a restart carries over.
 
+use std::collections::BTreeMap;
+
 use super::*;
-use crate::snapshot::{ActivePeer, Body, Snapshot, SnapshotWriter};
+use crate::filter::Rule;
+use crate::snapshot::{ActivePeer, Body, MAX_RULE_BYTES, Snapshot, SnapshotWriter};
 use crate::tailcfg::MapResponse;
 
 /// Peers with a handshake younger than this had a session when the snapshot was made.
@@ -48,9 +51,6 @@ impl Engine {
                 node: Some(node.clone()),
                 derp_map: Some(self.netmap.derp_map().clone()),
                 dns_config: self.netmap.dns().cloned(),
-                packet_filters: self.netmap.packet_filter().map(|chunks| {
-                    chunks.iter().map(|(name, rules)| (name.clone(), Some(rules.clone()))).collect()
-                }),
                 domain: self.netmap.domain().to_owned(),
                 control_time: Some(self.netmap.control_time(wall)),
                 control_dial_plan: Some(self.netmap.dial_plan().clone()),
@@ -58,13 +58,23 @@ impl Engine {
             })
         });
         let resolved = self.netcheck.resolved().map(|(host, addrs)| (host.clone(), addrs.clone())).collect();
-        let body = Body { wall, home: self.relays.home(), active, resolved, netmap };
-        SnapshotWriter::begin(&self.disco_key, &body, first, out)
+        let size: usize = self.netmap.rules().map(|rule| 4 + rule.json().len()).sum();
+        let filter = self.netmap.packet_filter().filter(|_| size <= MAX_RULE_BYTES);
+        let rules = filter.into_iter().flat_map(BTreeMap::values).flatten().cloned().collect();
+        let chunks = filter.map(|chunks| {
+            let count = |rules: &Vec<Rule>| u32::try_from(rules.len()).unwrap_or_default();
+            chunks.iter().map(|(name, rules)| (name.clone(), count(rules))).collect()
+        });
+        let body = Body { wall, home: self.relays.home(), active, resolved, netmap, chunks };
+        SnapshotWriter::begin(&self.disco_key, &body, rules, first, out)
     }
 
     /// Appends a portion; false when that was the last. What is appended stands behind what was before,
     /// so `out` may be written away and cleared in between.
     pub fn continue_snapshot(&self, writer: &mut SnapshotWriter, out: &mut Vec<u8>) -> bool {
+        if writer.add_rules(out) {
+            return true;
+        }
         for _ in 0..SNAPSHOT_PORTION {
             let slot = match writer.first.get(writer.written_first) {
                 Some(slot) => {
@@ -94,9 +104,16 @@ impl Engine {
     }
 
     pub(super) fn restore(&mut self, snapshot: Snapshot, now: Instant) {
-        let Snapshot { body, peers, .. } = snapshot;
+        let Snapshot { body, rules, peers, .. } = snapshot;
         self.netcheck.restore_resolved(body.resolved);
-        if let Some(mut netmap) = body.netmap
+        let mut rules = rules.into_iter();
+        let mut take =
+            |count: u32| rules.by_ref().take(usize::try_from(count).unwrap_or(usize::MAX)).collect();
+        let chunks = body
+            .chunks
+            .map(|chunks| chunks.into_iter().map(|(name, count)| (name, Some(take(count)))).collect());
+        let netmap = body.netmap.map(|netmap| MapResponse { packet_filters: chunks, ..*netmap });
+        if let Some(mut netmap) = netmap
             && let Ok(change) = self.netmap.apply(&mut netmap, body.wall)
         {
             self.restored_home(body.home, now);

@@ -6,22 +6,23 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde_json::Value;
 
-use super::compile::{Set, parse_set};
-use crate::tailcfg::FilterRule;
+use super::compile::{Address, Span, Spans};
+use super::rule::{Part, Rule};
 
 /// Application capabilities of a peer towards this node, each with the arguments of all its grants.
 pub type PeerCaps = BTreeMap<String, Vec<Value>>;
 
 /// What `rules` grant the peer at `src` for this node's address `dst`: the union over the grants.
 #[must_use]
-pub fn peer_caps<'a>(rules: impl IntoIterator<Item = &'a FilterRule>, src: IpAddr, dst: IpAddr) -> PeerCaps {
+pub fn peer_caps<'a>(rules: impl IntoIterator<Item = &'a Rule>, src: IpAddr, dst: IpAddr) -> PeerCaps {
     let mut caps = PeerCaps::new();
     if src.is_ipv4() != dst.is_ipv4() {
         return caps;
     }
     for rule in rules {
-        let grants = || rule.cap_grant.iter().filter(|grant| grant.dsts.iter().any(|net| net.contains(&dst)));
-        if grants().next().is_none() || !rule.src_ips.iter().any(|text| holds(text, src)) {
+        let rule = rule.kept();
+        let grants = || rule.grants.iter().filter(|grant| grant.dsts.iter().any(|net| net.contains(&dst)));
+        if grants().next().is_none() || !(holds(&rule.v4, src) || holds(&rule.v6, src)) {
             continue;
         }
         for grant in grants() {
@@ -37,37 +38,33 @@ pub fn peer_caps<'a>(rules: impl IntoIterator<Item = &'a FilterRule>, src: IpAdd
     caps
 }
 
-fn holds(text: &str, ip: IpAddr) -> bool {
-    match parse_set(text) {
-        Some(Set::Any) => true,
-        Some(Set::Range(first, last)) => first.is_ipv4() == ip.is_ipv4() && first <= ip && ip <= last,
-        Some(Set::Cap(_)) | None => false,
-    }
+fn holds<A: Address>(part: &Part<A>, ip: IpAddr) -> bool {
+    A::of(ip).is_some_and(|ip| part.sources.spans.contains(ip))
 }
 
 /// Whether any of `rules` that opens something has an address of `nets` among its sources.
 #[must_use]
-pub fn admits_any<'a>(rules: impl IntoIterator<Item = &'a FilterRule>, nets: &[IpNet]) -> bool {
+pub fn admits_any<'a>(rules: impl IntoIterator<Item = &'a Rule>, nets: &[IpNet]) -> bool {
     if nets.is_empty() {
-        // Reading the text of thousands of sources takes as long as compiling them.
         return false;
     }
-    rules.into_iter().filter(|rule| !rule.dst_ports.is_empty()).any(|rule| {
-        rule.src_ips.iter().any(|text| match parse_set(text) {
-            Some(Set::Any) => true,
-            Some(Set::Range(first, last)) => nets.iter().any(|net| {
-                net.addr().is_ipv4() == first.is_ipv4() && first <= net.broadcast() && net.network() <= last
-            }),
-            Some(Set::Cap(_)) | None => false,
-        })
+    let (v4, v6) = (spans::<u32>(nets), spans::<u128>(nets));
+    rules.into_iter().map(Rule::kept).any(|rule| {
+        let opens = !rule.v4.destinations.is_empty() || !rule.v6.destinations.is_empty();
+        opens && (rule.v4.sources.spans.meets(&v4) || rule.v6.sources.spans.meets(&v6))
     })
+}
+
+fn spans<A: Address>(nets: &[IpNet]) -> Spans<A> {
+    let span = |net: &IpNet| -> Option<Span<A>> { Some((A::of(net.network())?, A::of(net.broadcast())?)) };
+    Spans::new(nets.iter().filter_map(span).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn rules() -> Vec<FilterRule> {
+    fn rules() -> Vec<Rule> {
         let json = r#"[
           {"SrcIPs": ["100.64.0.0/30", "cap:all"], "CapGrant": [
             {"Dsts": ["100.64.0.9/32"], "Caps": ["plain", ""], "CapMap": {"app": [{"a": 1}]}},
@@ -100,8 +97,9 @@ mod tests {
         assert!(admits_any(&rules, &nets("100.64.0.0/24")));
         assert!(!admits_any(&rules, &nets("fd7a::3/128")));
         assert!(!admits_any(&rules, &[]));
-        let mut all = rules[2].clone();
+        let mut all = rules[2].decoded();
         all.src_ips = vec!["*".into()];
+        let all = Rule::from(all);
         assert!(admits_any([&all], &nets("fd7a::3/128")));
         assert!(!admits_any([&all], &[]));
     }

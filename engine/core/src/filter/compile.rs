@@ -1,17 +1,19 @@
 //! From the text of the rules to tables that one packet can be looked up in.
 //!
-//! A table holds, in rule order, one entry for each destination of each rule. Rules share their source
-//! sets (policies name few groups), so memory grows with the text of the rules and not with the product
-//! of rules and sources. A lookup compares ports first, which sit together in memory and decide most
-//! entries, then the destination, and only then searches the sources.
+//! A table holds, in rule order, one entry for each destination of each rule. Rules come with their source
+//! sets, which they share (policies name few groups), so that putting a table together reads no source, and
+//! memory grows with the text of the rules and not with the product of rules and sources. A lookup compares
+//! ports first, which sit together in memory and decide most entries, then the destination, and only then
+//! searches the sources.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 
+use super::rule::Part;
 use crate::packet::protocol;
-use crate::tailcfg::FilterRule;
 
 /// Entries over all tables; a rule set beyond that is cut, which opens nothing.
 const MAX_ENTRIES: usize = 1 << 18;
@@ -60,14 +62,14 @@ impl Address for u128 {
     }
 }
 
-type Span<A> = (A, A);
+pub(super) type Span<A> = (A, A);
 
 /// Sorted, disjoint, inclusive ranges.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Spans<A>(Box<[Span<A>]>);
 
 impl<A: Address> Spans<A> {
-    fn new(mut spans: Vec<Span<A>>) -> Self {
+    pub(super) fn new(mut spans: Vec<Span<A>>) -> Self {
         spans.sort_unstable();
         let mut merged: Vec<Span<A>> = Vec::with_capacity(spans.len());
         for (first, last) in spans {
@@ -86,9 +88,15 @@ impl<A: Address> Spans<A> {
         after.checked_sub(1).is_some_and(|at| address <= self.0[at].1)
     }
 
-    fn overlaps(&self, (first, last): Span<A>) -> bool {
+    pub(super) fn overlaps(&self, (first, last): Span<A>) -> bool {
         let after = self.0.partition_point(|span| span.0 <= last);
         after.checked_sub(1).is_some_and(|at| first <= self.0[at].1)
+    }
+
+    /// Whether both have an address in common.
+    pub(super) fn meets(&self, other: &Self) -> bool {
+        let (few, many) = if self.0.len() < other.0.len() { (self, other) } else { (other, self) };
+        few.0.iter().any(|span| many.overlaps(*span))
     }
 
     /// Everything but these spans.
@@ -113,8 +121,16 @@ impl<A: Address> Spans<A> {
 /// Who a rule lets in.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Sources<A> {
-    spans: Spans<A>,
-    caps: Box<[Box<str>]>,
+    pub(super) spans: Spans<A>,
+    pub(super) caps: Box<[Box<str>]>,
+}
+
+impl<A> Sources<A> {
+    /// About how many bytes they take.
+    pub(super) fn footprint(&self) -> usize {
+        let caps: usize = self.caps.iter().map(|cap| std::mem::size_of_val(cap) + cap.len()).sum();
+        std::mem::size_of::<Self>() + std::mem::size_of_val(&*self.spans.0) + caps
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -135,55 +151,71 @@ struct Table<A> {
 #[derive(Debug, Clone)]
 pub(super) struct Family<A> {
     own: Spans<A>,
-    sources: Vec<Sources<A>>,
+    sources: Vec<Arc<Sources<A>>>,
+    /// Where each is in `sources`, by its address in memory.
+    known: HashMap<usize, u32>,
     /// With ports; sorted by protocol.
     tables: Vec<(u8, Table<A>)>,
     /// Every rule's destinations whatever its protocols and ports.
     any: Table<A>,
+    entries: usize,
     skipped: usize,
 }
 
 impl<A: Address> Family<A> {
-    /// The family's part of `rules` for packets to `own`. Text that does not parse is left out.
-    pub(super) fn compile(rules: &[&FilterRule], own: &[IpNet]) -> Self {
-        let mut family = Self {
+    /// No rules, for packets to `own`.
+    pub(super) fn new(own: &[IpNet]) -> Self {
+        Self {
             own: own_spans(own),
             sources: Vec::new(),
+            known: HashMap::new(),
             tables: Vec::new(),
             any: Table::new(),
+            entries: 0,
             skipped: 0,
-        };
-        let mut known: HashMap<Sources<A>, u32> = HashMap::new();
-        let mut entries = 0;
-        for (index, rule) in rules.iter().enumerate() {
-            let destinations = family.destinations(rule);
-            if destinations.is_empty() {
+        }
+    }
+
+    /// Adds the rule with this number, which is higher than any before; `odd` are sources and destinations
+    /// of it that did not parse. How many entries it came to.
+    pub(super) fn add(&mut self, index: u32, part: &Part<A>, listed: &[u8], odd: (usize, usize)) -> usize {
+        self.skipped += odd.1;
+        let before = self.entries;
+        let mut sources = None;
+        for (dst, ports) in &part.destinations {
+            if !self.own.overlaps(*dst) {
+                // It can never match.
                 continue;
             }
-            let sources = family.sources(rule);
-            let number = |n: usize| u32::try_from(n).ok();
-            let (Some(index), Some(fresh)) = (number(index), number(family.sources.len())) else { break };
-            let sources = *known.entry(sources).or_insert_with_key(|sources| {
-                family.sources.push(sources.clone());
-                fresh
+            let sources = *sources.get_or_insert_with(|| {
+                self.skipped += odd.0;
+                // There are at most as many as rules.
+                let fresh = u32::try_from(self.sources.len()).unwrap_or(u32::MAX);
+                *self.known.entry(Arc::as_ptr(&part.sources).addr()).or_insert_with(|| {
+                    self.sources.push(Arc::clone(&part.sources));
+                    fresh
+                })
             });
-            let listed = protocols(rule);
-            for (dst, ports) in destinations {
-                let entry = Entry { dst, sources, rule: index };
-                entries += 1 + listed.len();
-                if entries > MAX_ENTRIES {
-                    family.skipped += 1;
-                    continue;
-                }
-                family.any.push((0, u16::MAX), entry.clone());
-                for &protocol in &listed {
-                    family.table_mut(protocol).push(ports, entry.clone());
-                }
+            let entry = Entry { dst: *dst, sources, rule: index };
+            self.entries += 1 + listed.len();
+            if self.entries > MAX_ENTRIES {
+                self.skipped += 1;
+                continue;
+            }
+            self.any.push((0, u16::MAX), entry.clone());
+            for &protocol in listed {
+                self.table_mut(protocol).push(*ports, entry.clone());
             }
         }
-        family.any.shrink();
-        family.tables.iter_mut().for_each(|(_, table)| table.shrink());
-        family
+        self.entries - before
+    }
+
+    /// No more rules will come.
+    pub(super) fn end(&mut self) {
+        self.known = HashMap::new();
+        self.sources.shrink_to_fit();
+        self.any.shrink();
+        self.tables.iter_mut().for_each(|(_, table)| table.shrink());
     }
 
     /// How many pieces of text were left out.
@@ -239,34 +271,6 @@ impl<A: Address> Family<A> {
         };
         &mut self.tables[at].1
     }
-
-    fn sources(&mut self, rule: &FilterRule) -> Sources<A> {
-        let mut spans = Vec::new();
-        let mut caps = Vec::new();
-        for text in &rule.src_ips {
-            match parse_set(text) {
-                Some(Set::Cap(cap)) => caps.push(cap.into()),
-                Some(set) => spans.extend(set.span()),
-                None => self.skipped += 1,
-            }
-        }
-        Sources { spans: Spans::new(spans), caps: caps.into() }
-    }
-
-    fn destinations(&mut self, rule: &FilterRule) -> Vec<(Span<A>, (u16, u16))> {
-        let mut destinations = Vec::new();
-        for dst in &rule.dst_ports {
-            match parse_set(&dst.ip) {
-                Some(Set::Cap(_)) | None => self.skipped += 1,
-                Some(set) => {
-                    // What no own address lies in can never match.
-                    let span = set.span().filter(|span| self.own.overlaps(*span));
-                    destinations.extend(span.map(|span| (span, (dst.ports.first, dst.ports.last))));
-                }
-            }
-        }
-        destinations
-    }
 }
 
 impl<A: Address> Table<A> {
@@ -308,11 +312,12 @@ impl<A: Address> Table<A> {
     }
 }
 
-fn protocols(rule: &FilterRule) -> Vec<u8> {
-    if rule.ip_proto.is_empty() {
+/// The protocols that a rule with these numbers is for, sorted.
+pub(super) fn protocols(numbers: &[i32]) -> Vec<u8> {
+    if numbers.is_empty() {
         return DEFAULT_PROTOCOLS.to_vec();
     }
-    let mut listed: Vec<u8> = rule.ip_proto.iter().filter_map(|p| u8::try_from(*p).ok()).collect();
+    let mut listed: Vec<u8> = numbers.iter().filter_map(|p| u8::try_from(*p).ok()).collect();
     listed.sort_unstable();
     listed.dedup();
     listed
@@ -358,7 +363,7 @@ pub(super) enum Set<'a> {
 }
 
 impl Set<'_> {
-    fn span<A: Address>(&self) -> Option<Span<A>> {
+    pub(super) fn span<A: Address>(&self) -> Option<Span<A>> {
         match self {
             Self::Any => Some((A::ZERO, A::MAX)),
             Self::Range(first, last) => span_of(*first, *last),

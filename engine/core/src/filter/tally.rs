@@ -1,9 +1,8 @@
 //! Which rule decided: names that last, and bounded counts.
 
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::collections::HashMap;
 
-use super::{Pass, Verdict};
-use crate::tailcfg::FilterRule;
+use super::{Pass, Rule, Verdict};
 
 /// Most rules counted one by one in [`super::FilterState::passed`]; the rest share one count.
 pub const MAX_NAMED_RULES: usize = 64;
@@ -34,11 +33,11 @@ pub(super) struct Names {
 }
 
 impl Names {
-    pub(super) fn push(&mut self, chunk: &str, rules: &[FilterRule]) {
+    pub(super) fn push(&mut self, chunk: &str, rules: &[Rule]) {
         let name: String = chunk.chars().filter(|c| !c.is_control()).take(MAX_CHUNK_NAME).collect();
         let first = u32::try_from(self.prints.len()).unwrap_or(u32::MAX);
         self.chunks.push((name.into(), first));
-        self.prints.extend(rules.iter().map(fingerprint));
+        self.prints.extend(rules.iter().map(|rule| rule.kept().print));
     }
 
     pub(super) fn len(&self) -> usize {
@@ -54,24 +53,16 @@ impl Names {
         Some(RuleName { chunk: chunk.to_string(), index: rule - first })
     }
 
-    /// The place of the rule `index` of `chunk`.
-    fn place(&self, name: &RuleName) -> Option<usize> {
-        let at = self.chunks.iter().position(|(chunk, _)| **chunk == *name.chunk)?;
-        let end = self.chunks.get(at + 1).map_or(self.prints.len(), |(_, first)| *first as usize);
-        let place = (self.chunks[at].1 as usize).checked_add(name.index as usize)?;
-        (place < end).then_some(place)
+    /// Where the rules of each chunk are; of two chunks that are shown alike, the first.
+    fn places(&self) -> HashMap<&str, std::ops::Range<u32>> {
+        let mut places = HashMap::new();
+        let mut end = u32::try_from(self.prints.len()).unwrap_or(u32::MAX);
+        for (name, first) in self.chunks.iter().rev() {
+            places.insert(&**name, *first..end);
+            end = *first;
+        }
+        places
     }
-}
-
-/// Of what decides about packets. Two rules that differ in it are counted apart.
-fn fingerprint(rule: &FilterRule) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    rule.src_ips.hash(&mut hasher);
-    for to in &rule.dst_ports {
-        (&to.ip, to.ports.first, to.ports.last).hash(&mut hasher);
-    }
-    rule.ip_proto.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// Packets that passed since the start.
@@ -108,10 +99,15 @@ impl Tally {
     /// Takes the counts over to the rules of `new` that have the name and content of one of `old`.
     pub(super) fn carry(&mut self, old: &Names, new: &Names) {
         let counts = std::mem::replace(&mut self.rules, vec![0; new.len()]);
+        let places = new.places();
         for (rule, count) in (0..).zip(counts).filter(|(_, count)| *count > 0) {
-            let Some(place) = old.name(rule).and_then(|name| new.place(&name)) else { continue };
-            if old.prints.get(rule as usize) == new.prints.get(place)
-                && let Some(counter) = self.rules.get_mut(place)
+            let Some(name) = old.name(rule) else { continue };
+            let Some(place) = places.get(&*name.chunk).cloned() else { continue };
+            let place = place.start.saturating_add(name.index)..place.end;
+            let at = place.start as usize;
+            if !place.is_empty()
+                && old.prints.get(rule as usize) == new.prints.get(at)
+                && let Some(counter) = self.rules.get_mut(at)
             {
                 *counter = count;
             }
@@ -146,7 +142,7 @@ mod tests {
     use crate::packet::Parsed;
     use crate::packet::build::{ip, ports};
     use crate::packet::tcp_flag::SYN;
-    use crate::tailcfg::{NetPortRange, PortRange};
+    use crate::tailcfg::{FilterRule, NetPortRange, PortRange};
 
     fn rule(port: u16) -> FilterRule {
         let to = NetPortRange { ip: "*".into(), ports: PortRange { first: port, last: port } };

@@ -26,7 +26,7 @@ fn session() -> NetMap {
 }
 
 fn sources(map: &NetMap) -> Option<Vec<String>> {
-    map.packet_filter().map(|_| map.rules().flat_map(|rule| rule.src_ips.clone()).collect())
+    map.packet_filter().map(|_| map.rules().flat_map(|rule| rule.decoded().src_ips).collect())
 }
 
 #[test]

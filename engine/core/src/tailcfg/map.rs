@@ -10,7 +10,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use super::lenient::{
     Elements, counting, field_list, field_map, field_opt_list, field_opt_map, list, or_default, soft,
 };
-use super::{DerpMap, DnsConfig, FilterRule, Hostinfo, Node, NodeId, PeerChange, UnixTime, UserProfile};
+use super::{DerpMap, DnsConfig, Hostinfo, Node, NodeId, PeerChange, UnixTime, UserProfile};
+use crate::filter::Rule;
 use crate::key::{DiscoPublic, NodePublic};
 
 fn is_false(value: &bool) -> bool {
@@ -198,10 +199,10 @@ pub struct MapResponse {
     pub collect_services: Option<bool>,
     /// The whole packet filter, in its older form.
     #[serde(deserialize_with = "field_opt_list", skip_serializing_if = "Option::is_none")]
-    pub packet_filter: Option<Vec<FilterRule>>,
+    pub packet_filter: Option<Vec<Rule>>,
     /// Named parts of the packet filter; none for a name deletes it, for `*` all before.
     #[serde(deserialize_with = "filters", skip_serializing_if = "Option::is_none")]
-    pub packet_filters: Option<BTreeMap<String, Option<Vec<FilterRule>>>>,
+    pub packet_filters: Option<BTreeMap<String, Option<Vec<Rule>>>>,
     /// Users, added to those known.
     #[serde(deserialize_with = "field_list", skip_serializing_if = "Vec::is_empty")]
     pub user_profiles: Vec<UserProfile>,
@@ -253,10 +254,10 @@ impl MapResponse {
     }
 }
 
-type FilterChunks = BTreeMap<String, Option<Vec<FilterRule>>>;
+type FilterChunks = BTreeMap<String, Option<Vec<Rule>>>;
 
 fn filters<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FilterChunks>, D::Error> {
-    let chunks: Option<BTreeMap<String, Option<Elements<FilterRule>>>> = field_opt_map(deserializer)?;
+    let chunks: Option<BTreeMap<String, Option<Elements<Rule>>>> = field_opt_map(deserializer)?;
     Ok(chunks.map(|chunks| chunks.into_iter().map(|(name, rules)| (name, rules.map(|r| r.0))).collect()))
 }
 

@@ -26,19 +26,6 @@ pub struct FilterRule {
     pub cap_grant: Vec<CapGrant>,
 }
 
-impl FilterRule {
-    /// About how many bytes it takes in memory.
-    #[must_use]
-    pub fn footprint(&self) -> usize {
-        const STRING: usize = std::mem::size_of::<String>();
-        let texts: usize = self.src_ips.iter().map(|text| STRING + text.capacity()).sum();
-        let destinations: usize =
-            self.dst_ports.iter().map(|to| std::mem::size_of::<NetPortRange>() + to.ip.capacity()).sum();
-        let grants: usize = self.cap_grant.iter().map(CapGrant::footprint).sum();
-        std::mem::size_of::<Self>() + texts + destinations + grants + 4 * self.ip_proto.len()
-    }
-}
-
 /// Destination addresses and ports.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -81,7 +68,8 @@ pub struct CapGrant {
 }
 
 impl CapGrant {
-    fn footprint(&self) -> usize {
+    /// About how many bytes it takes in memory.
+    pub(crate) fn footprint(&self) -> usize {
         const VALUE: usize = std::mem::size_of::<Value>();
         fn value(v: &Value) -> usize {
             VALUE

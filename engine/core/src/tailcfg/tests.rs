@@ -98,7 +98,7 @@ fn a_full_message_is_read() {
 
     let filters = message.packet_filters.unwrap();
     assert_eq!(filters["old"], None);
-    let rule = &filters["base"].as_ref().unwrap()[0];
+    let rule = filters["base"].as_ref().unwrap()[0].decoded();
     assert_eq!(
         (rule.ip_proto.as_slice(), rule.dst_ports[0].ports),
         ([6].as_slice(), PortRange { first: 80, last: 80 })
@@ -173,7 +173,8 @@ fn a_rule_that_does_not_parse_never_widens_access() {
         let mut rule =
             json!({"SrcIPs": ["100.64.0.1"], "DstPorts": [{"IP": "*", "Ports": {"First": 1, "Last": 2}}]});
         rule.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        parse(&json!({"PacketFilter": [rule]})).unwrap().packet_filter.unwrap()
+        let rules = parse(&json!({"PacketFilter": [rule]})).unwrap().packet_filter.unwrap();
+        rules.iter().map(crate::filter::Rule::decoded).collect::<Vec<_>>()
     };
     assert_eq!(rule(json!({})).len(), 1);
     assert_eq!(rule(json!({"IPProto": null}))[0].ip_proto, [] as [i32; 0]);

@@ -75,11 +75,9 @@ pub(crate) fn engine(n: u16, peers: impl Iterator<Item = u16>, now: Instant) -> 
         node: Some(node(n)),
         peers: peers.map(node).collect(),
         derp_map: Some(DerpMap { regions: Some(BTreeMap::from([(REGION, region)])), ..DerpMap::default() }),
-        packet_filter: Some(vec![FilterRule {
-            src_ips: vec!["*".into()],
-            dst_ports: vec![all],
-            ..FilterRule::default()
-        }]),
+        packet_filter: Some(vec![
+            FilterRule { src_ips: vec!["*".into()], dst_ports: vec![all], ..FilterRule::default() }.into(),
+        ]),
         ..MapResponse::default()
     };
     engine.handle_control(ControlEvent::Map(Box::new(map)), now, &mut out);

@@ -10,6 +10,7 @@ use std::time::Duration;
 use pair::*;
 use podtether_core::dns::{Action, Asked, Client};
 use podtether_core::engine::{Decision, DropReason};
+use podtether_core::filter::Rule;
 use podtether_core::key::DiscoPublic;
 use podtether_core::tailcfg::{
     DnsConfig, FilterRule, MapResponse, NetPortRange, NodeId, PeerChange, PortRange, UnixTime,
@@ -49,7 +50,7 @@ fn the_filter_sees_a_masqueraded_node_by_its_own_address() {
     let (ours, peer) = (tailnet(1), tailnet(2));
     let only = |ip: &str| {
         let to = NetPortRange { ip: ip.into(), ports: PortRange { first: 22, last: 22 } };
-        vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }]
+        vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }.into()]
     };
     pair.tell(0, MapResponse { packet_filter: Some(only("100.64.0.1")), ..MapResponse::default() });
     pair.send(1, &tcp(peer, MASK, 22, SYN));
@@ -175,7 +176,7 @@ fn a_shared_in_peer_has_its_name_its_rules_and_its_capabilities() {
     shared.name = "db.other-tailnet.ts.net.".into();
     let mut rules = allow("cap:shared");
     rules.extend(
-        serde_json::from_str::<Vec<FilterRule>>(
+        serde_json::from_str::<Vec<Rule>>(
             r#"[{"SrcIPs":["100.64.0.2"],"CapGrant":[{"Dsts":["100.64.0.1/32"],"CapMap":{"example.com/app":[{"r":1}]}}]}]"#,
         )
         .expect("rules"),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Outbox};
 use podtether_core::engine::{Config, ControlEvent, DropReason, Engine, Question};
+use podtether_core::filter::Rule;
 use podtether_core::key::{DiscoPrivate, NodePrivate};
 use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
 
@@ -36,9 +37,9 @@ pub(crate) fn node(n: u8) -> Node {
     }
 }
 
-pub(crate) fn allow(from: &str) -> Vec<FilterRule> {
+pub(crate) fn allow(from: &str) -> Vec<Rule> {
     let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
-    vec![FilterRule { src_ips: vec![from.into()], dst_ports: vec![to], ..FilterRule::default() }]
+    vec![FilterRule { src_ips: vec![from.into()], dst_ports: vec![to], ..FilterRule::default() }.into()]
 }
 
 pub(crate) fn map(own: Node, peer: Node) -> MapResponse {

@@ -17,6 +17,7 @@ use podtether_core::batch::{Batch, DerpDestination, Outbox, RegionId};
 use podtether_core::engine::{
     Config, ControlEvent, DerpEvent, Engine, Event, PathView, Patience, PingId, PingKind,
 };
+use podtether_core::filter::Rule;
 use podtether_core::key::{DiscoPrivate, NodePrivate, NodePublic};
 use podtether_core::snapshot::Snapshot;
 use podtether_core::stun;
@@ -205,15 +206,15 @@ pub(crate) struct World {
     /// UDP datagrams between nodes, and packets through relays, that were WireGuard data.
     pub(crate) udp_data: u64,
     pub(crate) derp_data: u64,
-    pub(crate) rules: Vec<FilterRule>,
+    pub(crate) rules: Vec<Rule>,
     /// In each direction between these.
     pub(crate) blocked_pairs: BTreeSet<(usize, usize)>,
     pub(crate) net: Topology,
 }
 
-pub(crate) fn allow_all() -> Vec<FilterRule> {
+pub(crate) fn allow_all() -> Vec<Rule> {
     let to = NetPortRange { ip: "*".into(), ports: PortRange::ANY };
-    vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }]
+    vec![FilterRule { src_ips: vec!["*".into()], dst_ports: vec![to], ..FilterRule::default() }.into()]
 }
 
 impl World {
@@ -744,7 +745,7 @@ impl World {
         }
     }
 
-    pub(crate) fn set_rules(&mut self, n: usize, rules: Vec<FilterRule>) {
+    pub(crate) fn set_rules(&mut self, n: usize, rules: Vec<Rule>) {
         self.tell(n, MapResponse { packet_filter: Some(rules), ..MapResponse::default() });
     }
 

@@ -411,11 +411,14 @@ fn the_filter_decides_what_a_pod_gets_and_answers_pass() {
     let mut world = world(1, &[Nat::None, Nat::None]);
     let only = |port| {
         let ports = PortRange { first: port, last: port };
-        vec![FilterRule {
-            src_ips: vec!["100.64.0.1".into()],
-            dst_ports: vec![NetPortRange { ip: "*".into(), ports }],
-            ..FilterRule::default()
-        }]
+        vec![
+            FilterRule {
+                src_ips: vec!["100.64.0.1".into()],
+                dst_ports: vec![NetPortRange { ip: "*".into(), ports }],
+                ..FilterRule::default()
+            }
+            .into(),
+        ]
     };
     world.set_rules(1, only(80));
     world.set_rules(0, Vec::new());

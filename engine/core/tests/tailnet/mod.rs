@@ -61,7 +61,7 @@ pub fn engine(peers: u32, now: Instant) -> Engine {
             allowed_ips: vec![own],
             ..Node::default()
         }),
-        packet_filters: Some(BTreeMap::from([("base".to_owned(), Some(vec![rule]))])),
+        packet_filters: Some(BTreeMap::from([("base".to_owned(), Some(vec![rule.into()]))])),
         ..MapResponse::default()
     };
     apply(&mut engine, first, now);
@@ -114,7 +114,7 @@ pub const DELTAS: &[(&str, Delta)] = &[
         let to = NetPortRange { ip: "*".into(), ports: PortRange { first: 80, last: 80 } };
         let from = format!("100.64.1.{}", turn % 250);
         let rule = FilterRule { src_ips: vec![from], dst_ports: vec![to], ..FilterRule::default() };
-        let chunk = BTreeMap::from([("a".to_owned(), Some(vec![rule]))]);
+        let chunk = BTreeMap::from([("a".to_owned(), Some(vec![rule.into()]))]);
         MapResponse { packet_filters: Some(chunk), ..MapResponse::default() }
     }),
     ("DNS ExtraRecords", |turn| {
