@@ -6,6 +6,7 @@
 //! out, sockets).
 
 mod drops;
+mod fence;
 mod report;
 mod shield;
 mod start;
@@ -18,6 +19,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Outbox, RegionId};
+use podtether_core::dns::Action;
 use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine, PingId};
 use podtether_core::snapshot::SnapshotWriter;
 use podtether_proto::engine::{Pong, Underlay};
@@ -36,6 +38,7 @@ use crate::snapshot_file::SnapshotFile;
 use crate::status::Board;
 pub(crate) use drops::Drop;
 pub(crate) use drops::Drops;
+use fence::Fence;
 use report::Membership;
 use tun::Tun;
 use udp::Udp;
@@ -156,6 +159,9 @@ struct Driver {
     logout_answer: Option<oneshot::Sender<Result<(), String>>>,
     board: Board,
     ending: Option<Ending>,
+    fence: Fence,
+    /// Whether the last snapshot that was begun is whole in its file.
+    snapshot_kept: bool,
 }
 
 /// What woke the loop.
@@ -183,6 +189,9 @@ impl Driver {
         self.engine.handle_timeout(Instant::now(), &mut self.outbox);
         self.settle().await;
         let _ = started.send(Ok(()));
+        if let Some(ending) = self.ending.take() {
+            return ending;
+        }
         let mut rounds = 0_u32;
         loop {
             let wake = self.wake(&mut commands).await;
@@ -275,6 +284,11 @@ impl Driver {
             self.handle_event(event);
         }
         while let Some(action) = self.engine.poll_dns() {
+            if let Action::Ask { server, stream: true, .. } = &action
+                && !self.fence.allows(server.port())
+            {
+                self.make_room(server.port());
+            }
             self.names.act(action, &mut self.drops);
         }
         self.tun.write(&self.outbox.tun, &mut self.drops);
@@ -312,6 +326,7 @@ impl Driver {
                 self.control.set_host(self.engine.host_update());
                 self.report();
             }
+            engine::Event::DerpConnect { region } if !self.may_dial(region) => {}
             engine::Event::DerpConnect { region } => match self.engine.derp_node(region) {
                 Some(nodes) => self.derp.connect(region, nodes.clone(), &self.dialer),
                 None => tracing::warn!(%region, "the core wants a DERP region that the map does not have"),
@@ -319,6 +334,7 @@ impl Driver {
             engine::Event::DerpClose { region } => self.derp.close(region),
             engine::Event::DerpPing { region } => self.derp.ping(region),
             engine::Event::DerpReconnect { region } => self.derp.reconnect(region),
+            engine::Event::HttpsLatency { region } if !self.may_dial(region) => {}
             engine::Event::HttpsLatency { region } => {
                 let servers = self.engine.derp_node(region).cloned().unwrap_or_default();
                 let dialer = self.dialer.clone();
@@ -537,6 +553,43 @@ impl Driver {
         self.engine.handle_underlay(&underlay.addresses, v4, v6, now, &mut self.outbox);
     }
 
+    /// Leaves no TCP port to connect to but those known by now.
+    fn shut_fence(&mut self) {
+        if let Err(error) = self.fence.shut(self.engine.tcp_ports(), &self.board) {
+            let reason = format!("the engine cannot confine itself: the list of TCP ports: {error}");
+            self.ending = Some(Ending::new(EngineExit::Sandbox, reason));
+        }
+    }
+
+    /// Whether a region's relays can be connected to. If not, the engine makes room for one that can.
+    fn may_dial(&mut self, region: RegionId) -> bool {
+        if self.fence.is_open() {
+            self.shut_fence();
+        }
+        let nodes = self.engine.derp_node(region).map(|region| region.nodes.as_slice()).unwrap_or_default();
+        let relays = nodes.iter().filter(|node| !node.stun_only);
+        let outside = relays.filter_map(|node| node.relay_port()).find(|port| !self.fence.allows(*port));
+        outside.is_none_or(|port| {
+            self.make_room(port);
+            false
+        })
+    }
+
+    /// Ends for a successor that may connect to `port`, which takes it from the snapshot.
+    fn make_room(&mut self, port: u16) {
+        self.write_snapshot();
+        if self.snapshot_kept {
+            let reason = format!("a server is on TCP port {port}, which the sandbox was not made for");
+            self.ending = Some(Ending::new(EngineExit::NewPorts, reason));
+        } else {
+            // The successor would know no more than this one.
+            tracing::error!(
+                port,
+                "a server's TCP port is outside the sandbox, and without a snapshot stays so"
+            );
+        }
+    }
+
     /// Writes a snapshot to its end.
     fn write_snapshot(&mut self) {
         self.snapshot_due = None;
@@ -551,6 +604,7 @@ impl Driver {
         let Some(file) = &mut self.snapshot else { return };
         let now = Instant::now();
         self.snapshot_written = Some(now);
+        self.snapshot_kept = false;
         file.begin();
         let mut piece = zeroize::Zeroizing::new(Vec::new());
         self.snapshot_writer = Some(self.engine.begin_snapshot(now, &mut piece));
@@ -579,6 +633,7 @@ impl Driver {
         if let Err(error) = &written {
             tracing::error!(%error, "could not write the snapshot; a restart will be slower");
         }
+        self.snapshot_kept = last && written.is_ok();
         if last || written.is_err() {
             self.snapshot_writer = None;
         }

@@ -22,10 +22,10 @@ mod snapshot_file;
 mod status;
 mod tls;
 
+use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use podtether_proto::exit::EngineExit;
 use podtether_proto::fds as descriptor;
 use tokio::signal::unix::{SignalKind, signal};
@@ -58,30 +58,29 @@ fn main() -> ExitCode {
         }
     };
     let reason = ReasonFile::new(descriptors.reason.take());
-    let ending = match confine::confine(ids(), descriptors.nowhere.take()) {
-        Ok(report) => {
-            tracing::debug!(?report, "confined");
-            run(descriptors, supervisor_uid).unwrap_or_else(|error| {
-                Ending::new(EngineExit::BadConfig, format!("the engine cannot start: {error:#}"))
-            })
-        }
+    let nowhere = descriptors.nowhere.take();
+    let ending = match confine::confine(ids(), nowhere, || rpc::listen(&descriptors.rpc)) {
+        Ok(report) => run(descriptors, supervisor_uid, report).unwrap_or_else(|error| {
+            Ending::new(EngineExit::BadConfig, format!("the engine cannot start: {error:#}"))
+        }),
         Err(error) => Ending::new(EngineExit::Sandbox, format!("the engine cannot confine itself: {error}")),
     };
     reason.finish(&ending)
 }
 
-/// Ids that the supervisor found mapped.
+/// Ids that the supervisor found mapped, and how strict it is.
 fn ids() -> Ids {
     let id = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    Ids { uid: id("PODTETHER_UID"), gid: id("PODTETHER_GID") }
+    let require_all = std::env::var_os("PODTETHER_REQUIRE_SANDBOX").is_some();
+    Ids { uid: id("PODTETHER_UID"), gid: id("PODTETHER_GID"), require_all }
 }
 
-fn run(descriptors: Descriptors, supervisor_uid: u32) -> anyhow::Result<Ending> {
+fn run(descriptors: Descriptors, supervisor_uid: u32, confined: confine::Report) -> anyhow::Result<Ending> {
     let Descriptors { rpc, tun, udp4, udp6, names, snapshot, reason: _, nowhere: _ } = descriptors;
-    let listener = rpc::listen(rpc).context("the RPC descriptor is unusable")?;
+    let listener = UnixListener::from(rpc);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ending = runtime.block_on(async {
-        let board = status::Board::new();
+        let board = status::Board::new(confined.0);
         let (calls, commands) = mpsc::channel(rpc::COMMAND_QUEUE);
         let server = tokio::spawn(rpc::serve(listener, supervisor_uid, board.clone(), calls.clone()));
         let mut terminate = signal(SignalKind::terminate())?;

@@ -62,6 +62,11 @@ impl Proxy {
         })
     }
 
+    /// The port it listens on.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
     /// Whether a TLS connection to `host` goes through the proxy.
     pub(crate) fn applies(&self, host: &str, port: u16) -> bool {
         !self.bypass.covers(host, port)

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use podtether_proto::engine::Underlay;
 use tokio::net::UdpSocket;
 
@@ -182,11 +183,11 @@ async fn ask(name: &Name, kind: RecordType, server: SocketAddr) -> Answer {
 }
 
 async fn exchange(name: &Name, kind: RecordType, server: SocketAddr) -> std::io::Result<Answer> {
-    let any: SocketAddr = match server {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-        SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any).await?;
+    // Connecting binds it; a confined engine may not do so itself.
+    let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = std::net::UdpSocket::from(socket(family, SockType::Datagram, flags, None)?);
+    let socket = UdpSocket::from_std(socket)?;
     socket.connect(server).await?;
     let mut query = Message::query();
     query.metadata.recursion_desired = true;

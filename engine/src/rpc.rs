@@ -44,11 +44,9 @@ pub(crate) enum Command {
 
 /// Listens on the socket that the supervisor bound. Called after the uid change, so that the
 /// supervisor's SO_PEERCRED names this process.
-pub(crate) fn listen(rpc: OwnedFd) -> std::io::Result<StdListener> {
-    nix::sys::socket::listen(&rpc, nix::sys::socket::Backlog::new(8)?)?;
-    let listener = StdListener::from(rpc);
-    listener.set_nonblocking(true)?;
-    Ok(listener)
+pub(crate) fn listen(rpc: &OwnedFd) -> std::io::Result<()> {
+    nix::sys::socket::listen(rpc, nix::sys::socket::Backlog::new(8)?)?;
+    Ok(())
 }
 
 /// Serves one supervisor at a time; a newer connection replaces an older one.
@@ -58,6 +56,7 @@ pub(crate) async fn serve(
     board: Board,
     commands: mpsc::Sender<Command>,
 ) -> std::io::Result<()> {
+    listener.set_nonblocking(true)?;
     let listener = UnixListener::from_std(listener)?;
     let service = Service { board, commands };
     let mut current = JoinSet::new();
@@ -196,10 +195,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("engine.sock");
         let listener = StdListener::bind(&path).unwrap();
-        listener.set_nonblocking(true).unwrap();
         let (commands, mut calls) = mpsc::channel(COMMAND_QUEUE);
         let uid = nix::unistd::getuid().as_raw();
-        let board = Board::new();
+        let board = Board::new(Vec::new());
         board.set_pod_uid("pod-1");
         let server = tokio::spawn(serve(listener, uid, board, commands));
         let driver = tokio::spawn(async move {

@@ -6,7 +6,7 @@
 //! checksum finds torn writes; the file itself is private (0600, tmpfs), so nobody forges it.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
 
@@ -106,7 +106,8 @@ fn read_slot(file: &File, slot: u64) -> Option<(u64, [u8; 32], Zeroizing<Vec<u8>
         return None;
     }
     // A torn header must not make us reserve memory for bytes that are not there.
-    let written = file.metadata().ok()?.len().saturating_sub(base);
+    let mut end = file;
+    let written = end.seek(io::SeekFrom::End(0)).ok()?.saturating_sub(base);
     if u64::try_from(HEADER + length).ok()? > written {
         return None;
     }

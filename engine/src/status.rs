@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{EngineStatus, NodeState};
+use podtether_proto::sandbox::StepReport;
 use tokio::sync::watch;
 
 /// Cheap to clone; every clone is the same board.
@@ -19,7 +20,7 @@ struct Inner {
 }
 
 impl Board {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(sandbox: Vec<StepReport>) -> Self {
         let (status, _) = watch::channel(EngineStatus {
             seq: 1,
             state: NodeState::Waiting,
@@ -31,6 +32,7 @@ impl Board {
             routes_version: 0,
             accepted_routes: Vec::new(),
             exit_node_id: None,
+            sandbox,
         });
         Self(Arc::new(Inner { status, control_heard: Mutex::new(None), pod_uid: OnceLock::new() }))
     }
@@ -86,7 +88,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_watch_ends_with_a_change_or_with_its_time() {
-        let board = Board::new();
+        let board = Board::new(Vec::new());
         let first = board.wait(0, Duration::from_secs(20)).await;
         assert_eq!((first.seq, &first.state), (1, &NodeState::Waiting));
         board.update(|_| {});

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::Version;
+use crate::sandbox::StepReport;
 use crate::secret::{SecretKey, SecretString};
 
 /// Served by an engine, one connection at a time from its supervisor.
@@ -197,6 +198,8 @@ pub struct EngineStatus {
     pub accepted_routes: Vec<IpNet>,
     /// Stable id of the exit node; `None` while none is chosen or the chosen one is not among the peers.
     pub exit_node_id: Option<String>,
+    /// What the engine has given up, step by step.
+    pub sandbox: Vec<StepReport>,
 }
 
 /// One thing that is wrong, for people.

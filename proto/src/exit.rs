@@ -22,11 +22,13 @@ pub enum EngineExit {
     LinkLost = 71,
     /// Nobody gave this engine an identity: its supervisor died while starting it.
     Orphaned = 72,
+    /// A relay listens on a TCP port that this process may not connect to. Start again: the snapshot has the map.
+    NewPorts = 73,
 }
 
 impl EngineExit {
     /// Every variant, for tables.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Stopped,
         Self::BadConfig,
         Self::KeyRejected,
@@ -35,6 +37,7 @@ impl EngineExit {
         Self::Sandbox,
         Self::LinkLost,
         Self::Orphaned,
+        Self::NewPorts,
     ];
 
     /// The process exit code.

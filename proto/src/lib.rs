@@ -11,6 +11,7 @@ pub mod engine;
 pub mod exit;
 pub mod fds;
 pub mod node;
+pub mod sandbox;
 pub mod secret;
 pub mod transport;
 

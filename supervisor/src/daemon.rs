@@ -83,6 +83,7 @@ async fn bind(address: Option<SocketAddr>, key: &str) -> Result<Option<TcpListen
     Ok(Some(listener))
 }
 
+/// Says once what this node does not offer for the engines' sandbox, or refuses to start there.
 fn report_confinement(context: &Context) -> Result<()> {
     if context.config.node.require_sandbox
         && let Some(why) = context.shortcomings.first()
@@ -92,16 +93,15 @@ fn report_confinement(context: &Context) -> Result<()> {
     for why in &context.shortcomings {
         tracing::warn!("{why}");
     }
-    if context.own_uids {
-        return Ok(());
+    for step in crate::sandbox::not_offered(context) {
+        if context.config.node.require_sandbox && step.is_missed() {
+            return Err(anyhow!(
+                "node.require_sandbox: engines cannot take the step {}: {}",
+                step.step,
+                step.why
+            ));
+        }
+        tracing::warn!(step = step.step, "engines run without this step of their sandbox: {}", step.why);
     }
-    if context.config.node.require_sandbox {
-        return Err(anyhow!(
-            "node.require_sandbox: this process cannot give engines uids of their own from \
-             node.uid_base = {} on: they are not mapped here, or CAP_SETUID and CAP_SETGID are missing",
-            context.config.node.uid_base
-        ));
-    }
-    tracing::warn!("engines run under the supervisor's own uid: no other ids are mapped here");
     Ok(())
 }

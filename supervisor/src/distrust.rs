@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podtether_proto::engine::{EngineMetrics, EngineStatus, NodeState};
+use podtether_proto::sandbox::Step;
 
 /// Characters of a sentence, a URL and a name.
 const MAX_SENTENCE: usize = 500;
@@ -55,6 +56,12 @@ pub fn status(mut status: EngineStatus) -> EngineStatus {
     status.accepted_routes.truncate(MAX_ROUTES);
     if let Some(id) = &mut status.exit_node_id {
         tame(id, MAX_NAME);
+    }
+    // By the names that are known: they become labels.
+    status.sandbox.retain(|report| Step::ALL.iter().any(|step| step.name() == report.step));
+    status.sandbox.truncate(Step::ALL.len());
+    for report in &mut status.sandbox {
+        tame(&mut report.why, MAX_SENTENCE);
     }
     status
 }
@@ -131,6 +138,7 @@ impl Pace {
 mod tests {
     use super::*;
     use podtether_proto::engine::{HealthMessage, SelfNode};
+    use podtether_proto::sandbox::{StepReport, StepState};
 
     #[test]
     fn a_status_is_bounded_and_printable() {
@@ -166,12 +174,20 @@ mod tests {
             health: vec![problem; 1000],
             routes_version: 0,
             accepted_routes: vec!["10.0.0.0/8".parse().unwrap(); 100_000],
-            exit_node_id: Some(long),
+            exit_node_id: Some(long.clone()),
+            sandbox: (0..2000)
+                .map(|n| StepReport {
+                    step: if n % 2 == 0 { "calls" } else { "ca\nlls" }.into(),
+                    state: StepState::Held,
+                    why: long.clone(),
+                })
+                .collect(),
         };
         let tamed = status(said);
         let text = format!("{tamed:?}");
         assert!(text.len() < 200_000, "{}", text.len());
         assert!(!text.contains("\\n") && !text.contains("\\u{1b}"));
+        assert!(tamed.sandbox.len() <= Step::ALL.len() && tamed.sandbox.iter().all(|s| s.step == "calls"));
         let addresses = tamed.node.unwrap().addresses;
         assert_eq!(
             addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),

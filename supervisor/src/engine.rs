@@ -256,6 +256,9 @@ async fn conclude<M>(
         reason = match &ended {
             Ended::Exit(exit) => format!("the engine exited ({exit:?})"),
             Ended::Crash => "the engine crashed".into(),
+            Ended::ForbiddenCall => "the engine made a forbidden system call and was killed: it may have been broken \
+                                     into, or calls.toml lacks one; the kernel's log names the call (type=1326)"
+                .into(),
             Ended::NotSpawned => "the engine could not be started".into(),
         };
     }

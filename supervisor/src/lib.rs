@@ -26,6 +26,7 @@ pub mod record;
 pub mod refused;
 pub mod restart;
 pub mod routing;
+pub mod sandbox;
 pub mod spawn;
 pub mod table;
 pub mod trace;

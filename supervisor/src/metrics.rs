@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use podtether_proto::engine::EngineMetrics;
+use podtether_proto::sandbox::StepState;
 use prometheus::{
     Encoder, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
     TextEncoder,
@@ -133,6 +134,7 @@ struct Series {
     state: GaugeVec,
     login: GaugeVec,
     health: GaugeVec,
+    sandbox: GaugeVec,
     restarts: IntCounterVec,
     limits: GaugeVec,
     control: GaugeVec,
@@ -169,6 +171,7 @@ impl Series {
             state: gauge("state", "1 for the state the pod is in.", &["state"])?,
             login: gauge("needs_login", "1 while somebody has to open the URL.", &["url"])?,
             health: gauge("health_messages", "What is wrong, by severity.", &["severity"])?,
+            sandbox: gauge("sandbox_step", "1 where a step of the engine's sandbox is in force.", &["step"])?,
             restarts: counter("engine_restarts_total", "Engine restarts since the supervisor started.", &[])?,
             limits: gauge(
                 "engine_limits",
@@ -215,6 +218,10 @@ impl Series {
             let count = pod.health.iter().filter(|message| message.severity == severity).count();
             let count = u64::try_from(count).unwrap_or(u64::MAX);
             self.health.with_label_values(&with(severity)).set(float(count));
+        }
+        for step in &pod.sandbox {
+            let held = flag(step.state == StepState::Held);
+            self.sandbox.with_label_values(&[own[0], own[1], own[2], &step.step]).set(held);
         }
         self.restarts.with_label_values(&own).inc_by(pod.restarts);
         if pod.engine_pid.is_some() {

@@ -27,6 +27,8 @@ pub enum Ended {
     Exit(EngineExit),
     /// Signal, panic, unknown code, or killed because it did not answer.
     Crash,
+    /// Killed by the kernel for a system call that its sandbox forbids.
+    ForbiddenCall,
     /// It could not be spawned at all.
     NotSpawned,
 }
@@ -98,9 +100,10 @@ pub fn decide(
         Ended::Exit(EngineExit::LinkLost) => (Next::RebuildLink, delay),
         // A step of the sandbox that failed once fails again: never at once.
         Ended::Exit(EngineExit::Sandbox) => (Next::Restart, delay.max(jittered(FIRST_DELAY, random))),
-        Ended::Exit(EngineExit::Stopped | EngineExit::Orphaned) | Ended::Crash | Ended::NotSpawned => {
-            (Next::Restart, delay)
-        }
+        Ended::Exit(EngineExit::Stopped | EngineExit::Orphaned | EngineExit::NewPorts)
+        | Ended::Crash
+        | Ended::ForbiddenCall
+        | Ended::NotSpawned => (Next::Restart, delay),
     }
 }
 
@@ -143,6 +146,8 @@ mod tests {
         let table = [
             // ended, asked, answered ms, next, delay ms
             (Ended::Crash, false, 1000, Next::Restart, 0),
+            (Ended::ForbiddenCall, false, 1000, Next::Restart, 0),
+            (Ended::ForbiddenCall, false, 999, Next::Restart, 100),
             (Ended::Crash, false, 999, Next::Restart, 100),
             (Ended::Crash, false, 0, Next::Restart, 100),
             (Ended::NotSpawned, false, 0, Next::Restart, 100),
@@ -156,6 +161,7 @@ mod tests {
             (Ended::Exit(Sandbox), false, 5000, Next::Restart, 100),
             (Ended::Exit(LinkLost), false, 5000, Next::RebuildLink, 0),
             (Ended::Exit(Orphaned), false, 5000, Next::Restart, 0),
+            (Ended::Exit(NewPorts), false, 5000, Next::Restart, 0),
         ];
         for (ended, asked, answered, next, delay) in table {
             let got =

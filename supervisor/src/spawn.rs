@@ -1,7 +1,7 @@
 //! Starts an engine process with exactly the descriptors it is given, and notices its end.
 //!
 //! The child inherits descriptors 0 to 2 and those named in [`fds::ENV`]; everything else is
-//! close-on-exec. It gets its own session and an environment of five variables, and lives on when its
+//! close-on-exec. It gets its own session and an environment of six variables, and lives on when its
 //! supervisor does not; [`crate::trace`] is how the next one finds it.
 
 use std::ffi::OsString;
@@ -32,6 +32,8 @@ pub struct Birth<'a> {
     pub fds: &'a [(&'static str, BorrowedFd<'a>)],
     /// Ids to change to; `None` where they are not mapped.
     pub uid: Option<u32>,
+    /// The engine ends when its surroundings do not offer a step of its sandbox.
+    pub require_sandbox: bool,
     /// Where the process leaves its [trace](crate::trace).
     pub home: &'a Path,
     /// `cgroup.procs` of the cgroups it goes to.
@@ -81,6 +83,9 @@ pub fn spawn(birth: Birth<'_>) -> io::Result<(Process, Child)> {
     }
     if let Some(uid) = birth.uid {
         command.env("PODTETHER_UID", uid.to_string()).env("PODTETHER_GID", uid.to_string());
+    }
+    if birth.require_sandbox {
+        command.env("PODTETHER_REQUIRE_SANDBOX", "1");
     }
     let cgroups = birth.cgroups;
     // SAFETY: the closure runs between fork and exec and only makes async-signal-safe system calls on
@@ -226,8 +231,13 @@ impl Process {
 
     /// Tells how the process ended, from whoever reaped it.
     pub fn reaped(&self, status: ExitStatus) {
-        let exit = status.code().and_then(EngineExit::from_code);
-        let _ = self.ended.set(exit.map_or(Ended::Crash, Ended::Exit));
+        use std::os::unix::process::ExitStatusExt;
+        let ended = match (status.code().and_then(EngineExit::from_code), status.signal()) {
+            (Some(exit), _) => Ended::Exit(exit),
+            (None, Some(libc::SIGSYS)) => Ended::ForbiddenCall,
+            (None, _) => Ended::Crash,
+        };
+        let _ = self.ended.set(ended);
     }
 
     /// Ends it now.
@@ -266,6 +276,8 @@ fn peek(pidfd: BorrowedFd<'_>) -> Option<Ended> {
     match (pid, info.si_code) {
         (0, _) => None,
         (_, libc::CLD_EXITED) => Some(EngineExit::from_code(status).map_or(Ended::Crash, Ended::Exit)),
+        // What seccomp kills a process with.
+        (_, libc::CLD_KILLED | libc::CLD_DUMPED) if status == libc::SIGSYS => Some(Ended::ForbiddenCall),
         _ => Some(Ended::Crash),
     }
 }
@@ -287,9 +299,15 @@ mod tests {
     async fn run(text: &str, fds: &[(&'static str, BorrowedFd<'_>)]) -> (Ended, String) {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), text);
-        let (process, child) =
-            spawn(Birth { program: &program, fds, uid: Some(1234), home: dir.path(), cgroups: Vec::new() })
-                .unwrap();
+        let (process, child) = spawn(Birth {
+            program: &program,
+            fds,
+            uid: Some(1234),
+            require_sandbox: false,
+            home: dir.path(),
+            cgroups: Vec::new(),
+        })
+        .unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), process.ended()).await.unwrap();
         let output = child.wait_with_output().await.unwrap();
         (ended, String::from_utf8(output.stdout).unwrap())
@@ -339,10 +357,18 @@ mod tests {
     async fn ends_are_told_apart() {
         assert_eq!(run("exit 101", &[]).await.0, Ended::Crash);
         assert_eq!(run("kill -9 $$", &[]).await.0, Ended::Crash);
+        assert_eq!(run("kill -SYS $$", &[]).await.0, Ended::ForbiddenCall);
         assert_eq!(run("exit 72", &[]).await.0, Ended::Exit(EngineExit::Orphaned));
         let dir = tempfile::tempdir().unwrap();
         let program = Path::new("/no/such/engine");
-        let missing = Birth { program, fds: &[], uid: None, home: dir.path(), cgroups: Vec::new() };
+        let missing = Birth {
+            program,
+            fds: &[],
+            uid: None,
+            require_sandbox: false,
+            home: dir.path(),
+            cgroups: Vec::new(),
+        };
         assert_eq!(spawn(missing).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
@@ -350,9 +376,15 @@ mod tests {
     async fn a_killed_engine_is_noticed_at_once_though_its_output_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), "exec sleep 600");
-        let (process, mut child) =
-            spawn(Birth { program: &program, fds: &[], uid: None, home: dir.path(), cgroups: Vec::new() })
-                .unwrap();
+        let (process, mut child) = spawn(Birth {
+            program: &program,
+            fds: &[],
+            uid: None,
+            require_sandbox: false,
+            home: dir.path(),
+            cgroups: Vec::new(),
+        })
+        .unwrap();
         process.kill();
         assert_eq!(
             tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap(),

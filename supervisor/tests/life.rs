@@ -52,8 +52,9 @@ fn join_talk_survive_leave() {
             let pinger = Pinger::start(&a, to, Duration::from_millis(5));
             tokio::time::sleep(Duration::from_millis(1500)).await;
             let mut pid = before["enginePid"].as_u64().unwrap();
-            for _ in 0..5 {
-                signal(u32::try_from(pid).unwrap(), libc::SIGKILL);
+            // The last as if by a forbidden system call.
+            for how in [libc::SIGKILL; 4].into_iter().chain([libc::SIGSYS]) {
+                signal(u32::try_from(pid).unwrap(), how);
                 let old = pid;
                 let pod = rig
                     .until("a", "running again", |p| {
@@ -78,6 +79,19 @@ fn join_talk_survive_leave() {
             assert_eq!(rig.pod("a")["restarts"], 5);
             let metrics = http("/metrics");
             assert!(metrics.contains("podtether_pod_engine_restarts_total{namespace=\"default\",pod=\"a\""));
+            assert!(metrics.contains("podtether_engine_exits_total{kind=\"forbidden_call\"} 1"), "{metrics}");
+            assert!(metrics.contains("podtether_engine_exits_total{kind=\"crash\"} 4"), "{metrics}");
+            for step in ["capabilities", "no_new_privs", "no_files", "calls", "limits"] {
+                let held = rig.pod("a")["sandbox"]
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .any(|report| report["step"] == step && report["state"] == "held");
+                assert!(held, "{step}: {}", rig.pod("a")["sandbox"]);
+                let labels =
+                    format!("{{namespace=\"default\",pod=\"a\",step=\"{step}\",tailnet=\"default\"}} 1");
+                assert!(metrics.contains(&format!("podtether_pod_sandbox_step{labels}")), "{metrics}");
+            }
 
             let (one, two) = tokio::join!(rig.del("a"), rig.del("b"));
             one.unwrap();

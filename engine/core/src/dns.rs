@@ -29,6 +29,7 @@ use self::forward::Forwarder;
 pub use self::forward::{AskId, Capacity, Failure};
 use self::names::{Found, Names};
 use self::upstream::Upstreams;
+pub(crate) use self::upstream::ports as server_ports;
 use self::wire::{Odd, Question, code};
 use crate::random::Random;
 use crate::tailcfg::{DnsConfig, Node, NodeId};

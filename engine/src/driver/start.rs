@@ -13,6 +13,7 @@ use podtether_proto::engine::StartRequest;
 use tokio::task::JoinSet;
 
 use super::drops::Drops;
+use super::fence::Fence;
 use super::report::Membership;
 use super::tun::Tun;
 use super::udp::Udp;
@@ -128,6 +129,8 @@ impl Checked {
             warm = snapshot.is_some(),
             "engine starts"
         );
+        let own = [Some(self.identity.url.port), self.dialer.proxy.as_deref().map(Proxy::port)];
+        let fence = Fence::new(&board, own.into_iter().flatten());
         let config = Config {
             node_key: self.node_key.clone(),
             disco_key: self.disco_key,
@@ -175,7 +178,12 @@ impl Checked {
             logout_answer: None,
             board,
             ending: None,
+            fence,
+            snapshot_kept: false,
         };
+        if !driver.engine.tcp_ports().is_empty() {
+            driver.shut_fence();
+        }
         driver.set_underlay(&request.underlay, Instant::now());
         driver.report();
         Ok(driver)

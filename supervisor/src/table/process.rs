@@ -392,6 +392,7 @@ fn kind(ended: &Ended) -> &'static str {
     use podtether_proto::exit::EngineExit;
     match ended {
         Ended::Crash => "crash",
+        Ended::ForbiddenCall => "forbidden_call",
         Ended::NotSpawned => "not_spawned",
         Ended::Exit(EngineExit::Stopped) => "stopped",
         Ended::Exit(EngineExit::BadConfig) => "bad_config",
@@ -401,6 +402,7 @@ fn kind(ended: &Ended) -> &'static str {
         Ended::Exit(EngineExit::Sandbox) => "sandbox",
         Ended::Exit(EngineExit::LinkLost) => "link_lost",
         Ended::Exit(EngineExit::Orphaned) => "orphaned",
+        Ended::Exit(EngineExit::NewPorts) => "new_ports",
     }
 }
 
@@ -456,8 +458,14 @@ fn spawn_engine(
     named.push((fds::REASON, reason.as_fd()));
     named.extend(context.nowhere.as_ref().map(|nowhere| (fds::NOWHERE, nowhere.as_fd())));
     let program = context.image.as_ref().map_or_else(|| context.engine.clone(), Image::program);
-    let cgroups = context.cgroups.open(&pod.record.id)?;
-    let birth = Birth { program: &program, fds: &named, uid: pod.record.uid, home: home.dir(), cgroups };
+    let birth = Birth {
+        program: &program,
+        fds: &named,
+        uid: pod.record.uid,
+        require_sandbox: context.config.node.require_sandbox,
+        home: home.dir(),
+        cgroups: context.cgroups.open(&pod.record.id)?,
+    };
     let (process, child) = spawn::spawn(birth)?;
     Ok((process, child, home, names))
 }

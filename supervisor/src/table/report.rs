@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::time::Instant;
 
 use podtether_proto::engine::{HealthMessage, PeerStatus};
+use podtether_proto::sandbox::StepReport;
 use serde::Serialize;
 
 use super::{Listing, Table};
@@ -65,6 +66,8 @@ pub struct PodReport {
     pub login_url: String,
     /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
+    /// What its engine has given up, step by step, and why not where it could not.
+    pub sandbox: Vec<StepReport>,
     /// Paths to the peers; filled in by who asks the engines.
     pub peers: Vec<PeerStatus>,
 }
@@ -111,6 +114,7 @@ impl Table {
                 home_derp: status.map_or(0, |s| s.home_derp),
                 login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),
                 health: pod.health(),
+                sandbox: status.map(|s| s.sandbox.clone()).unwrap_or_default(),
                 peers: Vec::new(),
             });
             listing.clients.push(pod.engine.as_ref().and_then(|e| e.client.clone()));

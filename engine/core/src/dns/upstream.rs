@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-use crate::tailcfg::Resolver;
+use crate::tailcfg::{DnsConfig, Resolver};
 
 /// Servers to ask, in order; shared by everything that asks them.
 pub(super) type Upstreams = Arc<[SocketAddr]>;
@@ -36,6 +36,13 @@ pub(super) fn usable(what: &str, resolvers: &[Resolver], problems: &mut Vec<Stri
         }
     }
     servers.into()
+}
+
+/// TCP ports of every server that plain DNS reaches.
+pub(crate) fn ports(config: &DnsConfig) -> impl Iterator<Item = u16> {
+    let split = config.routes.values().flatten();
+    let all = config.resolvers.iter().chain(&config.fallback_resolvers).chain(split);
+    all.filter_map(|resolver| Some(server(&resolver.addr).ok()?.port()))
 }
 
 fn server(text: &str) -> Result<SocketAddr, &'static str> {

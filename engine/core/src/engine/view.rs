@@ -1,5 +1,7 @@
 //! What others are shown.
 
+use std::collections::BTreeSet;
+
 use super::*;
 use crate::health::{HealthMessage, Severity};
 use crate::tailcfg::ControlDialPlan;
@@ -133,6 +135,18 @@ impl Engine {
             }
         }
         gauges
+    }
+
+    /// TCP ports of the servers that the netmap names: relays and name servers. Empty without a relay map.
+    #[must_use]
+    pub fn tcp_ports(&self) -> BTreeSet<u16> {
+        let relays = self.netmap.derp_map().iter().flat_map(|(_, region)| &region.nodes);
+        let mut ports: BTreeSet<u16> =
+            relays.filter(|node| !node.stun_only).filter_map(|node| node.relay_port()).collect();
+        if !ports.is_empty() {
+            ports.extend(self.netmap.dns().into_iter().flat_map(crate::dns::server_ports));
+        }
+        ports
     }
 
     /// How to reach a region.
