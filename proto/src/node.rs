@@ -30,6 +30,8 @@ pub trait Node {
     async fn pods(skip: u32) -> Vec<PodSummary>;
     /// Pings a peer of a pod, named by name, address or stable id.
     async fn ping(pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError>;
+    /// Replaces the pod's engine by a new process, and answers when that is as far as the one before it was.
+    async fn renew(pod: PodSelector) -> Result<Renewed, CniError>;
     /// The plugin could not use what its runtime gave it: for the supervisor's counters and log.
     async fn misread(error: CniError);
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
@@ -124,6 +126,16 @@ pub struct PodSummary {
     pub exit_node: Option<String>,
     /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
+}
+
+/// What [`Node::renew`] did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Renewed {
+    /// The new engine's pid, as the supervisor sees it.
+    pub pid: u32,
+    /// From the request until the new engine was there, with its control session if there was one before.
+    pub took_ms: u64,
 }
 
 /// CNI ADD.

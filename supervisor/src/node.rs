@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
     AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting, PodSelector,
-    PodSummary, Routing, Version,
+    PodSummary, Renewed, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -236,6 +236,10 @@ impl Node for Service {
         kind: PingKind,
     ) -> Result<Pong, CniError> {
         self.table.ping(pod, peer, kind).await
+    }
+
+    async fn renew(self, _: Context, pod: PodSelector) -> Result<Renewed, CniError> {
+        self.table.renew(pod).await
     }
 
     async fn misread(self, _: Context, error: CniError) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use podtether_proto::engine::{HealthMessage, PING_MAX, PathStatus, PingKind, Pong};
-use podtether_proto::node::{CniError, NodeClient, PodRouting, PodSelector, PodSummary, Routing};
+use podtether_proto::node::{CniError, NodeClient, PodRouting, PodSelector, PodSummary, Renewed, Routing};
 use podtether_proto::{PROTO_VERSION, transport};
 use serde::Serialize;
 use tarpc::client::{self, RpcError};
@@ -51,6 +51,26 @@ pub fn commands() -> Vec<Command> {
                 Arg::new("exit-node").long("exit-node").value_name("NODE").help(
                     "name, address or stable id of the node that carries everything else; \"\" for none",
                 ),
+            ),
+        command("restart", "Replace engines by new processes, one after another, as after an upgrade")
+            .arg(Arg::new("engine").long("engine").action(ArgAction::SetTrue).required(true).help(
+                "what is restarted; the supervisor itself is restarted like any service, and costs no packet",
+            ))
+            .arg(pod.clone().required(false).required_unless_present("all").help("one pod of this node"))
+            .arg(
+                Arg::new("all")
+                    .long("all")
+                    .action(ArgAction::SetTrue)
+                    .conflicts_with("pod")
+                    .help("every pod that runs; stops at the first that does not come back"),
+            )
+            .arg(
+                Arg::new("pause")
+                    .long("pause")
+                    .value_name("SECONDS")
+                    .default_value("1")
+                    .value_parser(clap::value_parser!(u16))
+                    .help("between one engine and the next"),
             ),
         command("ping", "Ping a peer of a pod's tailnet from the pod's engine")
             .arg(pod)
@@ -109,6 +129,21 @@ pub async fn run(name: &str, matches: &ArgMatches) -> Result<String, String> {
                 pongs.push(call.await.map_err(|e| broken(&e))?.map_err(|e| refused(&e))?);
             }
             if json { to_json(&pongs) } else { Ok(pongs.iter().map(pong_text).collect()) }
+        }
+        "restart" => {
+            let pause = Duration::from_secs(matches.get_one::<u16>("pause").copied().unwrap_or(1).into());
+            let names = if matches.get_flag("all") {
+                let pods = pods(&client).await?;
+                let runs = |pod: &PodSummary| pod.state == "running";
+                pods.iter()
+                    .filter(|pod| runs(pod))
+                    .map(|pod| format!("{}/{}", pod.namespace, pod.pod))
+                    .collect()
+            } else {
+                vec![text("pod")]
+            };
+            let restarted = restart(&client, names, pause).await?;
+            if json { to_json(&restarted) } else { Ok(restarted.iter().map(restarted_text).collect()) }
         }
         other => Err(format!("there is no command {other}")),
     }
@@ -195,6 +230,42 @@ async fn routing(
     };
     let changed = client.set_routing(within(CHANGE_WITHIN), pod, wanted).await;
     changed.map_err(|e| broken(&e))?.map_err(|e| refused(&e))
+}
+
+/// One pod with a new engine.
+#[derive(Debug, Serialize)]
+struct Restarted {
+    pod: String,
+    #[serde(flatten)]
+    renewed: Renewed,
+}
+
+/// One after another; the first that fails is the last, so that a bad build costs one pod.
+async fn restart(client: &NodeClient, pods: Vec<String>, pause: Duration) -> Result<Vec<Restarted>, String> {
+    let all = pods.len();
+    let mut done: Vec<Restarted> = Vec::new();
+    for pod in pods {
+        if !done.is_empty() {
+            tokio::time::sleep(pause).await;
+        }
+        let renewed = client.renew(within(CHANGE_WITHIN), selector(&pod)).await;
+        let renewed = renewed.map_err(|e| broken(&e)).and_then(|answer| answer.map_err(|e| refused(&e)));
+        match renewed {
+            Ok(renewed) => done.push(Restarted { pod, renewed }),
+            Err(why) if all == 1 => return Err(why),
+            Err(why) => {
+                return Err(format!(
+                    "{} of {all} engines restarted, then stopped at {pod}: {why}",
+                    done.len()
+                ));
+            }
+        }
+    }
+    Ok(done)
+}
+
+fn restarted_text(Restarted { pod, renewed }: &Restarted) -> String {
+    format!("{pod}: new engine {} after {} ms\n", renewed.pid, renewed.took_ms)
 }
 
 fn to_json(value: &impl Serialize) -> Result<String, String> {

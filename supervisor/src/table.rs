@@ -13,6 +13,7 @@ mod outcome;
 mod pod;
 mod process;
 mod recover;
+mod renew;
 mod report;
 mod routing;
 mod steps;
@@ -23,8 +24,8 @@ use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{EngineClient, PING_MAX, PingKind, Pong, Underlay};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Routing,
-    code,
+    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Renewed,
+    Routing, code,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -73,6 +74,7 @@ enum Message {
     Gc(GcRequest, pod::Leaver),
     SetRouting(PodSelector, Routing, routing::Router),
     Routing(PodSelector, routing::Router),
+    Renew(PodSelector, renew::Renewer),
     Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
@@ -112,7 +114,7 @@ fn ending() -> CniError {
 fn left() -> CniError {
     CniError {
         code: code::TRY_AGAIN,
-        msg: "the pod left before its routing was changed, or the supervisor is stopping".into(),
+        msg: "the pod left before that was done, or the supervisor is stopping".into(),
         details: "see the supervisor's log".into(),
     }
 }
@@ -186,6 +188,14 @@ impl Handle {
     /// No such pod.
     pub async fn routing(&self, pod: PodSelector) -> Result<PodRouting, CniError> {
         self.ask(|to| Message::Routing(pod, to)).await.unwrap_or_else(|| Err(left()))
+    }
+
+    /// Replaces a pod's engine by a new process; the answer comes when that is as far as the one before was.
+    ///
+    /// # Errors
+    /// No such pod, or none that runs; the pod left meanwhile.
+    pub async fn renew(&self, pod: PodSelector) -> Result<Renewed, CniError> {
+        self.ask(|to| Message::Renew(pod, to)).await.unwrap_or_else(|| Err(left()))
     }
 
     /// Pings a peer of a pod.
@@ -293,6 +303,7 @@ impl Table {
             Message::Gc(request, reply) => self.gc(&request, reply),
             Message::SetRouting(pod, routing, reply) => self.set_routing(&pod, routing, reply),
             Message::Routing(pod, reply) => self.routing(&pod, reply),
+            Message::Renew(pod, reply) => self.renew(&pod, reply),
             Message::Client(pod, reply) => {
                 let _ = reply.send(self.client(&pod));
             }
@@ -354,6 +365,7 @@ impl Table {
             let Some(pod) = self.pods.get(id) else { return };
             let Some(step) = plan(pod.wanted, &observed).first().copied() else {
                 self.answer_routers(id);
+                self.answer_renewals(id);
                 return;
             };
             if !self.begin(id, step) {

@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
     AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting,
-    PodSelector, PodSummary, Routing, Version, code,
+    PodSelector, PodSummary, Renewed, Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -195,6 +195,10 @@ impl Node for Service {
     }
 
     async fn ping(self, _: Context, _: PodSelector, _: String, _: PingKind) -> Result<Pong, CniError> {
+        Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
+    }
+
+    async fn renew(self, _: Context, _: PodSelector) -> Result<Renewed, CniError> {
         Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
     }
 

@@ -76,6 +76,28 @@ fn a_person_lists_pods_changes_their_routing_and_pings_their_peers() {
             assert!(!success && out.is_empty() && err.starts_with("podtether-supervisor: "), "{arguments:?}");
             assert!(err.contains(says), "{arguments:?}: {err}");
         }
+        // New engines, one after another, while packets flow; the pod is the one it was.
+        let before: Vec<Value> = ["one", "two"].map(|pod| rig.nodes[0].pod_report(pod).unwrap()).into();
+        let restarted = json(&rig.nodes[0], &["restart", "--engine", "one"]);
+        assert!(restarted[0]["pod"] == "one" && restarted[0]["pid"] != before[0]["enginePid"], "{restarted}");
+        let (success, text, err) = operate(&rig.nodes[0], &["restart", "--engine", "--all", "--pause", "0"]);
+        assert!(
+            success && text.lines().count() == 2 && text.contains("default/two: new engine"),
+            "{text}{err}"
+        );
+        for before in &before {
+            let after = rig.nodes[0].pod_report(before["pod"].as_str().unwrap()).unwrap();
+            assert_ne!(after["enginePid"], before["enginePid"]);
+            for same in ["addresses", "ifindex", "mac", "udpPort", "name"] {
+                assert_eq!(after[same], before[same], "{same}");
+            }
+        }
+        wait_reachable(&pods[0], pods[1].v4().unwrap());
+        let (success, _, err) = operate(&rig.nodes[0], &["restart", "--engine", "three"]);
+        assert!(!success && err.contains("no pod default/three has joined here"), "{err}");
+        let (success, _, _) = operate(&rig.nodes[0], &["restart", "--engine"]);
+        assert!(!success, "which one?");
+
         rig.nodes[0].kill_supervisor().unwrap();
         let (success, _, err) = operate(&rig.nodes[0], &["pods"]);
         assert!(!success && err.contains("no supervisor answers at") && err.contains("--socket"), "{err}");

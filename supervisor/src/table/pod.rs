@@ -13,6 +13,7 @@ use podtether_proto::node::{AddRequest, Attached, CniError};
 use tokio::sync::oneshot;
 
 use super::identities::Identity;
+use super::renew::Renewal;
 use super::routing::Router;
 use crate::cgroup::Hold;
 use crate::context::MTU;
@@ -195,6 +196,8 @@ pub(super) struct Pod {
     pub(super) leavers: Vec<Leaver>,
     /// Who waits for a change of routing.
     pub(super) routers: Vec<Router>,
+    /// Who waits for a new engine.
+    pub(super) renewals: Vec<Renewal>,
     /// ADDs of the same container that came while it was being removed, and when.
     pub(super) next: Vec<(AddRequest, Adder, Instant)>,
     /// Why the ADD fails, while it is rolled back.
@@ -247,6 +250,7 @@ impl Pod {
             adders: Vec::new(),
             leavers: Vec::new(),
             routers: Vec::new(),
+            renewals: Vec::new(),
             next: Vec::new(),
             failure: None,
             notes: Vec::new(),

@@ -14,7 +14,7 @@ use crate::routing::{self, Cluster};
 pub(super) type Router = oneshot::Sender<Result<PodRouting, CniError>>;
 
 impl Table {
-    fn select(&self, selector: &PodSelector) -> Result<AttachmentId, CniError> {
+    pub(super) fn select(&self, selector: &PodSelector) -> Result<AttachmentId, CniError> {
         let found = match selector {
             PodSelector::Attachment(id) => self.pods.contains_key(id).then(|| id.clone()),
             PodSelector::Pod { namespace, name } => {
