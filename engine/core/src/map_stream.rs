@@ -255,8 +255,13 @@ impl MapStream {
             At::List(_) => 0,
             At::Rest | At::Element(_) | At::Unneeded if self.escaped => 0,
             At::Rest | At::Element(_) | At::Unneeded => {
-                let special: &[u8] = if self.in_string { b"\"\\" } else { b"\"{}[],:" };
-                here.iter().position(|byte| special.contains(byte)).unwrap_or(here.len())
+                let special = if self.in_string {
+                    here.iter().position(|byte| matches!(byte, b'"' | b'\\'))
+                } else {
+                    here.iter()
+                        .position(|byte| matches!(byte, b'"' | b'{' | b'}' | b'[' | b']' | b',' | b':'))
+                };
+                special.unwrap_or(here.len())
             }
         };
         if plain == 0 {
