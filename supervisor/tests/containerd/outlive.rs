@@ -162,7 +162,7 @@ fn without(name: &str, settings: Settings, limits: &[&str]) {
     });
 }
 
-fn engines() -> Vec<u32> {
+pub(crate) fn engines() -> Vec<u32> {
     let pids = fs::read_dir("/proc").unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok());
     let is_engine = |pid: &u32| {
         let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();

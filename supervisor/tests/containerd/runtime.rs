@@ -16,6 +16,9 @@ const TEST: &str = "PODTETHER_TEST_CONTAINERD";
 /// Tells its cgroups from another run's.
 const RUN: &str = "PODTETHER_TEST_RUN";
 const IMAGE: &str = "docker.io/local/podtether:1";
+const PAUSE: &str = "docker.io/local/pause:1";
+/// Debian's package containernetworking-plugins.
+const PLUGINS: &str = "/usr/lib/cni";
 const NEEDED: [&str; 6] = ["containerd", "ctr", "runc", "busybox", "unshare", "tar"];
 
 /// Runs `body` in mount, network and PID namespaces of its own but the machine's user and cgroup namespaces,
@@ -59,6 +62,9 @@ fn unfit() -> Option<String> {
         NEEDED.iter().filter(|n| !path.split(':').any(|dir| Path::new(dir).join(n).exists())).collect();
     if !missing.is_empty() {
         return Some(format!("{missing:?} are not on PATH"));
+    }
+    if !Path::new(PLUGINS).join("bridge").exists() {
+        return Some(format!("{PLUGINS}/bridge is not there"));
     }
     let whole = fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| map.contains(" 4294967295"));
     if !nix::unistd::geteuid().is_root() || !whole {
@@ -125,8 +131,10 @@ impl Runtime {
         let at = dir.display();
         let config = format!(
             "version = 2\nroot = \"{at}/root\"\nstate = \"{at}/state\"\n[grpc]\naddress = \"{at}/sock\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\"]\nrestrict_oom_score_adj = true\n\
-             disable_hugetlb_controller = true\n"
+             [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"{PAUSE}\"\n\
+             restrict_oom_score_adj = true\ndisable_hugetlb_controller = true\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"native\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"{at}/cni-bin\"\nconf_dir = \"{at}/cni\"\n"
         );
         fs::write(dir.join("config.toml"), config).unwrap();
         let daemon = Command::new("containerd")
@@ -162,11 +170,55 @@ impl Runtime {
 
     /// Packs the supervisor, the engine, busybox and the libraries that a development build needs.
     pub(crate) fn import_image(&self) {
+        let supervisor = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
+        self.import("default", IMAGE, &[supervisor, &supervisor.with_file_name("podtether-engine")], "");
+    }
+
+    /// What pods run.
+    pub(crate) fn import_pause(&self) {
+        let path = std::env::var("PATH").unwrap();
+        let busybox = path.split(':').map(|dir| Path::new(dir).join("busybox")).find(|p| p.exists()).unwrap();
+        let command = "\"Cmd\":[\"/bin/busybox\",\"sleep\",\"100000\"],";
+        self.import("k8s.io", PAUSE, &[&busybox], command);
+    }
+
+    /// Puts the plugin behind Debian's.
+    pub(crate) fn chain(&self, supervisor: &Path) {
+        let (bin, conf) = (self.dir.join("cni-bin"), self.dir.join("cni"));
+        fs::create_dir_all(&bin).unwrap();
+        fs::create_dir_all(&conf).unwrap();
+        for plugin in ["bridge", "host-local", "portmap", "loopback"] {
+            fs::copy(Path::new(PLUGINS).join(plugin), bin.join(plugin)).unwrap();
+        }
+        let ours = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor")).with_file_name("podtether-cni");
+        fs::copy(&ours, bin.join("podtether-cni")).unwrap();
+        let list = format!(
+            "{{\"cniVersion\":\"1.0.0\",\"name\":\"net\",\"plugins\":[\
+             {{\"type\":\"bridge\",\"bridge\":\"cni0\",\"isGateway\":true,\"ipam\":{{\"type\":\"host-local\",\"dataDir\":{:?},\
+             \"ranges\":[[{{\"subnet\":\"10.244.0.0/24\"}}]],\"routes\":[{{\"dst\":\"0.0.0.0/0\"}}]}}}},\
+             {{\"type\":\"portmap\",\"capabilities\":{{\"portMappings\":true}}}},\
+             {{\"type\":\"podtether-cni\",\"socket\":{supervisor:?},\"tailnet\":\"default\",\"timeoutSeconds\":30,\
+             \"failurePolicy\":\"closed\",\"capabilities\":{{\"io.kubernetes.cri.pod-annotations\":true}}}}]}}",
+            self.dir.join("ipam")
+        );
+        fs::write(conf.join("10-net.conflist"), list).unwrap();
+    }
+
+    /// Where CRI is served.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.join("sock")
+    }
+
+    /// What host-local has given away.
+    pub(crate) fn leases(&self) -> PathBuf {
+        self.dir.join("ipam/net")
+    }
+
+    fn import(&self, namespace: &str, name: &str, programs: &[&Path], command: &str) {
         let image = self.dir.join("image");
         let root = image.join("rootfs");
         fs::create_dir_all(root.join("bin")).unwrap();
-        let supervisor = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
-        for program in [supervisor, &supervisor.with_file_name("podtether-engine")] {
+        for program in programs {
             fs::copy(program, root.join("bin").join(program.file_name().unwrap())).unwrap();
             for library in libraries(program) {
                 let target = root.join(library.strip_prefix("/").unwrap());
@@ -183,15 +235,17 @@ impl Runtime {
         let sum = run(Command::new("sha256sum").arg("layer.tar"));
         let sum = sum.split(' ').next().unwrap();
         let config = format!(
-            "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{{\"Env\":[\"PATH=/bin\"]}},\
+            "{{\"architecture\":\"amd64\",\"os\":\"linux\",\"config\":{{{command}\"Env\":[\"PATH=/bin\"]}},\
              \"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"sha256:{sum}\"]}}}}"
         );
         fs::write(image.join("config.json"), config).unwrap();
         let manifest =
-            format!("[{{\"Config\":\"config.json\",\"RepoTags\":[\"{IMAGE}\"],\"Layers\":[\"layer.tar\"]}}]");
+            format!("[{{\"Config\":\"config.json\",\"RepoTags\":[\"{name}\"],\"Layers\":[\"layer.tar\"]}}]");
         fs::write(image.join("manifest.json"), manifest).unwrap();
         run(Command::new("tar").args(["-cf", "image.tar", "manifest.json", "config.json", "layer.tar"]));
         self.must(&[
+            "--namespace",
+            namespace,
             "images",
             "import",
             "--snapshotter",
