@@ -559,3 +559,38 @@ fn a_relay_on_another_port_costs_one_restart() {
         });
     });
 }
+
+/// What it adds to each start of an engine, a restart's included.
+#[test]
+fn confining_takes_next_to_no_time() {
+    in_namespaces("confining_takes_next_to_no_time", |_| {
+        let mut took: Vec<u64> = (0..20).map(|_| microseconds_to_confine()).collect();
+        took.sort_unstable();
+        println!("confined in {} us, {} at most", took[took.len() / 2], took[took.len() - 1]);
+        // Of a restart that may cost 50 ms in all.
+        assert!(took[took.len() / 2] < 20_000, "{took:?}");
+    });
+}
+
+fn microseconds_to_confine() -> u64 {
+    let (mut result, tell) = std::io::pipe().unwrap();
+    let ids = ids(OWN);
+    // SAFETY: as in `tried`.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Parent { child } => {
+            drop(tell);
+            let mut bytes = [0; 8];
+            std::io::Read::read_exact(&mut result, &mut bytes).unwrap();
+            waitpid(child, None).unwrap();
+            u64::from_ne_bytes(bytes)
+        }
+        ForkResult::Child => {
+            let began = std::time::Instant::now();
+            let confined = confine(ids, None, || Ok(()));
+            let took = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            let told = std::io::Write::write(&mut &tell, &took.to_ne_bytes());
+            // SAFETY: ends the child, running nothing of the test's.
+            unsafe { libc::_exit(i32::from(confined.is_err() || told.is_err())) }
+        }
+    }
+}

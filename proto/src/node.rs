@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::Version;
 use crate::engine::{HealthMessage, PingKind, PodRef, Pong};
+use crate::sandbox::StepReport;
 
 /// Served by the supervisor on `run_dir/supervisor.sock`.
 #[tarpc::service]
@@ -116,6 +117,8 @@ pub struct PodSummary {
     /// What limits its engine, of `cgroup` (outside the supervisor's), `memory`, `pids`, `cpu` and `mounts` (none of
     /// the supervisor's).
     pub limits: Vec<String>,
+    /// What its engine has given up, step by step.
+    pub sandbox: Vec<StepReport>,
     /// Whether the map stream is up.
     pub control_connected: bool,
     /// Home DERP region, 0 for none.

@@ -181,6 +181,7 @@ fn summary(report: PodReport) -> PodSummary {
         addresses: report.addresses,
         restarts: report.restarts,
         limits: report.limits.into_iter().map(str::to_owned).collect(),
+        sandbox: report.sandbox,
         control_connected: report.control_connected,
         home_derp: report.home_derp,
         accept_routes: report.accept_routes,
