@@ -42,6 +42,8 @@ pub struct Observed {
     pub figure: Option<Duration>,
     /// Of a stopped engine: until it was dead.
     pub killed_after: Option<Duration>,
+    /// Of a killed supervisor: until the next one has also looked at every pod's link.
+    pub looked_at: Option<Duration>,
     /// Home pods whose engine is another process than before.
     pub replaced: BTreeSet<usize>,
     /// Addresses, interface, ports, hardware address or tailnet entry of a pod that are not what they were.
@@ -146,8 +148,8 @@ pub fn breaches(number: usize, seen: &Observed, pods: usize) -> Vec<String> {
     if seen.figure.is_none() {
         say("not over within its limit".into());
     }
-    if seen.event.kind() == Kind::EngineStop && seen.killed_after.is_none_or(|took| took > HANG_WITHIN) {
-        say(format!("the stopped engine was killed after {:?}", seen.killed_after));
+    if seen.event.kind() == Kind::EngineStop && seen.killed_after.is_none() {
+        say("the stopped engine was not killed".into());
     }
     for text in &seen.missing {
         say(format!("pod lost: {text}"));
@@ -214,6 +216,14 @@ pub fn judge(seen: &Seen, pods: usize) -> Report {
             let what = "engine hangs: until killed";
             report.rows.push(Row { what, count: events.len(), others, figures, bar: "6 s", met });
         }
+    }
+    let looked_at = percentiles(seen.events.iter().filter_map(|e| e.looked_at).collect());
+    if let Some(row) = report.rows.iter().position(|row| row.what == bar(Kind::SupervisorKill).0)
+        && looked_at.is_some()
+    {
+        let what = "supervisor kill -9: all links looked at";
+        let row_after = Row { what, figures: looked_at, bar: "none", met: true, ..report.rows[row].clone() };
+        report.rows.insert(row + 1, row_after);
     }
     let churn = &seen.churn;
     if !churn.joins.is_empty() || !churn.failures.is_empty() {
@@ -283,6 +293,7 @@ mod tests {
             ],
             figure: Some(MS(40)),
             killed_after: (event.kind() == Kind::EngineStop).then(|| MS(5000)),
+            looked_at: None,
             replaced: replaces(&event, PODS),
             changed: Vec::new(),
             missing: Vec::new(),
@@ -358,7 +369,8 @@ mod tests {
         }
         let mut hang = good(Event::EngineStop { victim: 0 });
         hang.killed_after = Some(MS(6001));
-        assert!(!run(vec![hang.clone()]).passed());
+        let slow = run(vec![hang.clone()]);
+        assert!(!slow.passed() && slow.breaches.is_empty(), "{}", slow.table());
         hang.killed_after = None;
         assert!(!run(vec![hang]).breaches.is_empty());
     }

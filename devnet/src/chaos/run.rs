@@ -15,7 +15,7 @@ use super::churn::{Away, Churn};
 use super::schedule::{Counts, Event, Schedule};
 use super::talk::Talk;
 use super::traffic::Traffic;
-use super::world::{CHURN, World};
+use super::world::{CHURN, World, pids};
 use crate::Mode;
 use crate::lab::Programs;
 
@@ -193,6 +193,7 @@ struct Shell {
 struct Outcome {
     figure: Option<Duration>,
     killed_after: Option<Duration>,
+    looked_at: Option<Duration>,
 }
 
 impl Shell {
@@ -239,8 +240,18 @@ impl Shell {
         });
         let pairs = pairs.collect();
         self.since = to;
-        let Outcome { figure, killed_after } = outcome;
-        Ok(Observed { event, pairs, figure, killed_after, replaced, changed, missing, broken: Vec::new() })
+        let Outcome { figure, killed_after, looked_at } = outcome;
+        Ok(Observed {
+            event,
+            pairs,
+            figure,
+            killed_after,
+            looked_at,
+            replaced,
+            changed,
+            missing,
+            broken: Vec::new(),
+        })
     }
 
     /// Entries of all pods once they run again, those that should be new as new processes.
@@ -287,7 +298,7 @@ impl Shell {
         self.victim_ready(victim)?;
         let hurt = Instant::now();
         signal(self.engines[victim], Signal::SIGKILL)?;
-        Ok(Outcome { figure: self.silence(victim, hurt), killed_after: None })
+        Ok(Outcome { figure: self.silence(victim, hurt), ..Outcome::default() })
     }
 
     fn stop_engine(&self, victim: usize) -> Result<Outcome> {
@@ -296,7 +307,11 @@ impl Shell {
         signal(self.engines[victim], Signal::SIGSTOP)?;
         let dead = wait(EVENT_LIMIT, || Ok(!lives(self.engines[victim])))?;
         let died = Instant::now();
-        Ok(Outcome { figure: self.silence(victim, died), killed_after: dead.then(|| died - hurt) })
+        Ok(Outcome {
+            figure: self.silence(victim, died),
+            killed_after: dead.then(|| died - hurt),
+            looked_at: None,
+        })
     }
 
     fn kill_supervisor(&mut self, down: Duration) -> Result<Outcome> {
@@ -305,12 +320,11 @@ impl Shell {
         std::thread::sleep(down);
         let started = Instant::now();
         self.world.home.start_supervisor()?;
-        let taken_up = "podtether_engine_adoptions_total{found=\"taken_up\"}";
-        let pods = self.world.pods.len();
-        let all = wait(EVENT_LIMIT, || Ok(self.world.metric(taken_up).unwrap_or(0) >= pods))?;
+        let all = wait(EVENT_LIMIT, || Ok(self.world.taken_up(&self.engines)))?;
         let took = started.elapsed();
+        let looked_at = wait(EVENT_LIMIT, || Ok(self.world.all_run()))?.then(|| started.elapsed());
         self.away.end();
-        Ok(Outcome { figure: all.then_some(took), killed_after: None })
+        Ok(Outcome { figure: all.then_some(took), looked_at, ..Outcome::default() })
     }
 
     fn kill_everything(&mut self, down: Duration) -> Result<Outcome> {
@@ -337,7 +351,7 @@ impl Shell {
         // Pairs among home's pods need both ends.
         let others: Vec<usize> = (0..self.ends.len()).collect();
         let _ = self.traffic.wait_answered(&others, Instant::now(), 2, EVENT_LIMIT);
-        Ok(Outcome { figure, killed_after: None })
+        Ok(Outcome { figure, ..Outcome::default() })
     }
 
     /// Control, relays or both refuse for a while.
@@ -372,7 +386,7 @@ impl Shell {
         if control {
             self.away.end();
         }
-        Ok(Outcome { figure: all.then_some(took), killed_after: None })
+        Ok(Outcome { figure: all.then_some(took), ..Outcome::default() })
     }
 
     fn link_down(&self, away: Duration) -> Result<Outcome> {
@@ -387,12 +401,8 @@ impl Shell {
         let figure = all.then_some(last).flatten().map(|last| last - up);
         let _ = self.traffic.wait_answered(&across, Instant::now(), 2, EVENT_LIMIT);
         self.away.end();
-        Ok(Outcome { figure, killed_after: None })
+        Ok(Outcome { figure, ..Outcome::default() })
     }
-}
-
-fn pids(reports: &[Value]) -> Vec<i32> {
-    reports.iter().map(|r| r["enginePid"].as_i64().and_then(|p| i32::try_from(p).ok()).unwrap_or(0)).collect()
 }
 
 fn signal(pid: i32, signal: Signal) -> Result<()> {

@@ -137,7 +137,7 @@ impl World {
     }
 
     fn ready(&self) -> Result<(Vec<Value>, Vec<String>)> {
-        let reports = self.home.pods()?;
+        let reports = self.home.pods_alone()?;
         let mut by_name: BTreeMap<String, Value> = reports
             .into_iter()
             .filter_map(|report| Some((report["pod"].as_str()?.to_owned(), report)))
@@ -195,11 +195,16 @@ impl World {
         Ok(found)
     }
 
-    /// A number from `/metrics`, 0 when it is not there.
-    pub(super) fn metric(&self, series: &str) -> Result<usize> {
-        let text = self.home.http_get("/metrics")?;
-        let line = text.lines().find_map(|line| line.strip_prefix(series));
-        line.map_or(Ok(0), |value| value.trim().parse().context("a metric"))
+    /// Whether the supervisor has every home pod's engine, the same as before.
+    pub(super) fn taken_up(&self, engines: &[i32]) -> bool {
+        let Ok(reports) = self.home.pods_alone() else { return false };
+        let report = |pod: &Pod| reports.iter().find(|r| r["pod"] == pod.name.as_str()).cloned();
+        pids(&self.pods.iter().filter_map(report).collect::<Vec<_>>()) == engines
+    }
+
+    /// Whether every home pod runs, its link looked at.
+    pub(super) fn all_run(&self) -> bool {
+        self.ready().is_ok_and(|(_, missing)| missing.is_empty())
     }
 
     /// Home's carrier.
@@ -243,6 +248,11 @@ impl World {
     pub(super) fn log(&self) -> String {
         self.home.log_end(40)
     }
+}
+
+/// Of engines.
+pub(super) fn pids(reports: &[Value]) -> Vec<i32> {
+    reports.iter().map(|r| r["enginePid"].as_i64().and_then(|p| i32::try_from(p).ok()).unwrap_or(0)).collect()
 }
 
 fn is_supervisor(line: &str) -> bool {

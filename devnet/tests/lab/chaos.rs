@@ -22,9 +22,9 @@ fn half_a_minute_of_chaos_loses_nothing_that_may_not_be_lost() {
         let report = chaos::run(dir, programs, &options, &mut |line| println!("{line}")).unwrap();
         println!("{}", report.table());
         assert_eq!(report.breaches, [""; 0]);
-        // Every kind happened; a hang has two lines, and pods came and went. How long it took is no test's
+        // Every kind happened; hangs and supervisors have two lines, and pods came and went. How long it took is no test's
         // business.
-        assert_eq!(report.rows.len(), 10);
+        assert_eq!(report.rows.len(), 11);
         assert_eq!(report.rows.iter().map(|row| row.others.0).sum::<u64>(), 0);
     });
 }
