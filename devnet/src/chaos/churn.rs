@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 
 use super::checker::ChurnSeen;
-use crate::lab::{Node, Pod};
+use crate::lab::Node;
 use crate::sync::lock;
 
 /// A runtime's patience with one pod.
@@ -47,18 +47,24 @@ impl Away {
 /// See the module; until it is finished.
 pub(super) struct Churn {
     stop: Arc<(Mutex<bool>, Condvar)>,
-    thread: Option<JoinHandle<(Pod, ChurnSeen)>>,
+    thread: Option<JoinHandle<ChurnSeen>>,
 }
 
 impl Churn {
-    /// Lets `pod`, whose sandbox is there, join and leave again, with `pause` between.
-    pub(super) fn start(node: Node, mut pod: Pod, away: Arc<Away>, pause: Duration) -> Self {
+    /// Lets one pod after another, called `name`, join and leave again on `node`, with `pause` between.
+    pub(super) fn start(mut node: Node, name: &'static str, away: Arc<Away>, pause: Duration) -> Self {
         let stop = Arc::new((Mutex::new(false), Condvar::new()));
         let told = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             let mut seen = ChurnSeen::default();
             for round in 0_u64.. {
-                // Another pod each time, in a sandbox like the one before.
+                let mut pod = match node.create_pod(name) {
+                    Ok(pod) => pod,
+                    Err(error) => {
+                        seen.failures.push(format!("sandbox {round}: {error:#}"));
+                        break;
+                    }
+                };
                 pod.uid = format!("uid-churn-{round}");
                 pod.container_id = format!("sandbox-churn-{round}");
                 let started = Instant::now();
@@ -74,8 +80,19 @@ impl Churn {
                     Ok(()) => seen.joins.push(started.elapsed()),
                     Err(error) => seen.failures.push(format!("ADD {round} given up: {error:#}")),
                 }
-                if let Err(error) = persist(&away, &mut seen, || pod.del(&node).map(drop)) {
+                // A DEL without a supervisor succeeds and leaves the device to a later one: kubelet makes it
+                // again before it removes the sandbox.
+                let left = persist(&away, &mut seen, || {
+                    let before = away.now();
+                    pod.del(&node)?;
+                    if away.was_calm(before) { Ok(()) } else { bail!("DEL while somebody was away") }
+                });
+                if let Err(error) = left {
                     seen.failures.push(format!("DEL {round} given up: {error:#}"));
+                }
+                if let Err(error) = node.destroy_last(pod) {
+                    seen.failures.push(format!("sandbox {round} cannot go: {error:#}"));
+                    break;
                 }
                 let (stopped, changed) = &*told;
                 let waited = changed.wait_timeout_while(lock(stopped), pause, |stopped| !*stopped);
@@ -83,13 +100,13 @@ impl Churn {
                     break;
                 }
             }
-            (pod, seen)
+            seen
         });
         Self { stop, thread: Some(thread) }
     }
 
     /// Waits until the pod has left for good.
-    pub(super) fn finish(mut self) -> Result<(Pod, ChurnSeen)> {
+    pub(super) fn finish(mut self) -> Result<ChurnSeen> {
         self.tell();
         match self.thread.take().map(JoinHandle::join) {
             Some(Ok(seen)) => Ok(seen),

@@ -67,7 +67,7 @@ pub fn run(dir: &Path, beside: &Path, options: &Options, say: &mut dyn FnMut(&st
     let Options { seed, pods, counts, repeats, limit } = *options;
     say(&format!("seed {seed}, {pods} pods, {limit:?} at most"));
     say("memory bomb: left out, an engine of the lab has no memory limit of its own");
-    let (world, churn_pod) = World::start(dir, Programs::find(beside)?, pods)?;
+    let world = World::start(dir, Programs::find(beside)?, pods)?;
     let away = Arc::new(Away::default());
     let pairs = world.pairs()?;
     let mut lanes: Vec<_> = pairs.iter().map(|pair| (pair.from.clone(), pair.to)).collect();
@@ -83,7 +83,7 @@ pub fn run(dir: &Path, beside: &Path, options: &Options, say: &mut dyn FnMut(&st
         world.log()
     );
     let talks = talk(&world)?;
-    let churn = Churn::start(world.home.caller(), churn_pod, Arc::clone(&away), CHURN_PAUSE);
+    let churn = Churn::start(world.home.caller(), CHURN, Arc::clone(&away), CHURN_PAUSE);
     say(&format!("{} pairs talk after {:.1} s", pairs.len(), started.elapsed().as_secs_f32()));
 
     let ends = pairs.iter().map(|pair| pair.ends).collect();
@@ -133,15 +133,13 @@ pub fn run(dir: &Path, beside: &Path, options: &Options, say: &mut dyn FnMut(&st
         worst_delay.as_millis()
     ));
 
-    let (churn_pod, churned) = churn.finish()?;
-    seen.churn = churned;
+    seen.churn = churn.finish()?;
     say(&format!("{CHURN}: {} joins, {} tries excused", seen.churn.joins.len(), seen.churn.excused.len()));
     seen.stuck = stuck(&talks);
     drop(talks);
     let Shell { mut world, traffic, .. } = shell;
     drop(traffic);
     seen.left_over = world.leave()?;
-    churn_pod.destroy(&world.home)?;
     seen.left_over.extend(world.devnet.complaints().into_iter().map(|text| format!("complaint: {text}")));
     Ok(judge(&seen, pods))
 }
@@ -290,6 +288,10 @@ impl Shell {
     fn silence(&self, victim: usize, hurt: Instant) -> Option<Duration> {
         let answered = self.traffic.wait_answered(&[victim], hurt, REPLIES, EVENT_LIMIT);
         let gap = self.traffic.gap(victim, hurt, Instant::now());
+        // Its other pairs shake hands for themselves: what they lose is this event's too.
+        let own = |ends: &[End; 2]| ends.contains(&End::Home(victim));
+        let lanes: Vec<usize> = (0..self.ends.len()).filter(|lane| own(&self.ends[*lane])).collect();
+        let answered = self.traffic.wait_answered(&lanes, Instant::now(), 2, EVENT_LIMIT) && answered;
         self.traffic.set_interval(victim, self.pace(victim));
         answered.then_some(gap)
     }

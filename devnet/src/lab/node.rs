@@ -156,7 +156,7 @@ impl Node {
     }
 
     /// The same node for another thread, which may ask and call the plugin; the supervisor stays with this
-    /// one, and so does the making of pods.
+    /// one. Only one of the two makes pods from then on: they would get the same addresses.
     #[must_use]
     pub fn caller(&self) -> Self {
         Self {
@@ -388,6 +388,16 @@ impl Node {
         })
         .with_context(|| format!("make pod {name}"))?;
         Ok(Pod::new(self, name, netns, pin, port, addresses, mac))
+    }
+
+    /// Takes the sandbox of the pod that was made last away; the next gets its addresses.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn destroy_last(&mut self, pod: Pod) -> Result<()> {
+        pod.destroy(self)?;
+        self.pods = self.pods.saturating_sub(1);
+        Ok(())
     }
 
     pub(super) fn cni_program(&self) -> &Path {
