@@ -29,6 +29,9 @@ use crate::spawn::Process;
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// An engine that does not answer this long is killed.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+/// The same for a heartbeat, less what passes before the next one: an engine that hangs right after it
+/// answered is still dead well within six seconds.
+const BEAT_ANSWERED_WITHIN: Duration = Duration::from_millis(4500);
 /// The first answer may take longer: a node that boots starts all its engines at once.
 const FIRST_ANSWER_WITHIN: Duration = Duration::from_secs(15);
 /// Statuses that are taken from one engine: the table that they go to is everybody's.
@@ -339,7 +342,7 @@ async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
 async fn heartbeat(client: &EngineClient) -> Verdict {
     loop {
         tokio::time::sleep(HEARTBEAT).await;
-        if let Err(e) = client.hello(within(ANSWER_WITHIN)).await {
+        if let Err(e) = client.hello(within(BEAT_ANSWERED_WITHIN)).await {
             return broken("hello", &e);
         }
     }
