@@ -14,7 +14,7 @@ use crate::rig::*;
 use crate::runtime::{Runtime, cgroups_named, on_a_node};
 
 /// A pod that the runtime could not start or remove is tried again this long, as a kubelet does.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Supervisors killed while pods come, or go: without an end to it no ADD would ever get through.
 const SUPERVISORS: u64 = 3;
 
