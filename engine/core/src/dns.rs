@@ -257,6 +257,13 @@ impl Dns {
         } else {
             Found::NotOurs
         };
+        // kubelet writes the pod's search list, so tailnet domains are not in it. A resolver asks for a name of one
+        // label as it is when its own list is through.
+        let searched = (found == Found::NotOurs && asked.meant_for.is_some() && !clusters)
+            .then(|| self.names.search(&question.name, RecordType::from(question.kind)))
+            .flatten()
+            .filter(|_| question.class == CLASS_IN);
+        let found = searched.unwrap_or(found);
         match (found, asked.meant_for) {
             (Found::Via(servers), _) => self.forward(asked, query, question, servers, now),
             (Found::NotOurs, Some(server)) => self.pass_on(asked, query, Some(&question), server, now),

@@ -33,6 +33,9 @@ pub(super) const CAP_PEER_AAAA: &str = "magicdns-aaaa";
 const SERVICE_NAME: &str = "magicdns.localhost-tailscale-daemon";
 const SERVICE: [IpAddr; 2] = [IpAddr::V4(SERVICE_V4), IpAddr::V6(SERVICE_V6)];
 
+/// Search domains that are used.
+const MAX_SEARCH: usize = 16;
+
 /// Names and addresses of the tailnet.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Names {
@@ -45,6 +48,8 @@ pub(super) struct Names {
     /// Canonical suffixes: local zones, and those that have resolvers of their own.
     suffixes: HashMap<Box<str>, Suffix>,
     above_suffixes: HashSet<Box<str>>,
+    /// Domains in which a name of one label is looked for, in their order.
+    search: Vec<Box<str>>,
     /// MagicDNS is on: what is not there does not exist.
     authoritative: bool,
     families: Families,
@@ -179,6 +184,7 @@ impl Names {
         let changed = self.suffixes != suffixes;
         self.suffixes = suffixes;
 
+        self.search = dns.domains.iter().filter_map(|domain| canonical(domain)).take(MAX_SEARCH).collect();
         self.records.clear();
         for record in &dns.extra_records {
             let value = match (record.r#type.as_str(), record.value.parse()) {
@@ -233,6 +239,18 @@ impl Names {
     /// How many nodes have a name.
     pub(super) fn len(&self) -> usize {
         self.hosts.len()
+    }
+
+    /// What the first search domain with such a name knows of a name of one label; nothing where none has it,
+    /// or only others would know.
+    pub(super) fn search(&self, label: &str, kind: RecordType) -> Option<Found> {
+        if label.is_empty() || label.contains('.') {
+            return None;
+        }
+        self.search
+            .iter()
+            .map(|domain| self.find(&format!("{label}.{domain}"), kind))
+            .find(|found| matches!(found, Found::Records(_) | Found::NoData(_)))
     }
 
     /// What is known about a name in lower case, without a dot at its end.

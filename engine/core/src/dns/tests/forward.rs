@@ -330,6 +330,27 @@ fn a_cut_answer_is_fetched_over_tcp_and_cut_for_who_cannot_take_it() {
     assert!(world.replies[0].metadata.truncation);
 }
 
+/// A pod's own search list is kubelet's, so the tailnet's domains are not in it.
+#[test]
+fn an_intercepted_name_of_one_label_is_looked_for_in_the_search_domains() {
+    let mut world = World::with_defaults(&[FIRST]);
+    let config = DnsConfig { domains: vec!["none.example".into(), "Tail1.ts.net.".into()], ..config() };
+    world.dns.configure(&node(1, "me.tail1.ts.net.", &["100.64.0.1"]), &config);
+    let replies = world.replies.len();
+    world.ask_bytes(&query("WEB.", RecordType::A).to_vec().unwrap(), Some(CLUSTER));
+    let reply = &world.replies[replies];
+    assert_eq!(reply.queries[0].name().to_string(), "WEB.");
+    assert_eq!((reply.answers.len(), reply.answers[0].name.to_string().as_str()), (1, "WEB."));
+    let asks = world.asks.len();
+    for (n, name) in ["gone.", "web.default.", "local.", "."].into_iter().enumerate() {
+        world.ask_bytes(&query(name, RecordType::A).to_vec().unwrap(), Some(CLUSTER));
+        assert_eq!(world.servers()[asks + n], CLUSTER, "{name}");
+    }
+    // Whoever asks MagicDNS itself has a search list of its own.
+    world.ask_bytes(&query("web.", RecordType::A).to_vec().unwrap(), None);
+    assert_eq!(world.replies[replies + 1].metadata.response_code, ResponseCode::Refused);
+}
+
 #[test]
 fn what_is_meant_for_a_name_server_goes_there_byte_for_byte() {
     let mut world = World::with_defaults(&[FIRST]);
