@@ -5,7 +5,7 @@
 //! | verb | no supervisor | no answer in time, or a broken connection |
 //! |---|---|---|
 //! | ADD | 11 (or prevResult unchanged when `failurePolicy` is `open`) | the same |
-//! | DEL | success: its record is still there, and a starting supervisor removes what has no pod | 11 |
+//! | DEL | success: its record is still there, and a starting supervisor removes what has no pod | 11; asked again first if broken |
 //! | CHECK, GC | 11 | 11 |
 //! | STATUS | 50 | 50 |
 
@@ -27,6 +27,8 @@ use crate::supervisor::{Supervisor, Unanswered};
 const STATUS_TIMEOUT: Duration = Duration::from_millis(2800);
 /// How long the supervisor is waited for when all it is told is that a call makes no sense.
 const COMPLAINT_TIMEOUT: Duration = Duration::from_millis(500);
+/// After the connection broke in the middle of a DEL.
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 /// How long the half-made attachment of a pod that starts without a tailnet may take to go.
 const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -232,7 +234,29 @@ async fn undo(params: &Params, config: &Config) {
     }
 }
 
+/// A supervisor that ends in the middle of the call is asked again, or its successor is, or nobody is there: a
+/// runtime that clears up after an ADD that failed asks once, and what stands behind us in the chain would keep
+/// its addresses.
 async fn del(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+    loop {
+        match del_once(params, config, deadline).await {
+            Err(Unmade::Unanswered(Unanswered::Broken(_))) if Instant::now() + ASK_AGAIN < deadline => {
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            Err(Unmade::Unanswered(why)) => return Err(no_answer(config, &why)),
+            Err(Unmade::Refused(error)) => return Err(error),
+            Ok(said) => return Ok(said),
+        }
+    }
+}
+
+/// Why a DEL did nothing.
+enum Unmade {
+    Unanswered(Unanswered),
+    Refused(CniError),
+}
+
+async fn del_once(params: &Params, config: &Config, deadline: Instant) -> Result<Said, Unmade> {
     let supervisor = match Supervisor::reach(&config.socket, deadline).await {
         Ok(supervisor) => supervisor,
         Err(why @ Unanswered::Nobody(_)) => {
@@ -243,10 +267,10 @@ async fn del(params: &Params, config: &Config, deadline: Instant) -> Result<Said
             );
             return Ok(Said { result: None, warning: Some(warning) });
         }
-        Err(why) => return Err(no_answer(config, &why)),
+        Err(why) => return Err(Unmade::Unanswered(why)),
     };
     let call = supervisor.client.del(supervisor.context(), attachment(params, config));
-    supervisor.wait(call).await.map_err(|why| no_answer(config, &why))??;
+    supervisor.wait(call).await.map_err(Unmade::Unanswered)?.map_err(Unmade::Refused)?;
     Ok(Said::default())
 }
 

@@ -272,6 +272,24 @@ async fn a_supervisor_that_does_not_answer() {
 }
 
 #[tokio::test]
+async fn del_asks_again_when_the_supervisor_ends_in_the_middle_and_succeeds_when_it_stays_away() {
+    let fake = Fake::start(Script { breaks: true, ..Script::default() });
+    error(&call("DEL", &fake, |c| c["timeoutSeconds"] = 1.into()).await);
+    assert!(fake.asked().len() > 1, "{:?}", fake.asked());
+
+    let fake = Fake::start(Script { breaks: true, ..Script::default() });
+    let socket = fake.socket.clone();
+    let removed = async {
+        while fake.asked().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        std::fs::remove_file(&socket).unwrap();
+    };
+    let (del, ()) = tokio::join!(call("DEL", &fake, |_| {}), removed);
+    assert!(del.success, "{}", del.stdout);
+}
+
+#[tokio::test]
 async fn status_answers_within_three_seconds() {
     let fake = Fake::start(Script { silent: true, ..Script::default() });
     let started = Instant::now();

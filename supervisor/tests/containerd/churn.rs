@@ -178,7 +178,12 @@ fn pods_come_and_go_while_everything_is_killed() {
         assert_eq!(engines(), [] as [u32; 0]);
         let leased: Vec<String> =
             entries(&runtime.leases()).into_iter().filter(|n| n.starts_with("10.")).collect();
-        assert_eq!(leased, [] as [String; 0], "addresses of host-local");
+        assert_eq!(
+            leased,
+            [] as [String; 0],
+            "addresses of host-local; the runtime says\n{}",
+            runtime.about("destroy network")
+        );
         assert_eq!(entries(std::path::Path::new("/run/netns")), [] as [String; 0]);
         let links = fs::read_to_string("/proc/self/net/dev").unwrap();
         let links: Vec<&str> = links.lines().skip(2).filter_map(|l| l.trim().split(':').next()).collect();

@@ -209,6 +209,12 @@ impl Runtime {
         self.dir.join("sock")
     }
 
+    /// Lines of its log with `words`.
+    pub(crate) fn about(&self, words: &str) -> String {
+        let log = fs::read_to_string(self.dir.join("log")).unwrap();
+        log.lines().filter(|line| line.contains(words)).map(|line| format!("{line}\n")).collect()
+    }
+
     /// What host-local has given away.
     pub(crate) fn leases(&self) -> PathBuf {
         self.dir.join("ipam/net")
