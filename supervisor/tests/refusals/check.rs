@@ -1,7 +1,6 @@
 //! CHECK names the first thing that is not as ADD left it.
 
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -9,26 +8,33 @@ use podtether_devnet::DevnetConfig;
 use podtether_devnet::lab::{CniCall, Tailnet};
 use podtether_net::testing::in_namespaces;
 
-use crate::place::{Place, in_pod, programs, refusal};
+use crate::place::{Place, in_pod, refusal};
 
 fn send(pid: u64, signal: i32) {
     // SAFETY: signals an engine that a supervisor of this test started, in the test's own PID namespace.
     assert_eq!(unsafe { libc::kill(i32::try_from(pid).unwrap(), signal) }, 0);
 }
 
+/// Leaves a process so many further descriptors, or as many as it could have at first.
+fn descriptors(pid: i32, more: Option<usize>) {
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: fills one rlimit, which outlives the call.
+    let read = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &raw mut limit) };
+    assert_eq!(read, 0);
+    limit.rlim_cur = more.map_or(limit.rlim_max, |more| libc::rlim_t::try_from(open + more).unwrap());
+    // SAFETY: reads one rlimit, which outlives the call.
+    let set = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
+}
+
 #[test]
 fn the_first_fault_is_named() {
     in_namespaces("check::the_first_fault_is_named", |dir| {
-        let engine = dir.join("engine");
-        symlink(programs().engine, &engine).unwrap();
         let mut place = Place::bare(dir, DevnetConfig::default());
         place.node.configure(&[Tailnet::oauth("default", &place.devnet, &place.ca)], "").unwrap();
-        let path = place.node.dir().join("supervisor.toml");
-        let text = fs::read_to_string(&path).unwrap();
-        let own = format!("engine_path = {:?}", programs().engine);
-        assert!(text.contains(&own));
-        fs::write(&path, text.replace(&own, &format!("engine_path = {engine:?}"))).unwrap();
         place.node.start_supervisor().unwrap();
+        let supervisor = i32::try_from(place.node.supervisor_pid().unwrap()).unwrap();
 
         let mut pod = place.pod("p");
         let before = place.state(&pod);
@@ -95,11 +101,14 @@ fn the_first_fault_is_named() {
         });
         well("CHECK after a new engine");
 
-        fs::remove_file(&engine).unwrap();
+        // Enough for a caller or two, too few for another engine.
+        descriptors(supervisor, Some(8));
         send(pid(), libc::SIGKILL);
-        place.wait("without an engine", || report()["reason"].as_str().unwrap().contains("No such file"));
-        failing("engine dead", &["engine is not running", "No such file", "restarted by itself"]);
-        symlink(programs().engine, &engine).unwrap();
+        place.wait("without an engine", || {
+            report()["reason"].as_str().unwrap().contains("Too many open files")
+        });
+        failing("engine dead", &["engine is not running", "Too many open files", "restarted by itself"]);
+        descriptors(supervisor, None);
         place.wait("running again", || report()["state"] == "running");
         well("CHECK after the engine is back");
 
