@@ -164,8 +164,9 @@ fn relays_come_and_go_with_headscales_map() {
                 wait_ping(&pod.netns, target, "by relay");
             }
             world.lab.unblock_udp().unwrap();
-            assert_eq!(world.nodes[node].pod_report("pod").unwrap()["restarts"], 0);
         }
+        // The sandbox allows the ports of relays that were known: the other relay's costs a restart, once.
+        assert_eq!(world.nodes[node].pod_report("pod").unwrap()["restarts"], 1);
         let more = CniCall::new("ADD");
         let mut third = world.nodes[node].create_pod("third").unwrap();
         third.add_with(&world.nodes[node], &more).unwrap();
