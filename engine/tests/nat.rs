@@ -5,7 +5,8 @@
 
 mod common;
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -98,6 +99,82 @@ fn direct(path: &PathStatus) -> Option<SocketAddr> {
     }
 }
 
+/// What a gateway does with the UDP of a host behind it.
+#[derive(Debug, PartialEq, Eq)]
+struct Translation {
+    /// The host has the same outside port for two destinations.
+    one_port: bool,
+    /// Who is heard at that port: another port of an address that was sent to from it.
+    other_port: bool,
+    /// An address that was sent to from another port of the host only.
+    other_address: bool,
+}
+
+fn socket(at: &Inside) -> UdpSocket {
+    let socket = at.netns.run_blocking(|| UdpSocket::bind((at.address, 0))).unwrap().unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+/// Sends, and gives where it came from.
+fn arrives(from: &UdpSocket, at: &UdpSocket) -> SocketAddr {
+    from.send_to(b"out", at.local_addr().unwrap()).unwrap();
+    let mut datagram = [0; 16];
+    let (length, source) = at.recv_from(&mut datagram).unwrap();
+    assert_eq!(&datagram[..length], b"out");
+    source
+}
+
+fn translation(host: &Inside, near: &Inside, far: &Inside) -> Translation {
+    let (inside, beside) = (socket(host), socket(host));
+    let (peer, peer_port, third, stranger) = (socket(near), socket(near), socket(near), socket(far));
+    let outside = arrives(&inside, &peer);
+    let one_port = arrives(&inside, &third) == outside;
+    arrives(&beside, &stranger);
+    peer_port.send_to(b"port", outside).unwrap();
+    stranger.send_to(b"address", outside).unwrap();
+    peer.send_to(b"end", outside).unwrap();
+    let (mut datagram, mut heard) = ([0; 16], BTreeMap::new());
+    while let Ok((length, from)) = inside.recv_from(&mut datagram) {
+        if &datagram[..length] == b"end" {
+            // Another processor may still carry what was sent before.
+            inside.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        }
+        heard.insert(datagram[..length].to_vec(), from);
+    }
+    assert_eq!(heard.get(&b"end"[..]), Some(&peer.local_addr().unwrap()), "{heard:?}");
+    // Whoever is heard is answered, from the port that was knocked at.
+    for (knock, knocker) in [(&b"port"[..], &peer_port), (b"address", &stranger)] {
+        if let Some(from) = heard.get(knock) {
+            assert_eq!(*from, knocker.local_addr().unwrap());
+            assert_eq!(arrives(&inside, knocker), outside);
+        }
+    }
+    let is_heard = |knock: &[u8]| heard.contains_key(knock);
+    Translation { one_port, other_port: is_heard(b"port"), other_address: is_heard(b"address") }
+}
+
+#[test]
+fn gateways_translate_as_their_kinds_say() {
+    in_namespaces("gateways_translate_as_their_kinds_say", |dir| {
+        let mut world = World::new(dir);
+        let (near, far) = (world.public("near"), world.public("far"));
+        for (name, nat, [one_port, other_port, other_address]) in [
+            ("symmetric", Nat::Symmetric, [false, false, false]),
+            ("ported", Nat::PortRestricted, [true, false, false]),
+            ("restricted", Nat::AddressRestricted, [true, true, false]),
+            ("cone", Nat::FullCone, [true, true, true]),
+        ] {
+            let host = world.behind(name, nat);
+            // Twice, as a port that is in use must not be in the way of the next.
+            for _ in 0..2 {
+                let expected = Translation { one_port, other_port, other_address };
+                assert_eq!(translation(&host, &near, &far), expected, "{name}");
+            }
+        }
+    });
+}
+
 #[test]
 fn pairs_meet_through_nats_where_that_is_possible() {
     in_namespaces("pairs_meet_through_nats_where_that_is_possible", |dir| {
@@ -108,6 +185,8 @@ fn pairs_meet_through_nats_where_that_is_possible() {
             ("ported2", Nat::PortRestricted),
             ("symmetric", Nat::Symmetric),
             ("symmetric2", Nat::Symmetric),
+            ("restricted", Nat::AddressRestricted),
+            ("restricted2", Nat::AddressRestricted),
             ("cone", Nat::FullCone),
             ("noudp", Nat::NoUdp),
         ] {
@@ -129,6 +208,15 @@ fn pairs_meet_through_nats_where_that_is_possible() {
                 ("cone", "symmetric", true),
                 ("ported", "double", true),
                 ("public", "double", true),
+                ("public", "restricted", true),
+                ("restricted", "ported", true),
+                ("restricted", "restricted2", true),
+                ("restricted", "cone", true),
+                ("restricted", "double", true),
+                // Unlike a port-restricted one: it lets in what comes from another port than it has sent to.
+                ("restricted", "symmetric", true),
+                ("symmetric2", "restricted2", true),
+                ("restricted", "noudp", false),
                 ("ported", "symmetric", false),
                 ("symmetric", "symmetric2", false),
                 ("noudp", "public", false),

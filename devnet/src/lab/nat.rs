@@ -21,6 +21,9 @@ use super::{Lab, MTU, block_on, default_route, index_of, make_namespace};
 pub enum Nat {
     /// One port for all destinations, answers from where was sent to.
     PortRestricted,
+    /// One port for all destinations, open to every port of an address that was sent to from it within the
+    /// last minute.
+    AddressRestricted,
     /// A random port for each destination.
     Symmetric,
     /// One port for all destinations, open to everybody: all UDP is forwarded to the first host.
@@ -28,6 +31,18 @@ pub enum Nat {
     /// UDP goes nowhere; TCP does.
     NoUdp,
 }
+
+/// Whose the mapped ports are, and to whom was sent from each. The chain follows the translation, so that it
+/// sees the mapped port; in a flow that began outside, the host is the one that replies.
+const ADDRESS_RESTRICTED: &str = "
+    set contacted { type ipv4_addr . inet_service; size 65535; flags dynamic, timeout; timeout 60s; }
+    map mapped { type inet_service : ipv4_addr . inet_service; size 65535; flags dynamic, timeout; timeout 60s; }
+    chain note {
+        ct direction original update @mapped { udp sport : ct original ip saddr . ct original proto-src }
+        ct direction reply update @mapped { udp sport : ct reply ip saddr . ct reply proto-src }
+        update @contacted { ip daddr . udp sport }
+    }
+    chain left { type filter hook postrouting priority srcnat + 10; oifname \"eth0\" meta l4proto udp jump note; }";
 
 /// A gateway's namespace.
 pub struct Gateway {
@@ -114,18 +129,24 @@ impl Gateway {
 
     fn rules(&self) -> String {
         let masquerade = match self.nat {
-            Nat::PortRestricted | Nat::FullCone | Nat::NoUdp => "masquerade",
+            Nat::PortRestricted | Nat::AddressRestricted | Nat::FullCone | Nat::NoUdp => "masquerade",
             Nat::Symmetric => "masquerade fully-random",
         };
         let (_, first) = self.leg(0);
-        let open = match self.nat {
-            Nat::FullCone => format!("iifname \"eth0\" meta l4proto udp dnat to {}", first.addr()),
-            Nat::PortRestricted | Nat::Symmetric | Nat::NoUdp => String::new(),
+        let (noted, open) = match self.nat {
+            Nat::AddressRestricted => (
+                ADDRESS_RESTRICTED,
+                "iifname \"eth0\" ip saddr . udp dport @contacted dnat ip to udp dport map @mapped"
+                    .to_owned(),
+            ),
+            Nat::FullCone => ("", format!("iifname \"eth0\" meta l4proto udp dnat to {}", first.addr())),
+            Nat::PortRestricted | Nat::Symmetric | Nat::NoUdp => ("", String::new()),
         };
         // What is not forwarded is dropped before conntrack remembers it, as real gateways do: else a peer
         // that knocks first takes the port away from the host that would answer.
         format!(
             "table ip lab {{
+                {noted}
                 chain blocked {{ }}
                 chain after {{ type nat hook postrouting priority srcnat; oifname \"eth0\" {masquerade}; }}
                 chain before {{ type nat hook prerouting priority dstnat; {open}; }}
