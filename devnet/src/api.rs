@@ -416,7 +416,7 @@ fn device_json(state: &State, node: &Node, base_domain: &str, all: bool) -> Valu
         "id": node.id.to_string(),
         "nodeId": node.stable_id,
         "user": state.owner_names(node.owner()).0,
-        "name": format!("{}.{base_domain}", node.name),
+        "name": format!("{}.{}", node.name, state.domain_of(node).as_deref().unwrap_or(base_domain)),
         "hostname": node.hostname,
         "clientVersion": text(&node.hostinfo, "IPNVersion"),
         "updateAvailable": false,

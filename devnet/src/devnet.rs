@@ -226,7 +226,7 @@ impl Devnet {
     /// Adds a user and gives its number.
     pub fn add_user(&self, name: &str, display_name: &str) -> u64 {
         let (name, display_name) = (name.to_owned(), display_name.to_owned());
-        self.shared().with_state(|state| state.add_user(name, display_name, Timestamp::now()))
+        self.shared().with_state(|state| state.add_user(name, display_name, None, Timestamp::now()))
     }
 
     /// Gives a user other names; false when there is none of this number.

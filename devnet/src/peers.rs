@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use podtether_core::key::{MachinePublic, NodePublic};
 
 use crate::control::kinds::Kinds;
+use crate::control::shares::Share;
 use crate::control::state::{NewNode, NodeId};
 use crate::control::wire::{self, Hostinfo};
 use crate::{Devnet, NodeInfo, random};
@@ -19,6 +20,8 @@ impl Devnet {
             if there {
                 change(&mut state.kinds);
                 nodes.iter().for_each(|id| state.touch(*id));
+                // Rules name a node as its peer knows it.
+                state.touch_topology();
             }
             there
         })
@@ -38,6 +41,28 @@ impl Devnet {
     /// Lets a node treat a peer as jailed, or not; false when there is no such node.
     pub fn set_jailed(&self, node: NodeId, peer: NodeId, jailed: bool) -> bool {
         self.change_kinds(&[node, peer], |kinds| kinds.set_jailed(node, peer, jailed))
+    }
+
+    /// Adds a tailnet with a MagicDNS suffix of its own, and gives the number of a first user in it; or adds
+    /// another user to it. Its nodes are those of its users' keys. It has the devnet's relays, policy (which
+    /// is about its own nodes alone) and range of addresses; tailnets know of each other's nodes only by
+    /// shares.
+    pub fn add_tailnet_user(&self, domain: &str, name: &str, display_name: &str) -> u64 {
+        let (name, display_name) = (name.to_owned(), display_name.to_owned());
+        let domain = (domain != self.base_domain()).then(|| domain.to_owned());
+        self.inner.shared.with_state(|state| state.add_user(name, display_name, domain, Timestamp::now()))
+    }
+
+    /// Shares a node with a user of another tailnet, as its tailnet's user `by`: that user's nodes that have no
+    /// tags may begin conversations with it, and it with them only out of quarantine. A share that is there is
+    /// changed. False when the node or one of the users is not there, or is in the wrong tailnet.
+    pub fn share_node(&self, node: NodeId, with: u64, by: u64, quarantined: bool) -> bool {
+        self.inner.shared.with_state(|state| state.share(node, with, Share { by, quarantined }))
+    }
+
+    /// Ends a share; false when there is none.
+    pub fn unshare_node(&self, node: NodeId, with: u64) -> bool {
+        self.inner.shared.with_state(|state| state.unshare(node, with))
     }
 
     /// Tells nobody a node's disco key, or tells it again; false when there is no such node.

@@ -221,7 +221,7 @@ fn create_user(shared: &Shared, sent: &[u8]) -> Answer {
         if state.users.values().any(|user| user.name == name) {
             return Err(Problem::new(StatusCode::CONFLICT, "user already exists"));
         }
-        let id = state.add_user(name, display, Timestamp::now());
+        let id = state.add_user(name, display, None, Timestamp::now());
         Ok(json!({"user": user_json(state, id)}))
     })
 }

@@ -58,6 +58,7 @@ fn node(config: &DevnetConfig, n: u32, turn: u64) -> wire::Node {
         stable_id: format!("nCrowd{n:08}CNTRL"),
         name: format!("production-web-frontend-{n}.{}.", config.base_domain),
         user: wire::USER,
+        sharer: 0,
         key: NodePublic::from_bytes(key(n, turn, 1)),
         key_expiry: None,
         machine: MachinePublic::from_bytes(key(n, 0, 2)),

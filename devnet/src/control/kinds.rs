@@ -59,6 +59,11 @@ impl Kinds {
         self.muted.contains(&node)
     }
 
+    /// The address by which `viewer` knows a node that has `own`.
+    pub(crate) fn known_as(&self, node: NodeId, viewer: NodeId, own: IpAddr) -> IpAddr {
+        self.masks.get(&(node, viewer, own.is_ipv4())).copied().unwrap_or(own)
+    }
+
     /// Turns a peer into what `viewer` is to see of it.
     pub(crate) fn dress(&self, viewer: NodeId, peer: &mut wire::Node) {
         for v4 in [true, false] {

@@ -12,6 +12,7 @@ pub(crate) mod noise_server;
 pub mod noise_stream;
 pub(crate) mod register;
 pub(crate) mod routes;
+pub(crate) mod shares;
 pub(crate) mod state;
 pub(crate) mod view;
 pub(crate) mod wire;

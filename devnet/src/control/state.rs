@@ -14,6 +14,7 @@ use podtether_core::key::{DiscoPublic, MachinePublic, NodePublic};
 use serde_json::Value;
 
 use super::kinds::Kinds;
+use super::shares::Shares;
 use super::wire::{self, Hostinfo};
 use crate::acl::{Policy, Subject};
 use crate::config::{DevnetConfig, Families};
@@ -102,6 +103,8 @@ pub(crate) struct User {
     pub(crate) name: String,
     pub(crate) display_name: String,
     pub(crate) created: Timestamp,
+    /// Of the tailnet that the user belongs to; `None` for the first.
+    pub(crate) domain: Option<String>,
 }
 
 /// Why an auth key is refused.
@@ -187,6 +190,7 @@ pub(crate) struct State {
     /// Who carries a prefix that is no exit route.
     pub(crate) primaries: BTreeMap<IpNet, NodeId>,
     pub(crate) kinds: Kinds,
+    pub(crate) shares: Shares,
     /// Sessions of nodes that were removed without a word to them.
     pub(crate) unaware: HashSet<u64>,
     pub(crate) derp_map: wire::DerpMap,
@@ -241,6 +245,7 @@ impl State {
             device_approval: false,
             primaries: BTreeMap::new(),
             kinds: Kinds::default(),
+            shares: Shares::default(),
             unaware: HashSet::new(),
             derp_map: wire::DerpMap::default(),
             derp_revision: 1,
@@ -284,20 +289,16 @@ impl State {
         self.users.get(&id).map(|user| (user.name.clone(), user.display_name.clone())).unwrap_or_default()
     }
 
-    /// The profiles of everybody who can own a node.
-    pub(crate) fn user_profiles(&self) -> Vec<wire::UserProfile> {
-        let owners = self.users.keys().copied().chain([wire::TAGGED_DEVICES]);
-        let profile = |id| {
-            let (login_name, display_name) = self.owner_names(id);
-            wire::UserProfile { id, login_name, display_name }
-        };
-        owners.map(profile).collect()
-    }
-
-    /// Adds a user and gives its number.
-    pub(crate) fn add_user(&mut self, name: String, display_name: String, now: Timestamp) -> u64 {
+    /// Adds a user of the tailnet with this domain, the first if none, and gives its number.
+    pub(crate) fn add_user(
+        &mut self,
+        name: String,
+        display_name: String,
+        domain: Option<String>,
+        now: Timestamp,
+    ) -> u64 {
         let id = self.users.keys().next_back().map_or(wire::USER, |last| last + 1);
-        self.users.insert(id, User { name, display_name, created: now });
+        self.users.insert(id, User { name, display_name, created: now, domain });
         self.touch_users();
         id
     }
@@ -372,7 +373,7 @@ impl State {
         let id = self.next_id;
         self.next_id += 1;
         let hostname = text(&new.hostinfo, "Hostname").to_owned();
-        let name = self.free_name(&sanitize(&hostname), id);
+        let name = self.free_name(&sanitize(&hostname), id, new.user);
         self.by_node_key.insert(new.node_key, id);
         self.by_machine_key.insert(new.machine_key, id);
         self.nodes.insert(
@@ -478,7 +479,7 @@ impl State {
         let home = home_derp(&hostinfo);
         let hostname = text(&hostinfo, "Hostname").to_owned();
         let renamed = (!hostname.is_empty() && hostname != node.hostname)
-            .then(|| self.free_name(&sanitize(&hostname), id));
+            .then(|| self.free_name(&sanitize(&hostname), id, node.user));
         if let Some(node) = self.nodes.get_mut(&id) {
             if home != 0 {
                 node.home_derp = home;
@@ -632,8 +633,13 @@ impl State {
         self.nodes.values().any(|node| node.addresses.contains(&address))
     }
 
-    fn free_name(&self, wanted: &str, own: NodeId) -> String {
-        let taken = |name: &str| self.nodes.values().any(|node| node.id != own && node.name == name);
+    /// A name that no other node of the user's tailnet has.
+    fn free_name(&self, wanted: &str, own: NodeId, user: u64) -> String {
+        let domain = |user: u64| self.users.get(&user).and_then(|user| user.domain.as_deref());
+        let taken = |name: &str| {
+            let mut others = self.nodes.values().filter(|node| node.id != own && node.name == name);
+            others.any(|node| domain(node.user) == domain(user))
+        };
         if !taken(wanted) {
             return wanted.to_owned();
         }

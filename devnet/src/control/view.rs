@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::state::{Node, NodeId, State};
 use super::wire::{self, MapResponse, PeerChange, Timestamp3339};
-use crate::acl::{self, FilterRule};
+use crate::acl::FilterRule;
 use crate::config::DnsSettings;
 
 /// Of one session: whom it serves and what was sent.
@@ -61,7 +61,7 @@ impl View {
         let mut news = false;
         if own.revision != sent.own_revision {
             sent.own_revision = own.revision;
-            let node = self.render_self(own);
+            let node = self.render_self(state, own);
             if node != sent.own {
                 sent.own = node.clone();
                 message.node = Some(node);
@@ -75,27 +75,27 @@ impl View {
         }
         if state.users_revision != sent.users_revision {
             sent.users_revision = state.users_revision;
-            message.user_profiles = state.user_profiles();
+            message.user_profiles = state.profiles_for(own);
             news = true;
         }
         if state.topology != sent.topology {
             sent.topology = state.topology;
-            let filter = filter_for(state, own);
+            let filter = state.filter_for(own);
             if filter != sent.filter {
                 sent.filter.clone_from(&filter);
                 message.packet_filters = Some(chunk(filter));
                 news = true;
             }
             sent.peers.retain(|&id, _| {
-                let keep = state.nodes.get(&id).is_some_and(|peer| visible(state, own, peer));
+                let keep = state.nodes.get(&id).is_some_and(|peer| state.sees(own, peer));
                 if !keep {
                     message.peers_removed.push(id);
                 }
                 keep
             });
             for peer in state.nodes.values() {
-                if peer.id != own.id && !sent.peers.contains_key(&peer.id) && visible(state, own, peer) {
-                    let node = self.render_peer(state, peer);
+                if peer.id != own.id && !sent.peers.contains_key(&peer.id) && state.sees(own, peer) {
+                    let node = self.render_peer(state, own, peer);
                     sent.peers.insert(peer.id, (peer.revision, node.clone()));
                     message.peers_changed.push(node);
                 }
@@ -104,7 +104,7 @@ impl View {
         for (&id, (revision, old)) in &mut sent.peers {
             let Some(peer) = state.nodes.get(&id).filter(|peer| peer.revision != *revision) else { continue };
             *revision = peer.revision;
-            let new = self.render_peer(state, peer);
+            let new = self.render_peer(state, own, peer);
             match difference(old, &new) {
                 Difference::None => {}
                 Difference::Patch(patch) => message.peers_changed_patch.push(*patch),
@@ -117,7 +117,7 @@ impl View {
             || !message.peers_removed.is_empty();
         if !message.peers_changed.is_empty() {
             // Clients forget the profile of an owner whose last node left.
-            message.user_profiles = state.user_profiles();
+            message.user_profiles = state.profiles_for(own);
         }
         self.sent = Some(sent);
         if !news {
@@ -128,23 +128,24 @@ impl View {
     }
 
     fn first(&mut self, state: &State, own: &Node, now: Timestamp) -> Update {
-        let filter = filter_for(state, own);
-        let own_node = self.render_self(own);
+        let filter = state.filter_for(own);
+        let own_node = self.render_self(state, own);
         let peers: BTreeMap<_, _> = state
             .nodes
             .values()
-            .filter(|peer| peer.id != own.id && visible(state, own, peer))
-            .map(|peer| (peer.id, (peer.revision, self.render_peer(state, peer))))
+            .filter(|peer| peer.id != own.id && state.sees(own, peer))
+            .map(|peer| (peer.id, (peer.revision, self.render_peer(state, own, peer))))
             .collect();
+        let domain = self.domain(state, own);
         let message = MapResponse {
             node: Some(own_node.clone()),
             derp_map: Some(state.derp_map.clone()),
             peers: peers.values().map(|(_, node)| node.clone()).collect(),
-            dns_config: Some(dns_config(&self.base_domain, &self.dns)),
-            domain: self.base_domain.clone(),
+            dns_config: Some(dns_config(&domain, &self.dns)),
+            domain,
             collect_services: Some(false),
             packet_filters: Some(chunk(filter.clone())),
-            user_profiles: state.user_profiles(),
+            user_profiles: state.profiles_for(own),
             control_time: Some(Timestamp3339(now)),
             debug: Some(wire::Debug { disable_log_tail: true }),
             ..MapResponse::default()
@@ -161,8 +162,12 @@ impl View {
         Update::Send(Box::new(message))
     }
 
-    fn render_self(&self, node: &Node) -> wire::Node {
-        let mut rendered = self.render(node);
+    fn domain(&self, state: &State, node: &Node) -> String {
+        state.domain_of(node).unwrap_or_else(|| self.base_domain.clone())
+    }
+
+    fn render_self(&self, state: &State, node: &Node) -> wire::Node {
+        let mut rendered = self.render(state, node);
         rendered.cap = self.version;
         rendered.cap_map = BTreeMap::from([
             ("default-auto-update", vec![json!(false)]),
@@ -171,15 +176,16 @@ impl View {
         rendered
     }
 
-    fn render_peer(&self, state: &State, node: &Node) -> wire::Node {
-        let mut rendered = self.render(node);
+    fn render_peer(&self, state: &State, own: &Node, node: &Node) -> wire::Node {
+        let mut rendered = self.render(state, node);
         state.kinds.dress(self.node, &mut rendered);
+        state.dress_shared(own, node, &mut rendered);
         // A peer's network details are its own business; its home and endpoints have fields.
         rendered.hostinfo.remove("NetInfo");
         rendered
     }
 
-    fn render(&self, node: &Node) -> wire::Node {
+    fn render(&self, state: &State, node: &Node) -> wire::Node {
         let addresses: Vec<String> = node
             .addresses
             .iter()
@@ -188,8 +194,9 @@ impl View {
         wire::Node {
             id: node.id,
             stable_id: node.stable_id.clone(),
-            name: format!("{}.{}.", node.name, self.base_domain),
+            name: format!("{}.{}.", node.name, self.domain(state, node)),
             user: node.owner(),
+            sharer: 0,
             key: node.node_key,
             key_expiry: node.expiry.map(Timestamp3339),
             machine: node.machine_key,
@@ -239,20 +246,6 @@ fn dns_config(base_domain: &str, dns: &DnsSettings) -> wire::DnsConfig {
             .collect(),
         domains: vec![base_domain.to_owned()],
         proxied: true,
-    }
-}
-
-fn visible(state: &State, own: &Node, peer: &Node) -> bool {
-    // Nodes that wait for approval see nobody and are seen by nobody.
-    own.authorized
-        && peer.authorized
-        && state.policy.as_ref().is_none_or(|policy| policy.connects(&own.subject(), &peer.subject()))
-}
-
-fn filter_for(state: &State, node: &Node) -> Vec<FilterRule> {
-    match &state.policy {
-        None => acl::allow_all(),
-        Some(policy) => policy.filter_for(&node.subject(), state.nodes.values().map(Node::subject)),
     }
 }
 

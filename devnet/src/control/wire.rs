@@ -101,6 +101,7 @@ pub(crate) fn first_user() -> super::state::User {
         name: "dev@tailnet.test".into(),
         display_name: "Dev & Net".into(),
         created: Timestamp::UNIX_EPOCH,
+        domain: None,
     }
 }
 
@@ -207,6 +208,9 @@ pub(crate) struct Node {
     pub(crate) stable_id: String,
     pub(crate) name: String,
     pub(crate) user: u64,
+    /// Who shared it with the viewer, when that is not the user.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub(crate) sharer: u64,
     pub(crate) key: NodePublic,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) key_expiry: Option<Timestamp3339>,
@@ -247,9 +251,8 @@ pub(crate) struct Node {
     pub(crate) self_v6_masq: Option<std::net::IpAddr>,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
-fn is_zero(value: &u32) -> bool {
-    *value == 0
+fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
