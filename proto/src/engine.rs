@@ -273,7 +273,7 @@ pub enum PathStatus {
 /// One peer, for people and metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeerStatus {
-    /// Fully qualified name.
+    /// Fully qualified name; the first address of a peer that has none.
     pub name: String,
     /// First addresses.
     pub addresses: Vec<IpAddr>,
@@ -328,7 +328,7 @@ pub struct Verdict {
     pub rule: Option<(String, u32)>,
     /// Why, as one of the words that the metrics use.
     pub reason: String,
-    /// Fully qualified name of the peer at the other end.
+    /// Fully qualified name of the peer at the other end; its first address when it has none.
     pub peer: Option<String>,
 }
 

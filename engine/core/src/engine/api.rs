@@ -210,7 +210,7 @@ pub struct PeerView {
     pub id: NodeId,
     /// Node key.
     pub key: NodePublic,
-    /// Fully qualified name.
+    /// Fully qualified name; the first address of a peer that has none.
     pub name: String,
     /// Addresses.
     pub addresses: Vec<IpAddr>,

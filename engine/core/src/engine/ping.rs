@@ -365,7 +365,7 @@ impl Engine {
         outcome: Result<PingReply, PingError>,
     ) {
         let facts = slot.and_then(|slot| self.peers.get(slot)).map(|peer| &peer.facts);
-        let peer = facts.map(|facts| facts.name().trim_end_matches('.').to_owned()).unwrap_or_default();
+        let peer = facts.map(crate::peer::Facts::called).unwrap_or_default();
         let peer_ip = facts.and_then(|facts| facts.addresses().next()).map(|net| net.addr());
         let result = PingResult { id, kind, ip, peer, peer_ip, outcome };
         match asker {

@@ -85,7 +85,7 @@ impl Engine {
             PeerView {
                 id: peer.id,
                 key: peer.key,
-                name: peer.facts.name().trim_end_matches('.').to_owned(),
+                name: peer.facts.called(),
                 addresses: peer.facts.addresses().map(|net| net.addr()).collect(),
                 path: active.map_or(PathView::Idle, |a| self.path_view(a, peer.home, now)),
                 handshake_age: age(active.and_then(|a| a.tunnel.established())),

@@ -63,7 +63,7 @@ impl Engine {
         let mut why = Why { direction, decision: Decision::Drop, rule: None, reason: "", peer: None };
         let slot = self.peers.by_ip(if direction == Direction::Out { dst } else { src });
         let peer = slot.and_then(|slot| self.peers.get(slot));
-        why.peer = peer.map(|peer| peer.facts.name().trim_end_matches('.').to_owned());
+        why.peer = peer.map(|peer| peer.facts.called());
         let refused = |reason: DropReason| reason.name();
         why.reason = match (direction, slot) {
             _ if src.is_ipv4() != dst.is_ipv4() => refused(DropReason::Malformed),

@@ -137,6 +137,15 @@ impl Facts {
         self.after_addresses().text().unwrap_or_default()
     }
 
+    /// What to call the peer: its name without the dot at the end. Nodes of a user with whom this node is
+    /// shared have none, so they are called by their first address.
+    pub(crate) fn called(&self) -> String {
+        match self.name().trim_end_matches('.') {
+            "" => self.addresses().next().map(|net| net.addr().to_string()).unwrap_or_default(),
+            name => name.to_owned(),
+        }
+    }
+
     /// The node's name for good.
     pub(crate) fn stable_id(&self) -> &str {
         let mut reader = self.after_addresses();

@@ -211,6 +211,19 @@ fn a_shared_in_peer_has_its_name_its_rules_and_its_capabilities() {
 }
 
 #[test]
+fn a_peer_without_a_name_is_called_by_its_address() {
+    let mut sharee = node(2);
+    sharee.name = String::new();
+    let mut pair = Pair::new([map(node(1), sharee), map(node(2), node(1))]);
+    let (ours, peer) = (tailnet(1), tailnet(2));
+    pair.send(1, &tcp(peer, ours, 22, SYN));
+    assert_eq!(pair.take(0).len(), 1);
+    assert_eq!(pair.why(0, peer, ours, 22).peer.as_deref(), Some("100.64.0.2"));
+    let names: Vec<String> = pair.engines[0].peers(pair.now).into_iter().map(|peer| peer.name).collect();
+    assert_eq!(names, ["100.64.0.2"]);
+}
+
+#[test]
 fn the_addresses_of_two_peers_are_the_ones_of_who_is_left() {
     let mut pair = Pair::new([map(node(1), node(2)), map(node(2), node(1))]);
     let mut other = node(3);
