@@ -11,6 +11,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod kinds;
+mod shared;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -101,6 +102,17 @@ fn a_stock_node_follows_a_pods_new_key() {
     });
 }
 
+#[test]
+fn shared_nodes_are_to_a_pod_what_they_are_to_stock() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("shared_nodes_are_to_a_pod_what_they_are_to_stock", |dir| {
+        block_on(Box::pin(shared::shared(&Stock { daemon, client, dir: dir.to_owned() })));
+    });
+}
+
 struct Stock {
     daemon: PathBuf,
     client: PathBuf,
@@ -115,12 +127,22 @@ struct Node<'a> {
 
 impl Stock {
     async fn join(&self, name: &str, devnet: &Devnet, environment: &[(&str, &str)]) -> Node<'_> {
+        self.join_with(name, devnet, environment, AuthKeyOptions::default()).await
+    }
+
+    async fn join_with(
+        &self,
+        name: &str,
+        devnet: &Devnet,
+        environment: &[(&str, &str)],
+        key: AuthKeyOptions,
+    ) -> Node<'_> {
         let dir = self.dir.join(name);
         std::fs::create_dir(&dir).unwrap();
         let node = Node { stock: self, daemon: self.spawn(&dir, environment), dir };
         node.listens().await;
         let server = format!("--login-server={}", devnet.http_url());
-        let key = devnet.create_auth_key(AuthKeyOptions::default()).secret;
+        let key = devnet.create_auth_key(key).secret;
         let (key, name) = (format!("--auth-key={key}"), format!("--hostname={name}"));
         let (joined, text) = node.run(&["up", &server, &key, &name, "--timeout=20s"]).await;
         assert!(joined, "{text}\n{}", node.log());
