@@ -31,6 +31,7 @@ use crate::control::{self, Control};
 use crate::derp::{self, Regions};
 use crate::dial::Dialer;
 use crate::fds::Names as NameFds;
+use crate::intake::Intake;
 use crate::names::{self, Names};
 use crate::reason::Ending;
 use crate::rpc::Command;
@@ -95,6 +96,9 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
                     }
                 }
             }
+            Command::Turn(answer) => {
+                let _ = answer.send(());
+            }
             Command::SetUnderlay(_) => {}
             Command::SetRouting(_, answer) => {
                 let _ = answer.send(board.read());
@@ -139,6 +143,7 @@ struct Driver {
     from_tun: Batch<()>,
     from_udp: Batch<SocketAddr>,
     drops: Drops,
+    intake: Intake,
     dialer: Dialer,
     control: Control,
     derp: Regions,
@@ -252,16 +257,27 @@ impl Driver {
         let now = Instant::now();
         match wake {
             Wake::Packets => {
+                self.intake.tun_packets += u64::try_from(self.from_tun.len()).unwrap_or(0);
                 self.engine.handle_tun(&mut self.from_tun, now, &mut self.outbox);
                 self.from_tun.clear();
             }
             Wake::Datagrams => {
+                self.intake.others += u64::try_from(self.from_udp.len()).unwrap_or(0);
                 self.engine.handle_udp(&mut self.from_udp, now, &mut self.outbox);
                 self.from_udp.clear();
             }
-            Wake::Names(event) => self.names.handle(event, &mut self.engine, now),
-            Wake::Control(event) => self.handle_control(event, now),
-            Wake::Derp(message) => self.handle_derp(message, now),
+            Wake::Names(event) => {
+                self.intake.others += 1;
+                self.names.handle(event, &mut self.engine, now);
+            }
+            Wake::Control(event) => {
+                self.intake.others += 1;
+                self.handle_control(event, now);
+            }
+            Wake::Derp(message) => {
+                self.intake.others += 1;
+                self.handle_derp(message, now);
+            }
             Wake::Resolved(host, addresses) => {
                 self.engine.handle_resolved(&host, &addresses, now, &mut self.outbox);
             }
@@ -451,6 +467,9 @@ impl Driver {
 
     fn handle_command(&mut self, command: Command, now: Instant) {
         match command {
+            Command::Turn(answer) => {
+                let _ = answer.send(());
+            }
             Command::Start(_, answer) => {
                 let _ = answer.send(Err("this engine was started already".to_owned()));
             }

@@ -11,6 +11,7 @@ mod dial;
 mod driver;
 mod fds;
 mod http1;
+mod intake;
 mod log;
 mod names;
 mod proxy;

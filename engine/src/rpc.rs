@@ -29,6 +29,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A call that the driver answers.
 #[derive(Debug)]
 pub(crate) enum Command {
+    /// Answered by the loop's next turn.
+    Turn(oneshot::Sender<()>),
     Start(Box<StartRequest>, oneshot::Sender<Result<(), String>>),
     SetUnderlay(Underlay),
     SetRouting(Routing, oneshot::Sender<EngineStatus>),
@@ -122,6 +124,8 @@ const ENDING: &str = "the engine is ending";
 
 impl Engine for Service {
     async fn hello(self, _: Context) -> Hello {
+        // An engine that is ending is not one that hangs.
+        self.ask(Command::Turn).await.unwrap_or_default();
         Hello {
             version: PROTO_VERSION,
             build: env!("CARGO_PKG_VERSION").to_owned(),
@@ -220,5 +224,30 @@ mod tests {
         assert!(pending.await.unwrap().is_err(), "the older connection was closed");
         server.abort();
         driver.abort();
+    }
+
+    #[tokio::test]
+    async fn a_heartbeat_is_answered_by_the_loop_alone() {
+        let (commands, mut calls) = mpsc::channel(COMMAND_QUEUE);
+        let service = Service { board: Board::new(Vec::new()), commands };
+        let beat = tokio::spawn(service.clone().hello(context::current()));
+        let waits = calls.recv().await.unwrap();
+        assert_eq!(service.clone().watch(context::current(), 0).await.seq, 1, "the socket answers");
+        assert!(!beat.is_finished(), "the loop stands still");
+        if let Command::Turn(answer) = waits {
+            answer.send(()).unwrap();
+        }
+        assert_eq!(beat.await.unwrap().pid, std::process::id());
+        let turning = tokio::spawn(async move {
+            while let Some(call) = calls.recv().await {
+                let Command::Turn(answer) = call else { continue };
+                answer.send(()).unwrap();
+            }
+        });
+        assert_eq!(service.clone().hello(context::current()).await.pid, std::process::id());
+        turning.abort();
+        let _ = turning.await;
+        // An engine on its way out is not one that hangs.
+        assert_eq!(service.hello(context::current()).await.pid, std::process::id());
     }
 }

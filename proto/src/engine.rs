@@ -12,7 +12,8 @@ use crate::secret::{SecretKey, SecretString};
 /// Served by an engine, one connection at a time from its supervisor.
 #[tarpc::service]
 pub trait Engine {
-    /// Who is there. Always the first call.
+    /// Who is there. Always the first call, and the heartbeat after it: the answer comes from the loop that moves
+    /// the packets, so that one which stands still is silent here too.
     async fn hello() -> Hello;
     /// Gives the engine its identity and starts the node. Once per process; a second call is refused.
     async fn start(request: StartRequest) -> Result<(), String>;
@@ -335,6 +336,11 @@ pub struct Verdict {
 /// Counters since the engine's start and gauges of now.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineMetrics {
+    /// Packets read from the TUN, whatever became of them.
+    pub tun_packets: u64,
+    /// What came in to be worked on, of use or not: packets from the TUN, datagrams, relayed messages, calls,
+    /// and every 256 bytes of the control stream.
+    pub inputs: u64,
     /// Plaintext from the pod.
     pub tx_packets: u64,
     /// Plaintext from the pod.

@@ -8,10 +8,11 @@
 use std::io;
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use podtether_net::link::{DnsSockets, TUN_NAME};
@@ -23,6 +24,7 @@ use tokio::net::unix::pipe;
 
 use crate::engine::{ANSWER_WITHIN, Home, within};
 use crate::record::Attachment;
+use crate::restart::Cause;
 use crate::spawn::Process;
 use crate::trace::{self, Trace};
 
@@ -35,6 +37,8 @@ pub struct Adopted {
     pub client: EngineClient,
     /// What it said.
     pub hello: Hello,
+    /// The uid it runs under.
+    pub uid: u32,
     /// When it was started.
     pub since: Instant,
     /// Duplicates of its descriptors.
@@ -56,40 +60,67 @@ pub struct Descriptors {
     pub udp6: Option<UdpSocket>,
 }
 
-/// Looks for the engine of `record`. An error says why there is none, as a sentence's end; a process that
-/// was there is gone by then.
+/// Why no engine was taken up, as a sentence's end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotAdopted {
+    /// There was none.
+    None(String),
+    /// There was one, and it was killed.
+    Killed(String),
+}
+
+/// How long a killed process may take to be gone: one that the kernel holds on to is not waited for.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
+/// Looks for the engine of `record`; `uid` is what it would be given now, beside the recorded one.
 ///
 /// # Errors
-/// See above.
-pub async fn adopt(home: &Home, record: &Attachment, link_netns: &Path) -> Result<Adopted, String> {
-    let trace = trace::read(home.dir()).ok_or("no process was started")?;
-    let process = find(&trace).ok_or_else(|| format!("process {} has ended", trace.pid))?;
-    match believe(&process, &trace, home, record, link_netns).await {
-        Ok((client, hello, descriptors)) => {
-            let output = reopen(&process).map_err(|e| format!("its output cannot be read: {e}"));
-            match output {
-                Ok(output) => {
-                    let since = Instant::now().checked_sub(age(&trace)).unwrap_or_else(Instant::now);
-                    Ok(Adopted { process: Arc::new(process), client, hello, since, descriptors, output })
-                }
-                Err(why) => Err(end(&process, &why).await),
-            }
+/// There is none, or none that can be believed.
+pub async fn adopt(
+    home: &Home,
+    record: &Attachment,
+    uid: Option<u32>,
+    link_netns: &Path,
+) -> Result<Adopted, NotAdopted> {
+    let none = |why: String| NotAdopted::None(why);
+    let trace = trace::read(home.dir()).ok_or_else(|| none("no process was started".into()))?;
+    let process = find(&trace).ok_or_else(|| none(format!("process {} has ended", trace.pid)))?;
+    let believed = async {
+        let (client, hello, uid, descriptors) =
+            believe(&process, &trace, home, record, uid, link_netns).await?;
+        let output = reopen(&process).map_err(|e| format!("its output cannot be read: {e}"))?;
+        Ok::<_, String>((client, hello, uid, descriptors, output))
+    };
+    match believed.await {
+        Ok((client, hello, uid, descriptors, output)) => {
+            let since = Instant::now().checked_sub(age(&trace)).unwrap_or_else(Instant::now);
+            Ok(Adopted { process: Arc::new(process), client, hello, uid, since, descriptors, output })
         }
-        Err(why) => Err(end(&process, &why).await),
+        Err(why) => {
+            end(&process, Cause::Unbelieved).await;
+            Err(NotAdopted::Killed(format!("process {} was killed: {why}", process.pid())))
+        }
     }
 }
 
-/// Ends a process that a trace in `dir` tells of, if it still lives.
-pub async fn end_left_behind(dir: &Path) {
-    if let Some(process) = trace::read(dir).as_ref().and_then(find) {
-        end(&process, "no record names it").await;
-    }
+/// Kills the processes that traces in `dirs` tell of, all at once, and waits a while until they are gone.
+/// Their pids.
+pub async fn end_left_behind(dirs: &[PathBuf]) -> Vec<u32> {
+    let living = |dir: &PathBuf| trace::read(dir).as_ref().and_then(find);
+    let processes: Vec<Process> = dirs.iter().filter_map(living).collect();
+    join_all(processes.iter().map(|process| end(process, Cause::NoRecord))).await;
+    processes.iter().map(Process::pid).collect()
 }
 
-async fn end(process: &Process, why: &str) -> String {
-    process.kill();
-    process.ended().await;
-    format!("process {} was killed: {why}", process.pid())
+async fn end(process: &Process, cause: Cause) {
+    process.kill(cause);
+    if tokio::time::timeout(GONE_WITHIN, process.ended()).await.is_err() {
+        let pid = process.pid();
+        tracing::error!(
+            pid,
+            "a killed engine is still there after {GONE_WITHIN:?}: the kernel holds on to it"
+        );
+    }
 }
 
 /// The living process that left `trace`. Its pidfd is opened before it is looked at, so that it cannot become
@@ -106,8 +137,9 @@ async fn believe(
     trace: &Trace,
     home: &Home,
     record: &Attachment,
+    uid: Option<u32>,
     link_netns: &Path,
-) -> Result<(EngineClient, Hello, Descriptors), String> {
+) -> Result<(EngineClient, Hello, u32, Descriptors), String> {
     let stream = tokio::net::UnixStream::connect(home.socket())
         .await
         .map_err(|e| format!("nobody listens on its socket: {e}"))?;
@@ -116,7 +148,8 @@ async fn believe(
     if pid != Some(process.pid()) {
         return Err(format!("its socket belongs to process {pid:?}"));
     }
-    if record.uid.is_some_and(|uid| uid != peer.uid()) {
+    // A supervisor that started it with another uid than before may have died before it wrote that down.
+    if record.uid.is_some_and(|recorded| recorded != peer.uid()) && uid != Some(peer.uid()) {
         return Err(format!("its socket belongs to uid {}", peer.uid()));
     }
     let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
@@ -138,7 +171,7 @@ async fn believe(
         return Err("its pod's questions for names were not led to it yet".to_owned());
     }
     let descriptors = take_back(process, trace, record, link_netns).map_err(|e| e.to_string())?;
-    Ok((client, hello, descriptors))
+    Ok((client, hello, peer.uid(), descriptors))
 }
 
 /// Duplicates of the descriptors, each looked at: an engine that was broken into may have put others at

@@ -149,6 +149,16 @@ impl Context {
     }
 }
 
+/// Uid for the next engine of a pod whose record has `recorded` and whose slot gives `own` now. A record owns
+/// its uid; another one is taken only when nobody has it.
+#[must_use]
+pub fn next_uid(recorded: Option<u32>, own: Option<u32>, is_taken: impl Fn(u32) -> bool) -> Option<u32> {
+    match (recorded, own) {
+        (Some(recorded), Some(own)) if recorded != own && is_taken(own) => Some(recorded),
+        (_, own) => own,
+    }
+}
+
 /// True when this process may change to `base` and to all ids an engine could get after it.
 fn own_uids(base: u32) -> bool {
     use caps::{CapSet, Capability};
@@ -173,7 +183,18 @@ fn maps(map: &str, base: u32, count: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::maps;
+    use super::{maps, next_uid};
+
+    #[test]
+    fn a_changed_base_gives_no_two_engines_one_uid() {
+        let free = |_| false;
+        let taken = |_| true;
+        assert_eq!(next_uid(Some(200_005), Some(300_005), free), Some(300_005));
+        assert_eq!(next_uid(Some(200_005), Some(200_002), taken), Some(200_005), "another pod still has it");
+        assert_eq!(next_uid(Some(200_005), Some(200_005), taken), Some(200_005), "its own");
+        assert_eq!(next_uid(Some(200_005), None, free), None, "ids are not mapped any more");
+        assert_eq!(next_uid(None, Some(200_005), free), Some(200_005), "ids are mapped by now");
+    }
 
     #[test]
     fn id_maps() {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MAX};
-use podtether_proto::exit::{EngineExit, ExitReason};
+use podtether_proto::exit::ExitReason;
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
 use tarpc::{client, context};
@@ -22,7 +22,7 @@ use tokio::sync::mpsc;
 
 use crate::distrust::{self, Pace};
 use crate::output;
-use crate::restart::Ended;
+use crate::restart::{Cause, Ended};
 use crate::spawn::Process;
 
 /// How often an engine has to answer.
@@ -238,17 +238,20 @@ async fn conclude<M>(
         // The connection goes a moment before the process does: let it say itself how it ended.
         Verdict::Lost(why) => match tokio::time::timeout(Duration::from_millis(200), process.ended()).await {
             Ok(ended) => (ended, String::new()),
-            Err(_) => (kill(process).await, why),
+            Err(_) => (kill(process, Cause::Disconnected).await, why),
         },
-        Verdict::Silent(why) => (kill(process).await, why),
-        Verdict::Refused(why) => {
-            kill(process).await;
-            (Ended::Exit(EngineExit::BadConfig), why)
+        Verdict::Silent(call) => {
+            let doing = doing(process.pid());
+            (
+                kill(process, Cause::Silent).await,
+                format!("the engine did not answer {call} in time ({doing}) and was killed"),
+            )
         }
+        Verdict::Refused(why) => (kill(process, Cause::Refused).await, why),
     };
     if let Some(told) = home.read_reason() {
         // A process that wrote its reason and was killed on its way out did exit by choice.
-        if ended == Ended::Crash && reason.is_empty() {
+        if matches!(ended, Ended::Crash | Ended::Killed(_)) && reason.is_empty() {
             ended = Ended::Exit(told.exit);
         }
         if reason.is_empty() {
@@ -259,6 +262,7 @@ async fn conclude<M>(
         reason = match &ended {
             Ended::Exit(exit) => format!("the engine exited ({exit:?})"),
             Ended::Crash => "the engine crashed".into(),
+            Ended::Killed(cause) => killed_because(*cause).into(),
             Ended::ForbiddenCall => "the engine made a forbidden system call and was killed: it may have been broken \
                                      into, or calls.toml lacks one; the kernel's log names the call (type=1326)"
                 .into(),
@@ -272,16 +276,44 @@ enum Verdict {
     Died(Ended),
     /// The connection broke.
     Lost(String),
-    /// No answer in time.
+    /// No answer in time to this call.
     Silent(String),
     /// It does not take its start request.
     Refused(String),
 }
 
-async fn kill(process: &Process) -> Ended {
-    process.kill();
-    process.ended().await;
-    Ended::Crash
+async fn kill(process: &Process, cause: Cause) -> Ended {
+    process.kill(cause);
+    process.ended().await
+}
+
+/// What the kernel says a process is at that does not answer: what to look for differs.
+fn doing(pid: u32) -> &'static str {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    match stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next()) {
+        Some('R') => "it was running",
+        Some('S') => "it was asleep",
+        Some('D') => "it was in the kernel",
+        Some('T' | 't') => "it was stopped",
+        _ => "it was ending",
+    }
+}
+
+/// One sentence, where nothing more is known.
+fn killed_because(cause: Cause) -> &'static str {
+    match cause {
+        Cause::Silent => "the engine did not answer and was killed",
+        Cause::Disconnected => "the connection to the engine broke and it was killed",
+        Cause::Refused => "the engine did not take its start request and was killed",
+        Cause::Runaway => "the engine used a processor up without work that would explain it and was killed",
+        Cause::Unread => "the engine left its pod's packets in the TUN's queue and was killed",
+        Cause::LinkRemade => "the engine was killed because its link has to be made anew",
+        Cause::Unbelieved => "the engine of an earlier supervisor could not be believed and was killed",
+        Cause::NoRecord => "the engine was killed because no record names it",
+        Cause::NoIdentity => "the engine was killed because its pod's identity is lost",
+        Cause::Removed => "the engine was ended because its pod leaves",
+        Cause::Replaced => "the engine was killed because another one was asked for and it did not end",
+    }
 }
 
 async fn session<M>(
@@ -350,9 +382,7 @@ async fn heartbeat(client: &EngineClient) -> Verdict {
 
 fn broken(call: &str, e: &client::RpcError) -> Verdict {
     match e {
-        client::RpcError::DeadlineExceeded => {
-            Verdict::Silent(format!("the engine did not answer {call} in time and was killed"))
-        }
+        client::RpcError::DeadlineExceeded => Verdict::Silent(call.to_owned()),
         client::RpcError::Shutdown
         | client::RpcError::Send(_)
         | client::RpcError::Channel(_)

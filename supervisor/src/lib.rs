@@ -14,6 +14,7 @@ pub mod detach;
 pub mod distrust;
 pub mod dns;
 pub mod engine;
+pub mod guard;
 pub mod hostname;
 pub mod http;
 pub mod log;

@@ -33,8 +33,10 @@ pub struct Counters {
     pub add_seconds: Histogram,
     /// Auth keys asked for.
     pub mints: IntCounter,
-    /// Ends of engines nobody asked for, by kind.
+    /// Ends of engines, by [kind](crate::restart::kind).
     pub engine_exits: IntCounterVec,
+    /// Links that were repaired under a living engine, by what was wrong.
+    pub link_repairs: IntCounterVec,
     /// Engines looked for that an earlier supervisor may have left, by what was found.
     pub adoptions: IntCounterVec,
     /// Time from an engine's death to its successor's start.
@@ -74,9 +76,13 @@ impl Counters {
             "Time from an engine's death to the start of its successor.",
             &[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0],
         )?;
-        let options = Opts::new("podtether_engine_exits_total", "Engines that ended unasked, by kind.");
+        let options = Opts::new("podtether_engine_exits_total", "Engines that ended, by kind.");
         let engine_exits = IntCounterVec::new(options, &["kind"])?;
         registry.register(Box::new(engine_exits.clone()))?;
+        let options =
+            Opts::new("podtether_link_repairs_total", "Links that were repaired, by what was wrong.");
+        let link_repairs = IntCounterVec::new(options, &["fault"])?;
+        registry.register(Box::new(link_repairs.clone()))?;
         let options =
             Opts::new("podtether_refused_total", "Calls and records that cannot be used, by reason.");
         let refused = IntCounterVec::new(options, &["reason"])?;
@@ -96,6 +102,7 @@ impl Counters {
             add_seconds,
             mints,
             engine_exits,
+            link_repairs,
             recovery_seconds,
             refused,
         })

@@ -1,4 +1,5 @@
-//! What happens after an engine ends: a pure function of how it ended and how it had lived.
+//! What happens after an engine ends, and what its end is called: pure functions of how it ended and how it
+//! had lived.
 //!
 //! An engine that had answered for [`HEALTHY_AFTER`] restarts at once, however often that happens:
 //! its pod loses milliseconds. Deaths before that back off, 100 ms doubling to 30 s with jitter, and
@@ -20,17 +21,138 @@ pub const MAX_DELAY: Duration = Duration::from_secs(30);
 /// which control refuses must not drain the API's rate limit.
 pub const KEYS_AT_ONCE: u32 = 2;
 
+/// Why this supervisor kills an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// It did not answer in time: it hangs, or its loop stands still.
+    Silent,
+    /// Its connection broke, and it lived on: somebody else called it, or what it says makes no sense.
+    Disconnected,
+    /// It does not take its start request, or speaks another version.
+    Refused,
+    /// It used a processor up without work that would explain it.
+    Runaway,
+    /// It left its pod's packets in the TUN's queue.
+    Unread,
+    /// Its link has to be made anew, and it holds descriptors of the old one.
+    LinkRemade,
+    /// A living engine of an earlier supervisor, not everything about which agreed.
+    Unbelieved,
+    /// No record names it.
+    NoRecord,
+    /// Its pod's identity is lost.
+    NoIdentity,
+    /// Its pod leaves.
+    Removed,
+    /// Somebody asked for another one, and it did not end by itself in time.
+    Replaced,
+}
+
+impl Cause {
+    /// Every one, for tables.
+    pub const ALL: [Self; 11] = [
+        Self::Silent,
+        Self::Disconnected,
+        Self::Refused,
+        Self::Runaway,
+        Self::Unread,
+        Self::LinkRemade,
+        Self::Unbelieved,
+        Self::NoRecord,
+        Self::NoIdentity,
+        Self::Removed,
+        Self::Replaced,
+    ];
+
+    /// For metrics and status.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Silent => "silent",
+            Self::Disconnected => "disconnected",
+            Self::Refused => "refused",
+            Self::Runaway => "runaway",
+            Self::Unread => "unread",
+            Self::LinkRemade => "link_remade",
+            Self::Unbelieved => "unbelieved",
+            Self::NoRecord => "no_record",
+            Self::NoIdentity => "no_identity",
+            Self::Removed => "removed",
+            Self::Replaced => "replaced",
+        }
+    }
+
+    /// Whether an operator or the runtime wanted it.
+    #[must_use]
+    pub fn is_wish(self) -> bool {
+        matches!(self, Self::Removed | Self::Replaced)
+    }
+}
+
 /// How an engine ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
     /// By its own choice.
     Exit(EngineExit),
-    /// Signal, panic, unknown code, or killed because it did not answer.
+    /// Signal, panic or unknown code.
     Crash,
+    /// Killed by this supervisor.
+    Killed(Cause),
     /// Killed by the kernel for a system call that its sandbox forbids.
     ForbiddenCall,
     /// It could not be spawned at all.
     NotSpawned,
+}
+
+/// One word for an end, the label `kind` of `podtether_engine_exits_total`. `memory`: the kernel had killed
+/// in the engine's memory cgroup since it began.
+#[must_use]
+pub fn kind(ended: &Ended, memory: bool) -> &'static str {
+    match ended {
+        Ended::Crash if memory => "memory",
+        Ended::Crash => "crash",
+        Ended::Killed(cause) => cause.name(),
+        Ended::ForbiddenCall => "forbidden_call",
+        Ended::NotSpawned => "not_spawned",
+        Ended::Exit(EngineExit::Stopped) => "stopped",
+        Ended::Exit(EngineExit::BadConfig) => "bad_config",
+        Ended::Exit(EngineExit::KeyRejected) => "key_rejected",
+        Ended::Exit(EngineExit::NodeKeyExpired) => "node_key_expired",
+        Ended::Exit(EngineExit::NodeUnknown) => "node_unknown",
+        Ended::Exit(EngineExit::Sandbox) => "sandbox",
+        Ended::Exit(EngineExit::LinkLost) => "link_lost",
+        Ended::Exit(EngineExit::Orphaned) => "orphaned",
+        Ended::Exit(EngineExit::NewPorts) => "new_ports",
+    }
+}
+
+/// Whether an end was wanted by whoever runs the node, and so is no warning. `asked`: the supervisor had told
+/// the engine to stop.
+#[must_use]
+pub fn is_wish(ended: &Ended, asked: bool) -> bool {
+    match ended {
+        Ended::Killed(cause) => cause.is_wish(),
+        Ended::Exit(EngineExit::Stopped) => true,
+        Ended::Exit(EngineExit::NodeKeyExpired | EngineExit::NodeUnknown) => asked,
+        Ended::Exit(_) | Ended::Crash | Ended::ForbiddenCall | Ended::NotSpawned => false,
+    }
+}
+
+/// How a process ended whose wait status is `status`, `None` when the kernel does not tell; `killed` is why
+/// this supervisor killed it, if it did.
+#[must_use]
+pub fn of_status(status: Option<i32>, killed: Option<Cause>) -> Ended {
+    let by_us = killed.map_or(Ended::Crash, Ended::Killed);
+    let Some(status) = status else { return by_us };
+    if libc::WIFEXITED(status) {
+        return EngineExit::from_code(libc::WEXITSTATUS(status)).map_or(Ended::Crash, Ended::Exit);
+    }
+    match libc::WTERMSIG(status) {
+        // What seccomp kills a process with.
+        libc::SIGSYS => Ended::ForbiddenCall,
+        libc::SIGKILL => by_us,
+        _ => Ended::Crash,
+    }
 }
 
 /// What the past says.
@@ -84,7 +206,7 @@ pub fn decide(
     let delay = after_death(history.early_deaths);
     match ended {
         Ended::Exit(EngineExit::Stopped) if asked => (Next::Stop, Duration::ZERO),
-        Ended::Exit(EngineExit::BadConfig) => (Next::Stop, Duration::ZERO),
+        Ended::Exit(EngineExit::BadConfig) | Ended::Killed(Cause::Refused) => (Next::Stop, Duration::ZERO),
         Ended::Exit(EngineExit::KeyRejected) => {
             let delay = key_delay(history, after_death);
             (Next::NewKey, delay)
@@ -102,6 +224,7 @@ pub fn decide(
         Ended::Exit(EngineExit::Sandbox) => (Next::Restart, delay.max(jittered(FIRST_DELAY, random))),
         Ended::Exit(EngineExit::Stopped | EngineExit::Orphaned | EngineExit::NewPorts)
         | Ended::Crash
+        | Ended::Killed(_)
         | Ended::ForbiddenCall
         | Ended::NotSpawned => (Next::Restart, delay),
     }
@@ -149,6 +272,12 @@ mod tests {
             (Ended::ForbiddenCall, false, 1000, Next::Restart, 0),
             (Ended::ForbiddenCall, false, 999, Next::Restart, 100),
             (Ended::Crash, false, 999, Next::Restart, 100),
+            (Ended::Killed(Cause::Silent), false, 999, Next::Restart, 100),
+            (Ended::Killed(Cause::Silent), false, 60_000, Next::Restart, 0),
+            (Ended::Killed(Cause::Runaway), false, 60_000, Next::Restart, 0),
+            (Ended::Killed(Cause::Unread), false, 60_000, Next::Restart, 0),
+            (Ended::Killed(Cause::LinkRemade), true, 60_000, Next::Restart, 0),
+            (Ended::Killed(Cause::Refused), false, 5000, Next::Stop, 0),
             (Ended::Crash, false, 0, Next::Restart, 100),
             (Ended::NotSpawned, false, 0, Next::Restart, 100),
             (Ended::Exit(Stopped), true, 5000, Next::Stop, 0),
@@ -167,6 +296,61 @@ mod tests {
             let got =
                 decide(&ended, asked, Some(Duration::from_millis(answered)), &mut History::default(), MID);
             assert_eq!(got, (next, Duration::from_millis(delay)), "{ended:?} asked={asked} {answered} ms");
+        }
+    }
+
+    #[test]
+    fn every_end_has_a_name_of_its_own_and_wishes_are_told_apart() {
+        use EngineExit::*;
+        let mut seen = std::collections::HashSet::new();
+        let own = EngineExit::ALL.map(Ended::Exit).into_iter().chain(Cause::ALL.map(Ended::Killed));
+        for ended in own.chain([Ended::Crash, Ended::ForbiddenCall, Ended::NotSpawned]) {
+            assert!(seen.insert(kind(&ended, false)), "{ended:?}: {}", kind(&ended, false));
+        }
+        assert!(seen.insert(kind(&Ended::Crash, true)));
+        assert_eq!(kind(&Ended::Crash, true), "memory");
+        // The kernel kills in a cgroup of 32 MiB what this supervisor has killed already: the first reason counts.
+        assert_eq!(kind(&Ended::Killed(Cause::Silent), true), "silent");
+        for (ended, asked, wish) in [
+            (Ended::Killed(Cause::Removed), true, true),
+            (Ended::Killed(Cause::Replaced), true, true),
+            (Ended::Exit(Stopped), true, true),
+            (Ended::Exit(Stopped), false, true),
+            (Ended::Exit(NodeKeyExpired), true, true),
+            (Ended::Exit(NodeKeyExpired), false, false),
+            (Ended::Killed(Cause::Silent), false, false),
+            (Ended::Killed(Cause::LinkRemade), true, false),
+            (Ended::Killed(Cause::Unbelieved), false, false),
+            (Ended::Killed(Cause::NoRecord), false, false),
+            (Ended::Crash, true, false),
+            (Ended::ForbiddenCall, false, false),
+        ] {
+            assert_eq!(is_wish(&ended, asked), wish, "{ended:?} asked={asked}");
+        }
+    }
+
+    #[test]
+    fn a_wait_status_tells_how_it_was() {
+        let exited = |code: i32| Some(code << 8);
+        let killed = |signal: i32| Some(signal);
+        let dumped = |signal: i32| Some(signal | 0x80);
+        let silent = Some(Cause::Silent);
+        for (status, cause, ended) in [
+            (exited(0), None, Ended::Exit(EngineExit::Stopped)),
+            (exited(71), None, Ended::Exit(EngineExit::LinkLost)),
+            (exited(71), silent, Ended::Exit(EngineExit::LinkLost)),
+            (exited(101), None, Ended::Crash),
+            (exited(101), silent, Ended::Crash),
+            (killed(libc::SIGKILL), None, Ended::Crash),
+            (killed(libc::SIGKILL), silent, Ended::Killed(Cause::Silent)),
+            (killed(libc::SIGSYS), None, Ended::ForbiddenCall),
+            (dumped(libc::SIGSYS), silent, Ended::ForbiddenCall),
+            (dumped(libc::SIGABRT), silent, Ended::Crash),
+            (killed(libc::SIGSEGV), None, Ended::Crash),
+            (None, None, Ended::Crash),
+            (None, silent, Ended::Killed(Cause::Silent)),
+        ] {
+            assert_eq!(of_status(status, cause), ended, "{status:?} {cause:?}");
         }
     }
 

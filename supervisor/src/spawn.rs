@@ -12,13 +12,12 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::OnceLock;
 
 use nix::sys::signal::Signal;
-use podtether_proto::exit::EngineExit;
 use podtether_proto::fds;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
 
-use crate::restart::Ended;
+use crate::restart::{self, Cause, Ended};
 
 /// Room for the descriptors an engine is born with.
 const MAX_FDS: usize = 64;
@@ -45,10 +44,14 @@ pub struct Birth<'a> {
 pub struct Process {
     pid: u32,
     pidfd: AsyncFd<OwnedFd>,
-    /// Only a parent learns how a process ended.
+    /// Of this process; whose parent is another tells how it ended only where the kernel says so.
     child: bool,
+    /// When it was forked, clock ticks since boot.
+    start_ticks: Option<u64>,
     /// Set by the first to learn it: who reaps the child takes its status away from the others.
     ended: OnceLock<Ended>,
+    /// Why this supervisor killed it.
+    killed: OnceLock<Cause>,
 }
 
 /// Starts an engine. The child carries the output pipes; [`Process`] tells how it ends.
@@ -183,7 +186,9 @@ impl Process {
         let pidfd = pidfd_open(pid)?;
         // SAFETY: an OwnedFd gives the same open descriptor for as long as it lives.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
-        Ok(Process { pid, pidfd, child, ended: OnceLock::new() })
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let start_ticks = crate::trace::parse_stat(&stat).map(|(_, start_ticks)| start_ticks);
+        Ok(Process { pid, pidfd, child, start_ticks, ended: OnceLock::new(), killed: OnceLock::new() })
     }
 
     /// A duplicate of the process's descriptor `number`.
@@ -222,26 +227,53 @@ impl Process {
             }
             let Ok(mut ready) = self.pidfd.readable().await else { return Ended::Crash };
             let pidfd = self.pidfd.get_ref().as_fd();
-            match if self.child { peek(pidfd) } else { gone(pidfd).then_some(Ended::Crash) } {
+            let killed = self.killed.get().copied();
+            let ended = if self.child {
+                peek(pidfd, killed)
+            } else {
+                gone(pidfd).then(|| restart::of_status(self.status_of_another(), killed))
+            };
+            match ended {
                 Some(ended) => return self.ended.get_or_init(|| ended).clone(),
                 None => ready.clear_ready(),
             }
         }
     }
 
+    /// The wait status of an ended process whose parent is another: from `/proc` while nobody has reaped it,
+    /// from its pidfd after that, which Linux 6.15 began to tell.
+    fn status_of_another(&self) -> Option<i32> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        let start_ticks = crate::trace::parse_stat(&stat).map(|(_, start_ticks)| start_ticks);
+        if start_ticks.is_some()
+            && start_ticks == self.start_ticks
+            && let Some(status) = crate::trace::parse_exit(&stat)
+        {
+            return Some(status);
+        }
+        exit_info(self.pidfd.get_ref().as_fd())
+    }
+
+    /// The processor time it has used, and the time it could have run.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn used(&self) -> io::Result<crate::guard::Used> {
+        let used = crate::guard::Used::read(self.pid)?;
+        // Only then was it this process that was read of.
+        if self.has_ended() { Err(io::ErrorKind::NotFound.into()) } else { Ok(used) }
+    }
+
     /// Tells how the process ended, from whoever reaped it.
     pub fn reaped(&self, status: ExitStatus) {
         use std::os::unix::process::ExitStatusExt;
-        let ended = match (status.code().and_then(EngineExit::from_code), status.signal()) {
-            (Some(exit), _) => Ended::Exit(exit),
-            (None, Some(libc::SIGSYS)) => Ended::ForbiddenCall,
-            (None, _) => Ended::Crash,
-        };
+        let ended = restart::of_status(Some(status.into_raw()), self.killed.get().copied());
         let _ = self.ended.set(ended);
     }
 
-    /// Ends it now.
-    pub fn kill(&self) {
+    /// Ends it now. The first cause is the one that counts.
+    pub fn kill(&self, cause: Cause) {
+        let _ = self.killed.set(cause);
         let signal = Signal::SIGKILL as libc::c_int;
         let null: *const libc::siginfo_t = std::ptr::null();
         // SAFETY: the descriptor is ours, the pointer may be null; a process that is gone is ESRCH.
@@ -257,8 +289,38 @@ fn gone(pidfd: BorrowedFd<'_>) -> bool {
     poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
 }
 
-/// How the process ended, `None` while it lives.
-fn peek(pidfd: BorrowedFd<'_>) -> Option<Ended> {
+/// As the kernel has it (linux/pidfd.h), up to what Linux 6.15 has.
+#[repr(C)]
+#[derive(Debug, Default)]
+struct PidfdInfo {
+    mask: u64,
+    cgroup: u64,
+    /// pid, tgid, ppid, and eight ids.
+    ids: [u32; 11],
+    exit_code: i32,
+}
+
+/// `PIDFD_INFO_EXIT`: `exit_code` is asked for, or there.
+const INFO_EXIT: u64 = 1 << 3;
+
+nix::ioctl_readwrite!(
+    /// `PIDFD_GET_INFO`.
+    pidfd_get_info,
+    0xff,
+    11,
+    PidfdInfo
+);
+
+/// The wait status of a process that was reaped, if this kernel keeps it for holders of the pidfd.
+fn exit_info(pidfd: BorrowedFd<'_>) -> Option<i32> {
+    let mut info = PidfdInfo { mask: INFO_EXIT, ..PidfdInfo::default() };
+    // SAFETY: reads and writes one structure of the size that the number of the call names.
+    unsafe { pidfd_get_info(pidfd.as_raw_fd(), &raw mut info) }.ok()?;
+    (info.mask & INFO_EXIT != 0).then_some(info.exit_code)
+}
+
+/// How a child ended, `None` while it lives.
+fn peek(pidfd: BorrowedFd<'_>, killed: Option<Cause>) -> Option<Ended> {
     // SAFETY: siginfo_t is plain data for which all zeroes is a value.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let id = libc::id_t::try_from(pidfd.as_raw_fd()).ok()?;
@@ -266,25 +328,21 @@ fn peek(pidfd: BorrowedFd<'_>) -> Option<Ended> {
     // SAFETY: writes one siginfo_t.
     let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, flags) };
     if result != 0 {
-        // Reaped by somebody who did not tell: its code is lost, so it counts as a crash.
-        return Some(Ended::Crash);
+        // Reaped by somebody who did not tell.
+        return Some(restart::of_status(exit_info(pidfd), killed));
     }
     // SAFETY: waitid succeeded, so the field is set; zero means that it lives.
     let pid = unsafe { info.si_pid() };
     // SAFETY: as above.
     let status = unsafe { info.si_status() };
-    match (pid, info.si_code) {
-        (0, _) => None,
-        (_, libc::CLD_EXITED) => Some(EngineExit::from_code(status).map_or(Ended::Crash, Ended::Exit)),
-        // What seccomp kills a process with.
-        (_, libc::CLD_KILLED | libc::CLD_DUMPED) if status == libc::SIGSYS => Some(Ended::ForbiddenCall),
-        _ => Some(Ended::Crash),
-    }
+    let status = if info.si_code == libc::CLD_EXITED { (status & 0xff) << 8 } else { status };
+    (pid != 0).then(|| restart::of_status(Some(status), killed))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use podtether_proto::exit::EngineExit;
     use std::io::{Read, Seek, Write};
     use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
@@ -385,12 +443,46 @@ mod tests {
             cgroups: Vec::new(),
         })
         .unwrap();
-        process.kill();
-        assert_eq!(
-            tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap(),
-            Ended::Crash
-        );
+        process.kill(Cause::Silent);
+        process.kill(Cause::Removed);
+        let silent = Ended::Killed(Cause::Silent);
+        assert_eq!(tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap(), silent);
         child.wait().await.unwrap();
-        assert_eq!(process.ended().await, Ended::Crash, "asked again after the reaping");
+        assert_eq!(process.ended().await, silent, "asked again after the reaping");
+    }
+
+    #[tokio::test]
+    async fn how_another_parents_child_ended_is_told_before_and_after_it_is_reaped() {
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut version = kernel.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+        let tells = (version.next().unwrap(), version.next().unwrap()) >= (6, 15);
+        if !tells {
+            println!("SKIPPED after the reaping: Linux {kernel} does not tell");
+        }
+        for (end, expected) in [
+            ("kill -SYS $$", Ended::ForbiddenCall),
+            ("exit 71", Ended::Exit(EngineExit::LinkLost)),
+            ("exit 3", Ended::Crash),
+            ("kill -9 $$", Ended::Crash),
+        ] {
+            for reaped in [false, true] {
+                if reaped && !tells {
+                    continue;
+                }
+                let mut child = std::process::Command::new("sh")
+                    .args(["-c", &format!("read x; {end}")])
+                    .stdin(Stdio::piped())
+                    .spawn()
+                    .unwrap();
+                let process = Process::adopted(child.id()).unwrap();
+                drop(child.stdin.take());
+                if reaped {
+                    child.wait().unwrap();
+                }
+                let ended = tokio::time::timeout(Duration::from_secs(5), process.ended()).await.unwrap();
+                assert_eq!(ended, expected, "{end}, reaped {reaped}");
+                child.wait().unwrap();
+            }
+        }
     }
 }

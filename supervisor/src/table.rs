@@ -7,6 +7,7 @@
 
 mod attach;
 mod check;
+mod guard;
 mod identities;
 mod leave;
 mod outcome;
@@ -22,7 +23,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineClient, PING_MAX, PingKind, Pong, Underlay};
+use podtether_proto::engine::{EngineClient, EngineMetrics, PING_MAX, PingKind, Pong, Underlay};
 use podtether_proto::node::{
     AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Renewed,
     Routing, code,
@@ -36,7 +37,7 @@ use crate::engine::Event;
 use crate::metrics::Counters;
 use crate::plan::{Step, Wanted, plan};
 use crate::record::Aside;
-use crate::restart::jittered;
+use crate::restart::{Cause, jittered};
 use attach::pod_name;
 use identities::Identities;
 use pod::Pod;
@@ -80,6 +81,7 @@ enum Message {
     Step(AttachmentId, Step, Outcome),
     Engine(AttachmentId, u64, Event),
     NotIntercepted(AttachmentId, u64, String),
+    Worked(AttachmentId, u64, guard::Doubts, Box<EngineMetrics>),
     Wake(AttachmentId),
     Reaped(crate::record::IdentityKey, Result<(), String>),
     Underlay(Underlay),
@@ -248,6 +250,7 @@ struct Table {
     asides: Vec<Aside>,
     underlay: Underlay,
     epochs: u64,
+    rounds: guard::Rounds,
 }
 
 /// Loads the records, starts the table and takes up every pod again.
@@ -265,6 +268,7 @@ pub async fn start(context: Arc<Context>, underlay: Underlay, counters: Counters
         asides: Vec::new(),
         underlay,
         epochs: 0,
+        rounds: guard::Rounds::default(),
     };
     table.recover().await?;
     tokio::spawn(table.run(messages));
@@ -277,12 +281,14 @@ impl Table {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let message = tokio::select! {
+                // However many messages come.
                 biased;
-                message = messages.recv() => message,
                 _ = tick.tick() => {
                     self.reap();
+                    self.guard();
                     continue;
                 }
+                message = messages.recv() => message,
             };
             match message {
                 None => return,
@@ -327,6 +333,7 @@ impl Table {
                     engine.dns_problem = Some(why);
                 }
             }
+            Message::Worked(id, epoch, doubts, done) => self.worked(&id, epoch, doubts, &done),
             Message::Wake(id) => self.advance(&id),
             Message::Reaped(key, result) => self.reaped(&key, result),
             Message::Underlay(underlay) => self.underlay_changed(underlay),
@@ -451,9 +458,10 @@ impl Table {
                 self.run_step(id, step, steps::logout(client, process, patience));
             }
             Step::StopEngine => {
+                let cause = if pod.wanted == Wanted::Attached { Cause::LinkRemade } else { Cause::Removed };
                 if let Some(engine) = &mut pod.engine {
                     engine.asked = true;
-                    engine.process.kill();
+                    engine.process.kill(cause);
                 }
                 // Its end arrives as an event.
                 return false;

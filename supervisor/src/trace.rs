@@ -63,6 +63,16 @@ pub fn parse_stat(line: &str) -> Option<(u32, u64)> {
     Some((pid.parse().ok()?, start_ticks.parse().ok()?))
 }
 
+/// The wait status in a line of `/proc/PID/stat`, field 52; only of a process that has ended and was not
+/// reaped. `None` for zero, which stands there too when the reader may not know.
+#[must_use]
+pub fn parse_exit(line: &str) -> Option<i32> {
+    let (_, fields) = line.rsplit_once(") ")?;
+    let mut fields = fields.trim_end().split(' ');
+    let status = (fields.next()? == "Z").then(|| fields.nth(52 - 4)?.parse().ok())??;
+    (status != 0).then_some(status)
+}
+
 /// The id of this boot.
 ///
 /// # Errors
@@ -138,6 +148,16 @@ mod tests {
         for bad in ["", "1", "1 (x", "1 (x) S 1 2 3", "x (y) S 1 4 4 0 -1 4 1 0 0 0 1 2 0 0 2 0 1 0 9 1"] {
             assert_eq!(parse_stat(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn the_status_of_a_process_that_ended() {
+        let line = |state: &str, status: &str| format!("7 (a) b) {state} {} {status}\n", ["0"; 48].join(" "));
+        assert_eq!(parse_exit(&line("Z", "31")), Some(31));
+        assert_eq!(parse_exit(&line("Z", "18176")), Some(71 << 8));
+        assert_eq!(parse_exit(&line("Z", "0")), None);
+        assert_eq!(parse_exit(&line("S", "31")), None, "it lives");
+        assert_eq!(parse_exit("7 (a) Z 1 2"), None);
     }
 
     #[test]

@@ -87,7 +87,12 @@ fn a_supervisors_death_costs_no_packet_and_no_engine() {
             let again = rig.until("a", "taken up", settled).await;
             assert_eq!(again["enginePid"], reborn["enginePid"]);
             signal(pid(&again), libc::SIGSTOP);
-            rig.until("a", "replaced", |p| settled(p) && p["enginePid"] != again["enginePid"]).await;
+            let replaced =
+                rig.until("a", "replaced", |p| settled(p) && p["enginePid"] != again["enginePid"]).await;
+            assert!(http("/metrics").contains("podtether_engine_exits_total{kind=\"silent\"} 1"));
+            assert_eq!(replaced["lastExit"]["kind"], "silent");
+            let reason = replaced["lastExit"]["reason"].as_str().unwrap();
+            assert!(reason.contains("it was stopped"), "{reason}");
             reachable(&a, to);
             rig.kill();
             rig.start();
@@ -201,6 +206,7 @@ fn what_does_not_agree_is_ended_and_started_anew() {
             std::fs::write(&c, text.replace(names_line, &swapped)).unwrap();
             assert!(b.exists());
 
+            rig.stderr = Some(dir.join("log"));
             rig.start();
             rig.client().await;
             for (name, before) in names.iter().zip(&before) {
@@ -215,6 +221,16 @@ fn what_does_not_agree_is_ended_and_started_anew() {
                     assert_eq!(after[same], before[same], "{name}: {same}");
                 }
             }
+            // b and c; what was a's had ended, so nobody killed it.
+            let metrics = http("/metrics");
+            assert!(metrics.contains("podtether_engine_exits_total{kind=\"unbelieved\"} 2"), "{metrics}");
+            assert!(metrics.contains("podtether_engine_adoptions_total{found=\"killed\"} 2"), "{metrics}");
+            assert!(metrics.contains("podtether_engine_adoptions_total{found=\"none\"} 1"), "{metrics}");
+            assert_eq!(rig.pod("b")["lastExit"]["kind"], "unbelieved");
+            assert_eq!(rig.pod("d")["lastExit"], Value::Null);
+            let log = std::fs::read_to_string(dir.join("log")).unwrap();
+            let told = log.lines().filter(|l| l.contains("WARN") && l.contains("\"kind\":\"unbelieved\""));
+            assert_eq!(told.count(), 2, "{log}");
             assert!(lives(bystander.id()), "whoever has the pid of an engine that died is left alone");
             let mut bystander = bystander;
             bystander.kill().unwrap();
@@ -233,6 +249,7 @@ fn what_does_not_agree_is_ended_and_started_anew() {
             rig.client().await;
             rig.until("a", "settled", settled).await;
             assert!(!lives(pid(&d)));
+            assert!(http("/metrics").contains("podtether_engine_exits_total{kind=\"no_record\"} 1"));
             assert_eq!(rig.pod("d"), Value::Null);
             assert_eq!(traces(dir).len(), 3);
         });
@@ -269,6 +286,70 @@ fn an_engine_caught_before_it_was_told_who_it_is_does_not_stay() {
                 })
                 .collect();
             assert_eq!(engines, [pid(&pod)], "one engine after {restarts} rounds");
+        });
+    });
+}
+
+#[test]
+fn engines_keep_their_uids_when_the_configured_range_changes() {
+    in_namespaces("engines_keep_their_uids_when_the_configured_range_changes", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        let config = rig.config.clone();
+        rig.config = format!("{config}uid_base = 200000\n");
+        rig.start();
+        block_on(async {
+            for name in ["a", "b"] {
+                rig.netns(name).await;
+                rig.add(name).await.unwrap();
+            }
+            let before = [rig.until("a", "settled", settled).await, rig.until("b", "settled", settled).await];
+            rig.kill();
+            // One on: the next uid of the one is the uid of the other.
+            rig.config = format!("{config}uid_base = 200001\n");
+            rig.stderr = Some(dir.join("log"));
+            rig.start();
+            rig.client().await;
+            for (name, before) in ["a", "b"].iter().zip(&before) {
+                let after = rig.until(name, "taken up", settled).await;
+                for same in ["enginePid", "engineUid", "restarts"] {
+                    assert_eq!(after[same], before[same], "{name}: {same}");
+                }
+            }
+            // Without ids to give away there is nothing to change.
+            let own = before[0]["engineUid"].is_u64();
+            let log = std::fs::read_to_string(dir.join("log")).unwrap();
+            let told = log.lines().find(|line| line.contains("node.uid_base gives now"));
+            assert_eq!(
+                told.is_some_and(|line| line.contains("WARN") && line.contains("\"pods\":2")),
+                own,
+                "{log}"
+            );
+
+            let uid = |pod: &Value| pod["engineUid"].as_u64();
+            for _ in 0..2 {
+                for name in ["a", "b"] {
+                    let old = rig.until(name, "settled", settled).await;
+                    signal(pid(&old), libc::SIGKILL);
+                    let other = |p: &Value| settled(p) && p["enginePid"] != old["enginePid"];
+                    rig.until(name, "restarted", other).await;
+                    assert!(!own || uid(&rig.pod("a")) != uid(&rig.pod("b")), "two engines have one uid");
+                }
+            }
+            if own {
+                let uids = ["a", "b"].map(|name| uid(&rig.pod(name)).unwrap());
+                assert_eq!(uids.iter().min(), Some(&200_001), "{uids:?}");
+                assert_eq!(uids.iter().max(), Some(&200_002), "{uids:?}");
+                let proc = std::fs::read_to_string(format!("/proc/{}/status", pid(&rig.pod("a")))).unwrap();
+                assert!(proc.contains(&format!("Uid:\t{}", uids[0])), "{proc}");
+            }
+            // The new uids are the record's.
+            let before = rig.until("a", "settled", settled).await;
+            rig.kill();
+            rig.start();
+            rig.client().await;
+            let after = rig.until("a", "taken up", settled).await;
+            assert_eq!((&after["enginePid"], uid(&after)), (&before["enginePid"], uid(&before)));
         });
     });
 }

@@ -82,6 +82,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for NoiseStream<S> {
             let mut bytes = [0; READ_BYTES];
             let mut buffer = ReadBuf::new(&mut bytes);
             ready!(Pin::new(&mut this.inner).poll_read(cx, &mut buffer))?;
+            crate::intake::count_bytes(buffer.filled().len());
             if buffer.filled().is_empty() {
                 return Poll::Ready(Ok(()));
             }

@@ -64,6 +64,8 @@ impl Driver {
         let log = Some(("log_line", crate::log::dropped())).filter(|(_, n)| *n > 0);
         let status = self.engine.status();
         EngineMetrics {
+            tun_packets: self.intake.tun_packets,
+            inputs: self.intake.inputs(),
             tx_packets: counters.tx_packets,
             tx_bytes: counters.tx_bytes,
             rx_packets: counters.rx_packets,

@@ -21,6 +21,7 @@ use super::{Driver, Link};
 use crate::control::{Control, Identity, Timing};
 use crate::derp::Regions;
 use crate::dial::{ControlUrl, Dialer};
+use crate::intake::Intake;
 use crate::names::Names;
 use crate::proxy::Proxy;
 use crate::resolve::Resolver;
@@ -160,6 +161,7 @@ impl Checked {
             from_tun: Batch::new(),
             from_udp: Batch::new(),
             drops: Drops::default(),
+            intake: Intake::default(),
             dialer: self.dialer,
             control,
             derp,

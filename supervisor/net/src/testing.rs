@@ -1,10 +1,16 @@
 //! Help for tests on the real kernel.
 
 use std::future::Future;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use rtnetlink::LinkUnspec;
+
+use crate::error::Result;
 use crate::isolate;
+use crate::netlink::Netlink;
+use crate::netns::Netns;
 
 /// Names the test whose isolated process this is.
 const TEST: &str = "PODTETHER_TEST";
@@ -48,4 +54,13 @@ pub fn block_on<T>(future: impl Future<Output = T>) -> T {
         .build()
         .unwrap_or_else(|e| panic!("runtime: {e}"))
         .block_on(future)
+}
+
+/// Moves an interface into another namespace, as somebody with the rights might.
+///
+/// # Errors
+/// As the kernel says.
+pub async fn move_link(netlink: &Netlink, link: u32, to: &Netns) -> Result<()> {
+    let message = LinkUnspec::new_with_index(link).setns_by_fd(to.as_fd().as_raw_fd()).build();
+    netlink.set(message, || format!("move link {link} to another namespace")).await
 }

@@ -166,7 +166,12 @@ impl Table {
 
     fn free_slot(&self) -> u32 {
         let taken: std::collections::HashSet<u32> = self.pods.values().map(|p| p.record.slot).collect();
-        (0..).find(|slot| !taken.contains(slot)).unwrap_or(0)
+        // After a change of node.uid_base other slots may have the uid that this one would get.
+        let uids: std::collections::HashSet<u32> = self.pods.values().filter_map(|p| p.record.uid).collect();
+        let is_free = |slot: u32| {
+            !taken.contains(&slot) && self.context.uid(slot).is_none_or(|uid| !uids.contains(&uid))
+        };
+        (0..).find(|slot| is_free(*slot)).unwrap_or(0)
     }
 
     /// A new sandbox of the same pod gets the identity; the older attachment goes, the device stays.

@@ -19,6 +19,7 @@ use crate::cgroup::Hold;
 use crate::context::MTU;
 use crate::credentials::Key;
 use crate::dns::{self, Interception};
+use crate::guard::{Processor, Queue, Repairs};
 use crate::plan::{self, Observed, Records, Step, Wanted};
 use crate::record::{self, IdentityKey};
 use crate::restart::History;
@@ -96,6 +97,10 @@ pub(super) struct Running {
     pub(super) memory_kills: u64,
     /// Why the pod's DNS is not intercepted although it should be.
     pub(super) dns_problem: Option<String>,
+    pub(super) processor: Processor,
+    pub(super) queue: Queue,
+    /// Why it was killed, with figures.
+    pub(super) killed_for: Option<String>,
 }
 
 impl Running {
@@ -121,6 +126,16 @@ impl Running {
         let node = status.node.as_ref()?;
         (status.state == NodeState::Running && !node.addresses.is_empty()).then_some(&node.addresses)
     }
+}
+
+/// How an engine ended.
+#[derive(Debug, Clone)]
+pub(super) struct LastExit {
+    /// As the metric has it, see [`crate::restart::kind`].
+    pub(super) kind: &'static str,
+    /// One sentence.
+    pub(super) reason: String,
+    pub(super) at: Instant,
 }
 
 /// An ADD that has not been answered.
@@ -156,6 +171,7 @@ pub(super) struct Pod {
     pub(super) retry_at: Option<Instant>,
 
     pub(super) link: plan::Link,
+    pub(super) repairs: Repairs,
     pub(super) fds: Option<Arc<Fds>>,
     pub(super) underlay: Underlay,
     pub(super) configured: Option<Configured>,
@@ -206,6 +222,8 @@ pub(super) struct Pod {
     pub(super) notes: Vec<String>,
 
     pub(super) restarts: u64,
+    /// How its last engine ended.
+    pub(super) last_exit: Option<LastExit>,
     /// The last thing worth telling, in one sentence.
     pub(super) reason: String,
 }
@@ -224,6 +242,7 @@ impl Pod {
             failures: 0,
             retry_at: None,
             link: plan::Link::Absent,
+            repairs: Repairs::default(),
             fds: None,
             underlay: Underlay::default(),
             configured: None,
@@ -255,6 +274,7 @@ impl Pod {
             failure: None,
             notes: Vec::new(),
             restarts: 0,
+            last_exit: None,
             reason: String::new(),
         }
     }

@@ -1,5 +1,6 @@
 //! Engines: started, listened to, started again.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,17 +11,18 @@ use podtether_proto::node::{AttachmentId, code};
 
 use super::attach::{error, pod_name};
 use super::identities::Identity;
-use super::pod::{Pod, Running, Taken, Underlay};
+use super::pod::{LastExit, Pod, Running, Taken, Underlay};
 use super::{Message, Table, random};
-use crate::adopt::Adopted;
-use crate::context::{Context, MTU};
+use crate::adopt::{Adopted, NotAdopted};
+use crate::context::{self, Context, MTU};
 use crate::credentials::Credential;
 use crate::detach::Image;
 use crate::dns::Sockets;
 use crate::engine::{self, ANSWER_WITHIN, Event, Home, Reports, within};
+use crate::guard::{Processor, Queue};
 use crate::output;
 use crate::plan::{Link, Wanted};
-use crate::restart::{self, Ended, Next};
+use crate::restart::{self, Cause, Ended, Next};
 use crate::spawn::{self, Birth};
 
 /// No version of extra roots: whatever is in force is told.
@@ -32,6 +34,7 @@ impl Table {
     /// Spawns the engine of a pod. Nothing here waits for a disk: run_dir is a tmpfs.
     pub(super) fn start_engine(&mut self, id: &AttachmentId) -> bool {
         self.refresh_routing(id);
+        self.renew_uid(id);
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
         let told = Some(pod.engine_routing.clone());
@@ -62,6 +65,9 @@ impl Table {
                     interception: names.interception(&pod.record),
                     holds: Vec::new(),
                     memory_kills: self.context.cgroups.memory_kills(&pod.record.id),
+                    processor: Processor::default(),
+                    queue: Queue::default(),
+                    killed_for: None,
                 });
                 tokio::spawn(engine::attend(process, child, home, request, reports));
                 true
@@ -69,6 +75,9 @@ impl Table {
             Err(e) => {
                 pod.reason = format!("the engine could not be started: {e}");
                 tracing::error!(pod = pod.record.pod.name, "{}", pod.reason);
+                let kind = restart::kind(&Ended::NotSpawned, false);
+                self.counters.engine_exits.with_label_values(&[kind]).inc();
+                pod.last_exit = Some(LastExit { kind, reason: pod.reason.clone(), at: Instant::now() });
                 let (_, delay) = restart::decide(&Ended::NotSpawned, false, None, &mut pod.history, random());
                 let at = Instant::now() + delay;
                 pod.hold_until = Some(at);
@@ -78,8 +87,32 @@ impl Table {
         }
     }
 
+    /// The uid that the next engine runs under, noted in the record.
+    fn renew_uid(&mut self, id: &AttachmentId) {
+        let Some(pod) = self.pods.get(id) else { return };
+        let others = self.pods.iter().filter(|(other, _)| *other != id);
+        let taken: HashSet<u32> = others.filter_map(|(_, other)| other.record.uid).collect();
+        let own = self.context.uid(pod.record.slot);
+        let uid = context::next_uid(pod.record.uid, own, |uid| taken.contains(&uid));
+        if let Some(pod) = self.pods.get_mut(id).filter(|pod| pod.record.uid != uid) {
+            pod.record.uid = uid;
+            pod.changed();
+        }
+    }
+
+    /// An engine was killed before this supervisor had it as its own.
+    fn killed_unseen(&mut self, id: &AttachmentId, cause: Cause, reason: String) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let kind = cause.name();
+        let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
+        tracing::warn!(namespace, pod = name, kind, "no engine taken up: {reason}");
+        self.counters.engine_exits.with_label_values(&[kind]).inc();
+        pod.restarts += 1;
+        pod.last_exit = Some(LastExit { kind, reason, at: Instant::now() });
+    }
+
     /// What was found of an engine that an earlier supervisor left.
-    pub(super) fn adopted(&mut self, id: &AttachmentId, found: Result<Box<Adopted>, String>) {
+    pub(super) fn adopted(&mut self, id: &AttachmentId, found: Result<Box<Adopted>, NotAdopted>) {
         let Some(pod) = self.pods.get_mut(id) else { return };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
         pod.unseen = false;
@@ -88,11 +121,13 @@ impl Table {
         let kind = match found {
             // Its keys are lost: it could not be started again, nor its device be known.
             Ok(adopted) if pod.stopped.is_some() => {
-                adopted.process.kill();
+                adopted.process.kill(Cause::NoIdentity);
+                let reason = format!("process {} was killed: its identity is lost", adopted.process.pid());
+                self.killed_unseen(id, Cause::NoIdentity, reason);
                 "no_identity"
             }
             Ok(adopted) => {
-                let Adopted { process, client, hello, since, descriptors, output } = *adopted;
+                let Adopted { process, client, hello, uid, since, descriptors, output } = *adopted;
                 tracing::info!(
                     namespace,
                     pod = name,
@@ -110,8 +145,9 @@ impl Table {
                         tokio::spawn(engine::attend_adopted(process, client, home, since, reports));
                     }
                     Err(e) => {
-                        tracing::error!(namespace, pod = name, "its directory cannot be used: {e}");
-                        process.kill();
+                        process.kill(Cause::Unbelieved);
+                        let reason = format!("its directory cannot be used: {e}");
+                        self.killed_unseen(id, Cause::Unbelieved, reason);
                         return;
                     }
                 }
@@ -124,10 +160,17 @@ impl Table {
                 pod.underlay =
                     Underlay { udp4: descriptors.udp4.map(Arc::new), udp6: descriptors.udp6.map(Arc::new) };
                 pod.taken = Some(Taken { tun: descriptors.tun, dns: descriptors.dns });
+                if pod.record.uid.is_some_and(|recorded| recorded != uid) {
+                    pod.record.uid = Some(uid);
+                    pod.changed();
+                }
                 let holds = self.context.cgroups.holds(&pod.record.id, process.pid());
                 pod.engine = Some(Running {
                     holds,
                     memory_kills: self.context.cgroups.memory_kills(&pod.record.id),
+                    processor: Processor::default(),
+                    queue: Queue::default(),
+                    killed_for: None,
                     epoch,
                     process,
                     told: None,
@@ -141,9 +184,13 @@ impl Table {
                 });
                 "taken_up"
             }
-            Err(why) => {
+            Err(NotAdopted::None(why)) => {
                 tracing::info!(namespace, pod = name, "no engine to take up: {why}");
                 "none"
+            }
+            Err(NotAdopted::Killed(why)) => {
+                self.killed_unseen(id, Cause::Unbelieved, why);
+                "killed"
             }
         };
         self.counters.adoptions.with_label_values(&[kind]).inc();
@@ -275,29 +322,38 @@ impl Table {
         let asked = engine.as_ref().is_some_and(|e| e.asked);
         let cgroups = &self.context.cgroups;
         let killed = |e: &Running| cgroups.memory_kills(&pod.record.id) > e.memory_kills;
-        let (kind, reason) = if *ended == Ended::Crash && engine.as_ref().is_some_and(killed) {
-            let mib = cgroups.max_bytes() >> 20;
-            ("memory", format!("the engine wanted more than its {mib} MiB of memory and was killed"))
-        } else {
-            (kind(ended), reason)
+        let memory = *ended == Ended::Crash && engine.as_ref().is_some_and(killed);
+        let kind = restart::kind(ended, memory);
+        let killed_for = match ended {
+            Ended::Killed(_) => engine.as_ref().and_then(|e| e.killed_for.clone()),
+            Ended::Exit(_) | Ended::Crash | Ended::ForbiddenCall | Ended::NotSpawned => None,
         };
+        let reason = if let Some(why) = killed_for {
+            why
+        } else if memory {
+            let mib = cgroups.max_bytes() >> 20;
+            format!("the engine wanted more than its {mib} MiB of memory and was killed")
+        } else {
+            reason
+        };
+        self.counters.engine_exits.with_label_values(&[kind]).inc();
+        pod.last_exit = Some(LastExit { kind, reason: reason.clone(), at: Instant::now() });
+        let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
+        if restart::is_wish(ended, asked) {
+            tracing::info!(namespace, pod = name, kind, ?ended, "engine ended: {reason}");
+        } else {
+            tracing::warn!(namespace, pod = name, kind, ?ended, "engine ended: {reason}");
+        }
         if pod.wanted != Wanted::Attached || (asked && pod.link == Link::Broken) {
             return;
         }
         let now = Instant::now();
         let (next, delay) = restart::decide(ended, asked, answered, &mut pod.history, random());
-        tracing::warn!(
-            namespace = pod.record.pod.namespace,
-            pod = pod.record.pod.name,
-            ?ended,
-            ?next,
-            delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
-            "engine ended: {reason}"
-        );
+        let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(namespace, pod = name, ?next, delay_ms, "what comes after the engine");
         pod.reason.clone_from(&reason);
         pod.restarts += 1;
         pod.died_at = Some(now);
-        self.counters.engine_exits.with_label_values(&[kind]).inc();
         if !delay.is_zero() {
             pod.hold_until = Some(now + delay);
         }
@@ -386,24 +442,6 @@ fn confirmed(pod: &mut Pod, identity: &mut Identity) {
     pod.rejections = 0;
     pod.reason.clear();
     restart::key_worked(&mut pod.history);
-}
-
-fn kind(ended: &Ended) -> &'static str {
-    use podtether_proto::exit::EngineExit;
-    match ended {
-        Ended::Crash => "crash",
-        Ended::ForbiddenCall => "forbidden_call",
-        Ended::NotSpawned => "not_spawned",
-        Ended::Exit(EngineExit::Stopped) => "stopped",
-        Ended::Exit(EngineExit::BadConfig) => "bad_config",
-        Ended::Exit(EngineExit::KeyRejected) => "key_rejected",
-        Ended::Exit(EngineExit::NodeKeyExpired) => "node_key_expired",
-        Ended::Exit(EngineExit::NodeUnknown) => "node_unknown",
-        Ended::Exit(EngineExit::Sandbox) => "sandbox",
-        Ended::Exit(EngineExit::LinkLost) => "link_lost",
-        Ended::Exit(EngineExit::Orphaned) => "orphaned",
-        Ended::Exit(EngineExit::NewPorts) => "new_ports",
-    }
 }
 
 fn start_request(

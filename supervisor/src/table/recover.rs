@@ -13,6 +13,7 @@ use crate::engine::Home;
 use crate::plan::{Link, Wanted};
 use crate::record::{self, Aside, IdentityKey};
 use crate::refused::{Reason, Refused};
+use crate::restart::Cause;
 
 /// Files that one line names.
 const NAMED: usize = 8;
@@ -76,6 +77,16 @@ impl Table {
                 identity.frozen = keep_unclaimed;
             }
         }
+        let others =
+            self.pods.values().filter(|pod| pod.record.uid != self.context.uid(pod.record.slot)).count();
+        if others > 0 {
+            tracing::warn!(
+                pods = others,
+                uid_base = self.context.config.node.uid_base,
+                "engines run under other uids than node.uid_base gives now: each keeps its own until it is \
+                 restarted (podtether restart --engine)"
+            );
+        }
         let ids: Vec<_> = self.pods.keys().cloned().collect();
         if !ids.is_empty() {
             tracing::info!(pods = ids.len(), "taking up the pods of an earlier supervisor");
@@ -89,10 +100,8 @@ impl Table {
     fn recover_attachment(&mut self, record: record::Attachment, by_id: &HashMap<String, IdentityKey>) {
         let id = record.attachment.clone();
         let finished = !record.addresses.is_empty();
-        let uid = self.context.uid(record.slot);
         if let Some(key) = by_id.get(&record.identity) {
             let mut pod = Pod::new(record, key.clone(), true);
-            pod.record.uid = uid;
             if finished {
                 pod.link = Link::Unknown;
                 pod.reason = "the supervisor was restarted".into();
@@ -151,8 +160,16 @@ impl Table {
         let run_dir = &self.context.config.node.run_dir;
         let homes = unknown(run_dir.join("engines"));
         // First: they hold what is removed after.
-        for dir in &homes {
-            adopt::end_left_behind(dir).await;
+        let ended = adopt::end_left_behind(&homes).await;
+        if !ended.is_empty() {
+            let count = u64::try_from(ended.len()).unwrap_or(u64::MAX);
+            self.counters.engine_exits.with_label_values(&[Cause::NoRecord.name()]).inc_by(count);
+            tracing::warn!(
+                count,
+                pids = ?ended.iter().take(NAMED).collect::<Vec<_>>(),
+                kind = Cause::NoRecord.name(),
+                "engines were killed that no record names: their pods are not known here"
+            );
         }
         for e in self.context.cgroups.remove_unknown(&known) {
             tracing::warn!("{e}");

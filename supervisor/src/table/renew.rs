@@ -10,6 +10,7 @@ use super::Table;
 use super::attach::{error, pod_name};
 use crate::engine::within;
 use crate::plan::Wanted;
+use crate::restart::Cause;
 
 /// How long an engine may take to write its snapshot and end.
 const ENDS_WITHIN: Duration = Duration::from_secs(1);
@@ -63,7 +64,7 @@ impl Table {
                 let _ = client.stop(within(ENDS_WITHIN)).await;
             }
             if tokio::time::timeout(ENDS_WITHIN, process.ended()).await.is_err() {
-                process.kill();
+                process.kill(Cause::Replaced);
             }
         });
     }

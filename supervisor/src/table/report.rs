@@ -10,6 +10,18 @@ use serde::Serialize;
 use super::{Listing, Table};
 use crate::record::IdentityKey;
 
+/// How a pod's last engine ended in the supervisor's life.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastExit {
+    /// One word, as the metric `podtether_engine_exits_total` has it.
+    pub kind: &'static str,
+    /// One sentence.
+    pub reason: String,
+    /// Seconds since then.
+    pub seconds_ago: u64,
+}
+
 /// One attachment.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -34,6 +46,8 @@ pub struct PodReport {
     pub engine_pid: Option<u32>,
     /// Engine restarts since the supervisor started.
     pub restarts: u64,
+    /// How the engine before ended, absent while none has.
+    pub last_exit: Option<LastExit>,
     /// Key of the tailnet.
     pub tailnet: String,
     /// CNI network, container and interface.
@@ -98,6 +112,11 @@ impl Table {
                 reason: pod.reason.clone(),
                 engine_pid: pod.engine.as_ref().map(|e| e.process.pid()),
                 restarts: pod.restarts,
+                last_exit: pod.last_exit.as_ref().map(|exit| LastExit {
+                    kind: exit.kind,
+                    reason: exit.reason.clone(),
+                    seconds_ago: now.saturating_duration_since(exit.at).as_secs(),
+                }),
                 tailnet: pod.record.tailnet.clone(),
                 network: pod.record.attachment.network.clone(),
                 container_id: pod.record.attachment.container_id.clone(),

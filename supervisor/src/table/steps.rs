@@ -10,7 +10,7 @@ use podtether_proto::engine::{EngineClient, EngineStatus, Routing};
 use podtether_proto::exit::EngineExit;
 
 use super::pod::{Fds, Taken, Underlay};
-use crate::adopt::{self, Adopted};
+use crate::adopt::{self, Adopted, NotAdopted};
 use crate::context::Context;
 use crate::credentials::{CredentialError, Key};
 use crate::engine::{ANSWER_WITHIN, Home, within};
@@ -22,7 +22,7 @@ use crate::spawn::Process;
 #[derive(Debug)]
 pub(super) enum Outcome {
     /// The engine of an earlier supervisor, or why there is none.
-    Adopted(Result<Box<Adopted>, String>),
+    Adopted(Result<Box<Adopted>, NotAdopted>),
     /// The versions that are on disk now.
     Saved(Result<(u64, u64), String>),
     Built(Result<Arc<Fds>, podtether_net::Error>),
@@ -73,9 +73,10 @@ pub(super) async fn save(
 pub(super) async fn adopt(context: Arc<Context>, record: Attachment) -> Outcome {
     let pin = context.link_spec(&record).pin();
     let home = Home::make(&context.config.node.run_dir, &record.id);
-    let home = home.map_err(|e| format!("its directory cannot be used: {e}"));
+    let home = home.map_err(|e| NotAdopted::None(format!("its directory cannot be used: {e}")));
+    let uid = context.uid(record.slot);
     Outcome::Adopted(match home {
-        Ok(home) => adopt::adopt(&home, &record, &pin).await.map(Box::new),
+        Ok(home) => adopt::adopt(&home, &record, uid, &pin).await.map(Box::new),
         Err(e) => Err(e),
     })
 }

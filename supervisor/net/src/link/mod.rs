@@ -15,6 +15,7 @@
 //! the same call.
 
 mod apply;
+mod look;
 mod plan;
 mod routes;
 #[cfg(test)]
@@ -28,6 +29,7 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 
 use self::apply::{observe, settle};
+pub use self::look::{Device, Fault, Seen, look};
 use self::plan::Wanted;
 pub use self::routes::{subtract, tailnet_ranges, tailnet_routes};
 use self::wanted::{Others, configured};

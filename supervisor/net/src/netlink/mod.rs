@@ -486,7 +486,7 @@ impl Netlink {
         Ok(all)
     }
 
-    async fn set(&self, message: LinkMessage, step: impl FnOnce() -> String) -> Result<()> {
+    pub(crate) async fn set(&self, message: LinkMessage, step: impl FnOnce() -> String) -> Result<()> {
         self.handle.link().set(message).execute().await.map_err(io_error).step(step)
     }
 

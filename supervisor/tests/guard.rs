@@ -1,0 +1,197 @@
+//! Engines that answer and do not work, and links that break under engines that do.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test fails by panicking, and tells what it saw"
+)]
+
+mod rig;
+mod standin;
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use podtether_net::Netns;
+use podtether_net::link::{LINK_SIDE_NAME, TUN_NAME};
+use podtether_net::netlink::Netlink;
+use podtether_net::testing::{block_on, in_namespaces, move_link};
+use rig::*;
+use serde_json::Value;
+
+fn running(pod: &Value) -> bool {
+    pod["state"] == "running"
+}
+
+fn settled(pod: &Value) -> bool {
+    running(pod) && pod["controlConnected"] == true && pod["ifindex"] != 0
+}
+
+/// Waits until the metrics have this line.
+async fn counted(line: &str, within: Duration) {
+    let start = Instant::now();
+    loop {
+        let text = http("/metrics");
+        if text.contains(line) {
+            println!("{line} after {:?}", start.elapsed());
+            return;
+        }
+        assert!(start.elapsed() < within, "no {line} in {text}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// The link namespace of a pod.
+fn link_of(rig: &Rig, pod: &str) -> Netns {
+    let records = std::fs::read_dir(rig.dir.join("state/attachments")).unwrap();
+    let named = format!("\"name\":\"{pod}\"");
+    let record = records
+        .map(|entry| entry.unwrap().path())
+        .find(|path| std::fs::read_to_string(path).unwrap().contains(&named))
+        .unwrap();
+    Netns::open(&rig.dir.join("run/netns").join(record.file_stem().unwrap())).unwrap()
+}
+
+#[test]
+fn links_that_break_under_an_engine_are_made_whole() {
+    in_namespaces("links_that_break_under_an_engine_are_made_whole", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            let (first, second) = tokio::join!(rig.add("a"), rig.add("b"));
+            let (first, second) = (first.unwrap(), second.unwrap());
+            echo(&b, 7);
+            let to = SocketAddr::new(v4(&second), 7);
+            reachable(&a, to);
+            let bystander = rig.until("b", "settled", settled).await;
+            let link = link_of(&rig, "a");
+            let in_link = Netlink::open(&link).await.unwrap();
+            let in_pod = Netlink::open(&a).await.unwrap();
+            let elsewhere = rig.netns("elsewhere").await;
+            for (fault, kept) in [
+                ("tun_down", true),
+                ("tun_mtu", true),
+                ("veth_down", true),
+                ("ts0_down", true),
+                ("veth_gone", true),
+                ("tun_moved", false),
+                ("tun_deleted", false),
+            ] {
+                let before = rig.until("a", "settled", settled).await;
+                let begun = Instant::now();
+                let index = async |name| in_link.link(name).await.unwrap().unwrap().index;
+                let counter = match fault {
+                    "tun_down" => {
+                        in_link.set_down(index(TUN_NAME).await).await.unwrap();
+                        "podtether_link_repairs_total{fault=\"tun_down\"} 1"
+                    }
+                    "tun_mtu" => {
+                        in_link.set_mtu(index(TUN_NAME).await, 1400).await.unwrap();
+                        "podtether_link_repairs_total{fault=\"tun_mtu\"} 1"
+                    }
+                    "veth_down" => {
+                        in_link.set_down(index(LINK_SIDE_NAME).await).await.unwrap();
+                        "podtether_link_repairs_total{fault=\"veth_down\"} 1"
+                    }
+                    "ts0_down" => {
+                        let ts0 = in_pod.link("ts0").await.unwrap().unwrap().index;
+                        in_pod.set_down(ts0).await.unwrap();
+                        "podtether_link_repairs_total{fault=\"veth_down\"} 2"
+                    }
+                    "veth_gone" => {
+                        in_pod.delete_link("ts0").await.unwrap();
+                        "podtether_link_repairs_total{fault=\"veth_gone\"} 1"
+                    }
+                    "tun_moved" => {
+                        move_link(&in_link, index(TUN_NAME).await, &elsewhere).await.unwrap();
+                        "podtether_engine_exits_total{kind=\"link_remade\"} 1"
+                    }
+                    _ => {
+                        in_link.delete_link(TUN_NAME).await.unwrap();
+                        "podtether_engine_exits_total{kind=\"link_lost\"} 1"
+                    }
+                };
+                counted(counter, TIMEOUT).await;
+                let after = rig.until("a", "settled", settled).await;
+                reachable(&a, to);
+                println!("{fault}: reachable again {:?} after", begun.elapsed());
+                assert_eq!(after["enginePid"] == before["enginePid"], kept, "{fault}");
+                assert_eq!(after["addresses"], before["addresses"], "{fault}");
+                assert_eq!(after["udpPort"], before["udpPort"], "{fault}");
+                if !kept {
+                    let kind = counter.split('"').nth(1).unwrap();
+                    assert_eq!(after["lastExit"]["kind"], kind, "{after}");
+                }
+            }
+            assert_eq!(rig.add("a").await.unwrap(), first, "the same answer");
+            let after = rig.until("b", "settled", settled).await;
+            assert_eq!(after["enginePid"], bystander["enginePid"], "nobody else noticed");
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            rig.until_clean(TIMEOUT).await;
+        });
+    });
+}
+
+/// A supervisor whose engines are stand-ins; what they are told to do is in their pods' names.
+fn with_standins(dir: &std::path::Path, devnet: &podtether_devnet::Devnet) -> Rig {
+    let mut rig = Rig::oauth(dir, devnet);
+    let this = std::env::current_exe().unwrap();
+    rig.config.push_str(&format!("engine_path = {:?}\n", this.display().to_string()));
+    rig
+}
+
+#[test]
+fn an_engine_that_spins_is_replaced_and_one_that_works_is_left_alone() {
+    in_namespaces("an_engine_that_spins_is_replaced_and_one_that_works_is_left_alone", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = with_standins(dir, &devnet);
+        rig.stderr = Some(dir.join("log"));
+        rig.start();
+        block_on(async {
+            let begun = Instant::now();
+            for name in ["spin", "busy", "calm"] {
+                rig.netns(name).await;
+                rig.add(name).await.unwrap_or_else(|e| panic!("{name}: {e}"));
+            }
+            let before = [rig.pod("busy"), rig.pod("calm")];
+            // Three windows of ten seconds after the first hot one, and what a busy machine adds.
+            counted("podtether_engine_exits_total{kind=\"runaway\"} 1", Duration::from_secs(180)).await;
+            assert!(begun.elapsed() > Duration::from_secs(30), "not before it was sure");
+            let pod = rig.until("spin", "replaced", running).await;
+            assert_eq!(pod["lastExit"]["kind"], "runaway", "{pod}");
+            println!("{}", pod["lastExit"]["reason"]);
+            for (name, before) in ["busy", "calm"].iter().zip(&before) {
+                assert_eq!(rig.pod(name)["enginePid"], before["enginePid"], "{name}");
+                assert_eq!(rig.pod(name)["lastExit"], Value::Null, "{name}");
+            }
+            let log = std::fs::read_to_string(dir.join("log")).unwrap();
+            let told = log.lines().find(|line| line.contains("\"kind\":\"runaway\"")).unwrap();
+            assert!(told.contains("WARN") && told.contains("its work explains"), "{told}");
+        });
+    });
+}
+
+#[test]
+fn an_engine_that_does_not_read_its_tun_is_replaced() {
+    in_namespaces("an_engine_that_does_not_read_its_tun_is_replaced", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = with_standins(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let a = rig.netns("deaf").await;
+            rig.add("deaf").await.unwrap();
+            let before = rig.until("deaf", "running", running).await;
+            tokio::time::sleep(Duration::from_secs(8)).await;
+            assert_eq!(rig.pod("deaf")["enginePid"], before["enginePid"], "nothing waits, nothing is wrong");
+            let socket = a.run_blocking(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap()).unwrap();
+            socket.send_to(b"x", "100.64.0.77:9").unwrap();
+            counted("podtether_engine_exits_total{kind=\"unread\"} 1", Duration::from_secs(60)).await;
+            let pod =
+                rig.until("deaf", "replaced", |p| running(p) && p["enginePid"] != before["enginePid"]).await;
+            assert_eq!(pod["lastExit"]["kind"], "unread", "{pod}");
+        });
+    });
+}

@@ -1,0 +1,154 @@
+//! A program that a supervisor takes for an engine, and that does what no sound engine does.
+//!
+//! It is the test binary itself: started as an engine it never gets to `main`.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+use std::net::IpAddr;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use podtether_proto::engine::*;
+use podtether_proto::{PROTO_VERSION, fds, transport};
+use tarpc::context::Context;
+use tarpc::server::{BaseChannel, Channel as _};
+
+/// Runs before `main`.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BEFORE_MAIN: extern "C" fn() = before_main;
+
+extern "C" fn before_main() {
+    if let Ok(names) = std::env::var(fds::ENV) {
+        engine(&names);
+    }
+}
+
+#[derive(Clone)]
+struct Standin {
+    started: mpsc::Sender<StartRequest>,
+    pod: Arc<OnceLock<PodRef>>,
+    inputs: Arc<AtomicU64>,
+}
+
+/// What it does follows from its pod's name: `spin`, `busy`, or nothing at all.
+fn engine(names: &str) -> ! {
+    let at = names.split(':').position(|name| name == fds::RPC).unwrap();
+    // SAFETY: the supervisor put the listening socket there, and nobody else in this process has it.
+    let rpc = unsafe { OwnedFd::from_raw_fd(fds::FIRST_FD + i32::try_from(at).unwrap()) };
+    // The supervisor's socket; from here on its peers are told this process.
+    nix::sys::socket::listen(&rpc, nix::sys::socket::Backlog::new(8).unwrap()).unwrap();
+    let (started, starts) = mpsc::channel();
+    let standin = Standin { started, pod: Arc::default(), inputs: Arc::default() };
+    let inputs = Arc::clone(&standin.inputs);
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(serve(UnixListener::from(rpc), standin));
+    });
+    let request = starts.recv().unwrap();
+    let work = match request.pod.name.as_str() {
+        "spin" => 0,
+        "busy" => 1,
+        _ => loop {
+            std::thread::park();
+        },
+    };
+    loop {
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_micros(20) {}
+        inputs.fetch_add(work, Ordering::Relaxed);
+    }
+}
+
+async fn serve(listener: UnixListener, standin: Standin) {
+    listener.set_nonblocking(true).unwrap();
+    let listener = tokio::net::UnixListener::from_std(listener).unwrap();
+    while let Ok((stream, _)) = listener.accept().await {
+        let channel = BaseChannel::with_defaults(transport::served(stream));
+        let calls = channel.execute(standin.clone().serve());
+        tokio::spawn(calls.for_each(|call| async {
+            tokio::spawn(call);
+        }));
+    }
+}
+
+impl Engine for Standin {
+    async fn hello(self, _: Context) -> Hello {
+        let pod_uid = self.pod.get().map(|pod| pod.uid.clone()).unwrap_or_default();
+        Hello { version: PROTO_VERSION, build: "stand-in".into(), pid: std::process::id(), pod_uid }
+    }
+
+    async fn start(self, _: Context, request: StartRequest) -> Result<(), String> {
+        self.pod.set(request.pod.clone()).unwrap();
+        self.started.send(request).unwrap();
+        Ok(())
+    }
+
+    async fn watch(self, _: Context, after: u64) -> EngineStatus {
+        if after > 0 {
+            tokio::time::sleep(WATCH_MAX).await;
+        }
+        let node = SelfNode {
+            name: "standin.example.ts.net".into(),
+            addresses: vec!["100.64.0.9/32".parse().unwrap()],
+            tags: Vec::new(),
+            stable_id: "n1".into(),
+            key_expiry_unix_s: None,
+        };
+        EngineStatus {
+            seq: 1,
+            state: NodeState::Running,
+            control_connected: true,
+            control_age_ms: Some(0),
+            node: Some(node),
+            home_derp: 0,
+            health: Vec::new(),
+            routes_version: 0,
+            accepted_routes: Vec::new(),
+            exit_node_id: None,
+            sandbox: Vec::new(),
+        }
+    }
+
+    async fn set_underlay(self, _: Context, _: Underlay) {}
+
+    async fn set_routing(self, context: Context, _: Routing) -> EngineStatus {
+        self.watch(context, 0).await
+    }
+
+    async fn metrics(self, _: Context) -> EngineMetrics {
+        EngineMetrics { inputs: self.inputs.load(Ordering::Relaxed), ..EngineMetrics::default() }
+    }
+
+    async fn peers(self, _: Context) -> Vec<PeerStatus> {
+        Vec::new()
+    }
+
+    async fn why(self, _: Context, _: Flow) -> Result<Verdict, String> {
+        Err("a stand-in".into())
+    }
+
+    async fn set_roots(self, _: Context, _: String) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn ping(self, _: Context, _: String, _: PingKind) -> Result<Pong, String> {
+        Err("a stand-in".into())
+    }
+
+    async fn peer_caps(self, _: Context, _: IpAddr) -> Vec<(String, Vec<String>)> {
+        Vec::new()
+    }
+
+    async fn logout(self, _: Context) -> Result<(), String> {
+        Ok(())
+    }
+
+    async fn stop(self, _: Context) {
+        std::process::exit(0);
+    }
+}
