@@ -3,10 +3,10 @@ build: ; cargo build --workspace --bins
 test: build ; cargo test --workspace
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.
-CHAOS = $(foreach o,seed minutes pods kills stops supervisor-kills everything outages,$(call given,$(o)))
+CHAOS = $(foreach o,seed minutes pods kills stops bombs supervisor-kills everything outages,$(call given,$(o)))
 given = $(if $($(call upper,$(1))),--$(1)=$($(call upper,$(1))))
 upper = $(shell echo $(1) | tr a-z- A-Z_)
-chaos: build ; target/debug/podtether-devnet chaos $(CHAOS)
+chaos: ; cargo build --release --workspace --bins && target/release/podtether-devnet chaos $(CHAOS)
 bench: ; cargo bench -p podtether-core
 lint: ; cargo fmt --all --check && cargo clippy --workspace --all-targets -- -D warnings
 fuzz: ; PROPTEST_CASES=$(or $(CASES),20000) cargo test -p podtether-core -p podtether-devnet -- fuzz_ && fuzz/run $(or $(SECONDS_EACH),30)

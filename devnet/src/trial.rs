@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use podtether_devnet::chaos::{self, Counts, Options};
+use podtether_devnet::chaos::{self, Cgroups, Counts, Options};
 use podtether_net::isolate;
 
 use crate::demo::{inside, outer};
@@ -31,6 +31,9 @@ pub(crate) struct Chaos {
     /// Engines that are stopped and do not answer.
     #[arg(long)]
     stops: Option<usize>,
+    /// Engines whose cgroup is filled with memory. Needs root.
+    #[arg(long)]
+    bombs: Option<usize>,
     /// Kills of the supervisor.
     #[arg(long)]
     supervisor_kills: Option<usize>,
@@ -40,12 +43,15 @@ pub(crate) struct Chaos {
     /// Times each that control, the relay, both, and the uplink are away.
     #[arg(long)]
     outages: Option<usize>,
+    /// Cgroup of the engines, which the process outside removes.
+    #[arg(long, hide = true, default_value = "")]
+    cgroup_root: String,
 }
 
 impl Chaos {
     fn options(&self, seed: u64) -> Options {
-        let Self { kills, stops, supervisor_kills, everything, outages, .. } = *self;
-        let given = [kills, stops, supervisor_kills, everything, outages].iter().any(Option::is_some);
+        let Self { kills, stops, bombs, supervisor_kills, everything, outages, .. } = *self;
+        let given = [kills, stops, bombs, supervisor_kills, everything, outages].iter().any(Option::is_some);
         let or = |count: Option<usize>, round: usize| count.unwrap_or(if given { 0 } else { round });
         Options {
             seed,
@@ -53,12 +59,14 @@ impl Chaos {
             counts: Counts {
                 kills: or(kills, Counts::ROUND.kills),
                 stops: or(stops, Counts::ROUND.stops),
+                bombs: or(bombs, Counts::ROUND.bombs),
                 supervisor_kills: or(supervisor_kills, Counts::ROUND.supervisor_kills),
                 everything: or(everything, Counts::ROUND.everything),
                 outages: or(outages, Counts::ROUND.outages),
             },
             repeats: !given,
             limit: self.limit(),
+            cgroup_root: self.cgroup_root.clone(),
         }
     }
 
@@ -67,17 +75,19 @@ impl Chaos {
     }
 
     /// As words for the process inside.
-    fn arguments(&self, seed: u64) -> Vec<String> {
-        let Self { minutes, pods, kills, stops, supervisor_kills, everything, outages, .. } = self;
+    fn arguments(&self, seed: u64, cgroup_root: &str) -> Vec<String> {
+        let Self { minutes, pods, kills, stops, bombs, supervisor_kills, everything, outages, .. } = self;
         let mut words = vec![
             "chaos".to_owned(),
             format!("--seed={seed}"),
             format!("--minutes={minutes}"),
             format!("--pods={pods}"),
+            format!("--cgroup-root={cgroup_root}"),
         ];
         let counts = [
             ("kills", kills),
             ("stops", stops),
+            ("bombs", bombs),
             ("supervisor-kills", supervisor_kills),
             ("everything", everything),
             ("outages", outages),
@@ -105,7 +115,10 @@ fn outside(chaos: &Chaos) -> Result<ExitCode> {
             u32::from_ne_bytes(bytes).into()
         }
     };
-    outer::run(&chaos.arguments(seed))
+    let cgroups = Cgroups::named(format!("podtether-chaos-{}", std::process::id()));
+    let code = outer::run(&chaos.arguments(seed, cgroups.name()));
+    cgroups.remove()?;
+    code
 }
 
 fn here(chaos: &Chaos) -> Result<ExitCode> {
@@ -146,12 +159,13 @@ mod tests {
 
     #[test]
     fn the_process_inside_is_told_the_same() {
-        for words in [vec![], vec!["--kills=7", "--minutes=0.5", "--pods=9", "--outages=1"]] {
+        for words in [vec![], vec!["--kills=7", "--minutes=0.5", "--pods=9", "--outages=1", "--bombs=2"]] {
             let outside = Line::parse_from(["x"].into_iter().chain(words)).chaos;
-            let mut told = outside.arguments(5);
+            let mut told = outside.arguments(5, "x");
             assert_eq!(told.remove(0), "chaos");
             let inside = Line::parse_from(std::iter::once("x".to_owned()).chain(told)).chaos;
-            assert_eq!(format!("{:?}", inside.options(5)), format!("{:?}", outside.options(5)));
+            let told = Options { cgroup_root: "x".into(), ..outside.options(5) };
+            assert_eq!(format!("{:?}", inside.options(5)), format!("{told:?}"));
             assert_eq!(inside.seed, Some(5));
         }
     }

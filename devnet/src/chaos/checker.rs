@@ -109,7 +109,9 @@ pub struct Report {
 pub fn may_lose(event: &Event, ends: [End; 2]) -> bool {
     let home = |end: &End| matches!(end, End::Home(_));
     match event {
-        Event::EngineKill { victim } | Event::EngineStop { victim } => ends.contains(&End::Home(*victim)),
+        Event::EngineKill { victim } | Event::EngineStop { victim } | Event::MemoryBomb { victim } => {
+            ends.contains(&End::Home(*victim))
+        }
         Event::KillEverything { .. } => ends.iter().any(home),
         Event::LinkDown { .. } => home(&ends[0]) != home(&ends[1]),
         Event::SupervisorKill { .. }
@@ -122,7 +124,9 @@ pub fn may_lose(event: &Event, ends: [End; 2]) -> bool {
 /// Which of `pods` home pods have another engine after the event.
 fn replaces(event: &Event, pods: usize) -> BTreeSet<usize> {
     match event {
-        Event::EngineKill { victim } | Event::EngineStop { victim } => BTreeSet::from([*victim]),
+        Event::EngineKill { victim } | Event::EngineStop { victim } | Event::MemoryBomb { victim } => {
+            BTreeSet::from([*victim])
+        }
         Event::KillEverything { .. } => (0..pods).collect(),
         Event::SupervisorKill { .. }
         | Event::ControlAway { .. }
@@ -172,6 +176,7 @@ fn bar(kind: Kind) -> (&'static str, &'static str, [Duration; 3]) {
     match kind {
         Kind::EngineKill => ("engine kill -9: gap", restart.0, restart.1),
         Kind::EngineStop => ("engine hangs: gap after its death", restart.0, restart.1),
+        Kind::MemoryBomb => ("engine out of memory: gap", restart.0, restart.1),
         Kind::SupervisorKill => ("supervisor kill -9: all engines taken up", "1 s", all(1000)),
         Kind::KillEverything => ("everything kill -9: all pods carry traffic", "3 s", all(3000)),
         Kind::ControlAway => ("control away: back in session", "5 s", all(5000)),
@@ -301,11 +306,12 @@ mod tests {
         }
     }
 
-    fn one_of_each() -> [Event; 8] {
+    fn one_of_each() -> [Event; 9] {
         let (down, away) = (MS(100), MS(100));
         [
             Event::EngineKill { victim: 0 },
             Event::EngineStop { victim: 0 },
+            Event::MemoryBomb { victim: 0 },
             Event::SupervisorKill { down },
             Event::KillEverything { down },
             Event::ControlAway { away },
@@ -324,14 +330,15 @@ mod tests {
         let report = run(one_of_each().map(good).into());
         assert_eq!(report.breaches, [""; 0]);
         assert!(report.passed(), "{}", report.table());
-        assert_eq!(report.rows.len(), 9, "a hang has two rows");
+        assert_eq!(report.rows.len(), 10, "a hang has two rows");
         assert!(!run(Vec::new()).passed(), "a run without events shows nothing");
     }
 
     #[test]
     fn who_may_lose() {
         // Per event: the pairs of `good` that may lose.
-        let table = [[1, 0, 0, 0], [1, 0, 0, 0], [0; 4], [1, 1, 1, 0], [0; 4], [0; 4], [0; 4], [1, 1, 0, 0]];
+        let one = [1, 0, 0, 0];
+        let table = [one, one, one, [0; 4], [1, 1, 1, 0], [0; 4], [0; 4], [0; 4], [1, 1, 0, 0]];
         for (event, allowed) in one_of_each().into_iter().zip(table) {
             for (index, allowed) in allowed.into_iter().enumerate() {
                 let mut seen = good(event);

@@ -12,11 +12,13 @@
 //! | pings of many pairs from one thread | `traffic` |
 //! | TCP connections that check every byte | `talk` |
 //! | pods that come and go meanwhile | `churn` |
+//! | memory that an engine's cgroup does not have | `hog` |
 //! | what it runs on | `world` |
 //! | doing it | [`run`](run()) |
 
 pub mod checker;
 mod churn;
+mod hog;
 mod run;
 pub mod schedule;
 mod talk;
@@ -24,5 +26,6 @@ mod traffic;
 mod world;
 
 pub use checker::Report;
+pub use hog::Cgroups;
 pub use run::{Options, run};
 pub use schedule::Counts;

@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::checker::{End, Observed, PairSeen, Report, Seen, judge, may_lose, percentiles};
 use super::churn::{Away, Churn};
+use super::hog::Hog;
 use super::schedule::{Counts, Event, Schedule};
 use super::talk::Talk;
 use super::traffic::Traffic;
@@ -55,6 +56,8 @@ pub struct Options {
     pub repeats: bool,
     /// Ends early after this long.
     pub limit: Duration,
+    /// `node.cgroup_root` of home; the caller removes it. Empty for none, and then there are no memory bombs.
+    pub cgroup_root: String,
 }
 
 /// Runs in the namespaces of this process, which are its own; files go below `dir`, programs are found
@@ -64,10 +67,14 @@ pub struct Options {
 /// When it cannot be run to its end: what the events themselves cost is in the report.
 pub fn run(dir: &Path, beside: &Path, options: &Options, say: &mut dyn FnMut(&str)) -> Result<Report> {
     let started = Instant::now();
-    let Options { seed, pods, counts, repeats, limit } = *options;
+    let Options { seed, pods, mut counts, repeats, limit, ref cgroup_root } = *options;
     say(&format!("seed {seed}, {pods} pods, {limit:?} at most"));
-    say("memory bomb: left out, an engine of the lab has no memory limit of its own");
-    let world = World::start(dir, Programs::find(beside)?, pods)?;
+    let world = World::start(dir, Programs::find(beside)?, pods, cgroup_root)?;
+    if let Some(why) = world.lacks_memory_limits()? {
+        anyhow::ensure!(repeats || counts.bombs == 0, "no memory bombs: {why}");
+        say(&format!("memory bombs: left out, {why}"));
+        counts.bombs = 0;
+    }
     let away = Arc::new(Away::default());
     let pairs = world.pairs()?;
     let mut lanes: Vec<_> = pairs.iter().map(|pair| (pair.from.clone(), pair.to)).collect();
@@ -207,6 +214,7 @@ impl Shell {
         let outcome = match event {
             Event::EngineKill { victim } => self.kill_engine(victim),
             Event::EngineStop { victim } => self.stop_engine(victim),
+            Event::MemoryBomb { victim } => self.bomb(victim),
             Event::SupervisorKill { down } => self.kill_supervisor(down),
             Event::KillEverything { down } => self.kill_everything(down),
             Event::ControlAway { away } => self.outage(away, true, false),
@@ -259,7 +267,9 @@ impl Shell {
             let reports = self.world.settled()?;
             let old = |victim: usize| pids(&reports).get(victim) == self.engines.get(victim);
             let waits = match event {
-                Event::EngineKill { victim } | Event::EngineStop { victim } => old(victim),
+                Event::EngineKill { victim }
+                | Event::EngineStop { victim }
+                | Event::MemoryBomb { victim } => old(victim),
                 Event::SupervisorKill { .. }
                 | Event::KillEverything { .. }
                 | Event::ControlAway { .. }
@@ -284,9 +294,9 @@ impl Shell {
         Ok(())
     }
 
-    /// The victim's longest silence since `hurt`, once it talks as before.
-    fn silence(&self, victim: usize, hurt: Instant) -> Option<Duration> {
-        let answered = self.traffic.wait_answered(&[victim], hurt, REPLIES, EVENT_LIMIT);
+    /// The victim's longest silence since `hurt`, once it talks as before after `died`.
+    fn silence(&self, victim: usize, hurt: Instant, died: Instant) -> Option<Duration> {
+        let answered = self.traffic.wait_answered(&[victim], died, REPLIES, EVENT_LIMIT);
         let gap = self.traffic.gap(victim, hurt, Instant::now());
         // Its other pairs shake hands for themselves: what they lose is this event's too.
         let own = |ends: &[End; 2]| ends.contains(&End::Home(victim));
@@ -300,7 +310,7 @@ impl Shell {
         self.victim_ready(victim)?;
         let hurt = Instant::now();
         signal(self.engines[victim], Signal::SIGKILL)?;
-        Ok(Outcome { figure: self.silence(victim, hurt), ..Outcome::default() })
+        Ok(Outcome { figure: self.silence(victim, hurt, hurt), ..Outcome::default() })
     }
 
     fn stop_engine(&self, victim: usize) -> Result<Outcome> {
@@ -310,10 +320,21 @@ impl Shell {
         let dead = wait(EVENT_LIMIT, || Ok(!lives(self.engines[victim])))?;
         let died = Instant::now();
         Ok(Outcome {
-            figure: self.silence(victim, died),
+            figure: self.silence(victim, died, died),
             killed_after: dead.then(|| died - hurt),
             looked_at: None,
         })
+    }
+
+    fn bomb(&self, victim: usize) -> Result<Outcome> {
+        self.victim_ready(victim)?;
+        let hurt = Instant::now();
+        let hog = Hog::beside(self.engines[victim])?;
+        let dead = wait(EVENT_LIMIT, || Ok(!lives(self.engines[victim])))?;
+        let died = Instant::now();
+        drop(hog);
+        let figure = if dead { self.silence(victim, hurt, died) } else { None };
+        Ok(Outcome { figure, ..Outcome::default() })
     }
 
     fn kill_supervisor(&mut self, down: Duration) -> Result<Outcome> {

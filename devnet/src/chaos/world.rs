@@ -50,16 +50,17 @@ pub(super) struct Pair {
 
 impl World {
     /// Starts everything, with `pods` pods that have joined.
-    pub(super) fn start(dir: &Path, programs: Programs, pods: usize) -> Result<Self> {
+    pub(super) fn start(dir: &Path, programs: Programs, pods: usize, cgroup_root: &str) -> Result<Self> {
         let mut lab = Lab::new(dir, programs)?;
         let (devnet, ca) = lab.start_devnet(DevnetConfig::default())?;
-        let mut node = |name| -> Result<Node> {
+        let mut node = |name, cgroup_root| -> Result<Node> {
             let mut node = lab.add_node(name)?;
+            node.set_cgroup_root(cgroup_root);
             node.configure(&[Tailnet::oauth("default", &devnet, &ca)], "")?;
             node.start_supervisor()?;
             Ok(node)
         };
-        let (mut home, mut away) = (node("home")?, node("away")?);
+        let (mut home, mut away) = (node("home", cgroup_root)?, node("away", "")?);
         let make = |node: &mut Node, name: &str, count: usize| -> Result<Vec<Pod>> {
             (0..count).map(|n| node.create_pod(&format!("{name}-{n}"))).collect()
         };
@@ -81,6 +82,14 @@ impl World {
         let reports = world.settled()?;
         world.lasting = reports.iter().map(what_lasts).collect();
         Ok(world)
+    }
+
+    /// Why engines of home cannot be driven out of memory alone.
+    pub(super) fn lacks_memory_limits(&self) -> Result<Option<String>> {
+        let reports = self.settled()?;
+        let limits = |report: &Value| report["limits"].as_array().cloned().unwrap_or_default();
+        let lacking = reports.iter().find(|r| !limits(r).iter().any(|limit| limit == "memory"));
+        Ok(lacking.map(|report| format!("{} has no memory limit of its own", report["pod"])))
     }
 
     /// Every home pod with a peer that pings it, IPv4 and IPv6 in turn; then some among home and among away.

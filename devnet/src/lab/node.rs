@@ -35,6 +35,7 @@ pub struct Node {
     dir: PathBuf,
     pins: PathBuf,
     programs: Programs,
+    cgroup_root: String,
     pods: u8,
     supervisor: Option<Child>,
 }
@@ -136,6 +137,7 @@ impl Node {
             dir,
             pins: lab_dir.join("netns"),
             programs: programs.clone(),
+            cgroup_root: String::new(),
             pods: 0,
             supervisor: None,
         };
@@ -166,6 +168,7 @@ impl Node {
             dir: self.dir.clone(),
             pins: self.pins.clone(),
             programs: self.programs.clone(),
+            cgroup_root: self.cgroup_root.clone(),
             pods: self.pods,
             supervisor: None,
         }
@@ -210,6 +213,12 @@ impl Node {
         self.dir.join("supervisor.log")
     }
 
+    /// The next [`Node::configure`] gives engines cgroups below this one, instead of none of their own. Whoever
+    /// names it removes it: it is the machine's.
+    pub fn set_cgroup_root(&mut self, name: &str) {
+        name.clone_into(&mut self.cgroup_root);
+    }
+
     /// Writes `supervisor.toml` and the files it names. `extra` is more of the `[node]` table.
     ///
     /// # Errors
@@ -234,10 +243,11 @@ impl Node {
         }
         text += &format!(
             "[node]\ncluster_name = \"lab\"\nstate_dir = {:?}\nrun_dir = {:?}\nengine_path = {:?}\n\
-             cgroup_root = \"\"\nhttp_listen = \"{HTTP}\"\n{extra}\n",
+             cgroup_root = {:?}\nhttp_listen = \"{HTTP}\"\n{extra}\n",
             self.state_dir(),
             self.run_dir(),
             self.programs.engine,
+            self.cgroup_root,
         );
         let path = self.dir.join("supervisor.toml");
         fs::write(&path, text)?;

@@ -13,10 +13,11 @@ fn half_a_minute_of_chaos_loses_nothing_that_may_not_be_lost() {
         let options = Options {
             seed: std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(5),
             pods: 4,
-            counts: Counts { kills: 8, stops: 1, supervisor_kills: 3, everything: 1, outages: 1 },
+            counts: Counts { kills: 8, stops: 1, bombs: 0, supervisor_kills: 3, everything: 1, outages: 1 },
             repeats: false,
             // Far more than it takes, so that a loaded machine does every event too.
             limit: Duration::from_secs(300),
+            cgroup_root: String::new(),
         };
         let programs = Path::new(env!("CARGO_BIN_EXE_podtether-devnet"));
         let report = chaos::run(dir, programs, &options, &mut |line| println!("{line}")).unwrap();
