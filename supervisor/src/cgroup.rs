@@ -1,6 +1,9 @@
 //! Cgroups of the engines: outside the supervisor's own, so that an end of its container does not end them,
 //! and with limits of their own.
 //!
+//! An engine is put there right after it is born, not before: the kernel makes whoever joins wait for a grace period of
+//! its own (10 ms, and several times that on a busy machine), and a pod's packets would wait with it.
+//!
 //! An engine is in `NAME/ID` where a controller limits it and in `NAME` elsewhere, `NAME` being
 //! `node.cgroup_root`. Where that is follows from `/proc/self/cgroup` and `/proc/self/mountinfo`
 //! ([`places`]); on cgroup v1 every hierarchy is left, because runtimes kill by any of them.
@@ -20,6 +23,11 @@ const MAX_TASKS: u32 = 16;
 /// CPU time of one engine per [`CPU_PERIOD_US`]: more than its one thread can use.
 const CPU_QUOTA_US: u32 = 120_000;
 const CPU_PERIOD_US: u32 = 100_000;
+/// Weight of all engines together against the node's other cgroups, of which kubelet gives its pods 1024 a CPU. A node
+/// whose pods want all of its CPUs would leave their links the share of one of them.
+const CPU_SHARES: u32 = 10 * 1024;
+/// The same for cgroup v2, where 100 stands for 1024.
+const CPU_WEIGHT: u32 = 1000;
 /// The first cgroup namespace of a boot, `PROC_CGROUP_INIT_INO` of the kernel.
 const FIRST_NAMESPACE: &str = "cgroup:[4026531835]";
 
@@ -114,7 +122,7 @@ impl Cgroups {
         lacking.join("; ")
     }
 
-    /// Makes the cgroups of the engine `id` and opens what it joins them by.
+    /// Makes the cgroups of the engine `id` and opens what [`put`] needs.
     ///
     /// # Errors
     /// The kernel refuses.
@@ -173,6 +181,14 @@ impl Cgroups {
     #[must_use]
     pub fn max_bytes(&self) -> u64 {
         self.max_bytes
+    }
+
+    /// Whether an engine of which this holds is where [`Cgroups::open`] leads.
+    #[must_use]
+    pub fn placed(&self, holds: &[Hold]) -> bool {
+        let limits = self.places.iter().flat_map(|place| &place.limits);
+        (self.places.is_empty() || !self.problems.is_empty() || holds.contains(&Hold::OwnCgroup))
+            && limits.into_iter().all(|limit| holds.contains(limit))
     }
 
     /// What holds for the engine `id`, a living process.
@@ -238,6 +254,7 @@ impl Place {
             }
         }
         let place = Self { hierarchy, dir: dir.clone(), limits };
+        place.weigh();
         let trial = place.of("trial");
         let tried = make_dir(&trial).and_then(|()| try_join(&trial));
         if trial != dir {
@@ -245,6 +262,18 @@ impl Place {
         }
         tried.map_err(at)?;
         Ok(place)
+    }
+
+    /// Without it engines are slower on a busy node, and no less confined.
+    fn weigh(&self) {
+        let (file, value) =
+            if self.hierarchy.v2 { ("cpu.weight", CPU_WEIGHT) } else { ("cpu.shares", CPU_SHARES) };
+        let file = self.dir.join(file);
+        if file.exists()
+            && let Err(e) = fs::write(&file, value.to_string())
+        {
+            tracing::warn!("engines have no more of a busy node's CPUs than others: {}: {e}", file.display());
+        }
     }
 
     fn set(&self, limit: Hold, dir: &Path, max_bytes: u64) -> io::Result<()> {
@@ -337,11 +366,26 @@ fn try_join(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// Moves the calling process there. For the child between fork and exec: it allocates nothing.
+/// Moves the process `pid` there. Takes a grace period of the kernel.
+///
+/// # Errors
+/// As the kernel says; a process that is gone is nobody's fault.
+pub fn put(pid: u32, procs: &[OwnedFd]) -> io::Result<()> {
+    let pid = pid.to_string();
+    for procs in procs {
+        match nix::unistd::write(procs, pid.as_bytes()) {
+            Ok(_) | Err(nix::Error::ESRCH) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Moves the calling process there. For a child after fork: it allocates nothing.
 ///
 /// # Errors
 /// As the kernel says.
-pub(crate) fn join(procs: &impl AsRawFd) -> io::Result<()> {
+fn join(procs: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: writes one byte of a constant.
     let written = unsafe { libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1) };
     if written == 1 { Ok(()) } else { Err(io::Error::last_os_error()) }

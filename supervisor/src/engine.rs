@@ -312,6 +312,7 @@ fn killed_because(cause: Cause) -> &'static str {
         Cause::NoRecord => "the engine was killed because no record names it",
         Cause::NoIdentity => "the engine was killed because its pod's identity is lost",
         Cause::Removed => "the engine was ended because its pod leaves",
+        Cause::Unlimited => "the engine was killed because it could not be put where its limits are",
         Cause::Replaced => "the engine was killed because another one was asked for and it did not end",
     }
 }

@@ -36,6 +36,8 @@ pub enum Cause {
     Unread,
     /// Its link has to be made anew, and it holds descriptors of the old one.
     LinkRemade,
+    /// It could not be put where its limits are, and `require_sandbox` is set.
+    Unlimited,
     /// A living engine of an earlier supervisor, not everything about which agreed.
     Unbelieved,
     /// No record names it.
@@ -50,13 +52,14 @@ pub enum Cause {
 
 impl Cause {
     /// Every one, for tables.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Silent,
         Self::Disconnected,
         Self::Refused,
         Self::Runaway,
         Self::Unread,
         Self::LinkRemade,
+        Self::Unlimited,
         Self::Unbelieved,
         Self::NoRecord,
         Self::NoIdentity,
@@ -74,6 +77,7 @@ impl Cause {
             Self::Runaway => "runaway",
             Self::Unread => "unread",
             Self::LinkRemade => "link_remade",
+            Self::Unlimited => "unlimited",
             Self::Unbelieved => "unbelieved",
             Self::NoRecord => "no_record",
             Self::NoIdentity => "no_identity",

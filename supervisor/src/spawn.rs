@@ -35,8 +35,6 @@ pub struct Birth<'a> {
     pub require_sandbox: bool,
     /// Where the process leaves its [trace](crate::trace).
     pub home: &'a Path,
-    /// `cgroup.procs` of the cgroups it goes to.
-    pub cgroups: Vec<OwnedFd>,
 }
 
 /// A living engine process, or one whose end nobody has asked about yet.
@@ -90,16 +88,11 @@ pub fn spawn(birth: Birth<'_>) -> io::Result<(Process, Child)> {
     if birth.require_sandbox {
         command.env("PODTETHER_REQUIRE_SANDBOX", "1");
     }
-    let cgroups = birth.cgroups;
     // SAFETY: the closure runs between fork and exec and only makes async-signal-safe system calls on
     // memory it owns: it neither allocates nor locks.
     unsafe {
         command.pre_exec(move || {
             nix::unistd::setsid()?;
-            // Before it is told of: where it is found, its limits hold.
-            for procs in &cgroups {
-                crate::cgroup::join(procs)?;
-            }
             crate::trace::sign(&trace)?;
             place(&mut sources, count)
         });
@@ -363,7 +356,6 @@ mod tests {
             uid: Some(1234),
             require_sandbox: false,
             home: dir.path(),
-            cgroups: Vec::new(),
         })
         .unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), process.ended()).await.unwrap();
@@ -419,14 +411,7 @@ mod tests {
         assert_eq!(run("exit 72", &[]).await.0, Ended::Exit(EngineExit::Orphaned));
         let dir = tempfile::tempdir().unwrap();
         let program = Path::new("/no/such/engine");
-        let missing = Birth {
-            program,
-            fds: &[],
-            uid: None,
-            require_sandbox: false,
-            home: dir.path(),
-            cgroups: Vec::new(),
-        };
+        let missing = Birth { program, fds: &[], uid: None, require_sandbox: false, home: dir.path() };
         assert_eq!(spawn(missing).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
@@ -434,15 +419,9 @@ mod tests {
     async fn a_killed_engine_is_noticed_at_once_though_its_output_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), "exec sleep 600");
-        let (process, mut child) = spawn(Birth {
-            program: &program,
-            fds: &[],
-            uid: None,
-            require_sandbox: false,
-            home: dir.path(),
-            cgroups: Vec::new(),
-        })
-        .unwrap();
+        let (process, mut child) =
+            spawn(Birth { program: &program, fds: &[], uid: None, require_sandbox: false, home: dir.path() })
+                .unwrap();
         process.kill(Cause::Silent);
         process.kill(Cause::Removed);
         let silent = Ended::Killed(Cause::Silent);

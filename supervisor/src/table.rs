@@ -82,6 +82,7 @@ enum Message {
     Engine(AttachmentId, u64, Event),
     NotIntercepted(AttachmentId, u64, String),
     Worked(AttachmentId, u64, guard::Doubts, Box<EngineMetrics>),
+    Limited(AttachmentId, u64, Result<(), String>),
     Wake(AttachmentId),
     Reaped(crate::record::IdentityKey, Result<(), String>),
     Underlay(Underlay),
@@ -327,6 +328,7 @@ impl Table {
                 self.engine_event(&id, epoch, event);
                 self.advance(&id);
             }
+            Message::Limited(id, epoch, result) => self.limited(&id, epoch, result),
             Message::NotIntercepted(id, epoch, why) => {
                 let engine = self.pods.get_mut(&id).and_then(|pod| pod.engine.as_mut());
                 if let Some(engine) = engine.filter(|engine| engine.epoch == epoch) {

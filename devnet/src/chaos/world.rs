@@ -18,6 +18,8 @@ use crate::{Devnet, DevnetConfig};
 const LASTING: [&str; 6] = ["addresses", "ifindex", "mac", "udpPort", "udp6Port", "name"];
 const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
+/// Engines are put into their cgroups after their start.
+const LIMITED_WITHIN: Duration = Duration::from_secs(3);
 /// Number of home among the lab's nodes.
 const HOME: u8 = 1;
 const PEERS: usize = 4;
@@ -86,10 +88,17 @@ impl World {
 
     /// Why engines of home cannot be driven out of memory alone.
     pub(super) fn lacks_memory_limits(&self) -> Result<Option<String>> {
-        let reports = self.settled()?;
-        let limits = |report: &Value| report["limits"].as_array().cloned().unwrap_or_default();
-        let lacking = reports.iter().find(|r| !limits(r).iter().any(|limit| limit == "memory"));
-        Ok(lacking.map(|report| format!("{} has no memory limit of its own", report["pod"])))
+        let until = Instant::now() + LIMITED_WITHIN;
+        loop {
+            let reports = self.settled()?;
+            let limits = |report: &Value| report["limits"].as_array().cloned().unwrap_or_default();
+            let lacking = reports.iter().find(|r| !limits(r).iter().any(|limit| limit == "memory"));
+            let Some(lacking) = lacking else { return Ok(None) };
+            if Instant::now() > until {
+                return Ok(Some(format!("{} has no memory limit of its own", lacking["pod"])));
+            }
+            std::thread::sleep(POLL);
+        }
     }
 
     /// Every home pod with a peer that pings it, IPv4 and IPv6 in turn; then some among home and among away.

@@ -120,3 +120,38 @@ fn what_holds_follows_from_where_a_process_is() {
         "still in one of the supervisor's"
     );
 }
+
+#[test]
+fn an_engine_is_placed_when_every_limit_there_is_holds() {
+    let place = |names: &str, limits: &[Hold]| Place {
+        hierarchy: Hierarchy {
+            v2: false,
+            names: vec![names.to_owned()],
+            mount: "/m".into(),
+            root: "/".into(),
+        },
+        dir: "/m/podtether".into(),
+        limits: limits.to_vec(),
+    };
+    let of = |places, problems: &[&str]| Cgroups {
+        places,
+        max_bytes: 0,
+        problems: problems.iter().map(ToString::to_string).collect(),
+    };
+    let both = || vec![place("memory", &[Hold::Memory]), place("freezer", &[])];
+    let all = [Hold::OwnCgroup, Hold::Memory];
+    let table: [(Cgroups, &[Hold], bool); 7] = [
+        (of(Vec::new(), &[]), &[], true),
+        (of(both(), &[]), &all, true),
+        (of(both(), &[]), &[Hold::OwnCgroup], false),
+        // Still in the supervisor's own in a hierarchy without limits.
+        (of(both(), &[]), &[Hold::Memory], false),
+        (of(both(), &[]), &[], false),
+        // Where not every hierarchy can be left, it is where it can be.
+        (of(both(), &["cpu is read-only"]), &[Hold::Memory], true),
+        (of(both(), &["cpu is read-only"]), &[], false),
+    ];
+    for (cgroups, holds, placed) in table {
+        assert_eq!(cgroups.placed(holds), placed, "{cgroups:?} {holds:?}");
+    }
+}

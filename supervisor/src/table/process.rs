@@ -1,19 +1,21 @@
 //! Engines: started, listened to, started again.
 
 use std::collections::HashSet;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
 use podtether_proto::engine::{EngineStatus, NodeState, ProxySettings, StartRequest};
 use podtether_proto::fds;
 use podtether_proto::node::{AttachmentId, code};
+use tokio::sync::mpsc;
 
 use super::attach::{error, pod_name};
 use super::identities::Identity;
 use super::pod::{LastExit, Pod, Running, Taken, Underlay};
 use super::{Message, Table, random};
 use crate::adopt::{Adopted, NotAdopted};
+use crate::cgroup;
 use crate::context::{self, Context, MTU};
 use crate::credentials::Credential;
 use crate::detach::Image;
@@ -42,13 +44,14 @@ impl Table {
         let (roots, pem) = roots.unwrap_or_default();
         let mut request = start_request(&self.context, pod, identity, &self.underlay, pem.to_string());
         match spawn_engine(&self.context, pod) {
-            Ok((process, child, home, names)) => {
+            Ok(Born { process, child, home, names, cgroups }) => {
                 request.name_servers = names.servers();
                 self.epochs += 1;
                 let (epoch, of) = (self.epochs, id.clone());
                 let wrap = Box::new(move |event| Message::Engine(of.clone(), epoch, event));
                 let reports = Reports { to: self.to_self.clone(), wrap };
                 let process = Arc::new(process);
+                limit(self.to_self.clone(), id, epoch, &process, cgroups);
                 pod.key_given |= request.auth_key.is_some();
                 identity.holder = Some(id.clone());
                 pod.hold_until = None;
@@ -164,7 +167,14 @@ impl Table {
                     pod.record.uid = Some(uid);
                     pod.changed();
                 }
-                let holds = self.context.cgroups.holds(&pod.record.id, process.pid());
+                let cgroups = &self.context.cgroups;
+                let holds = cgroups.holds(&pod.record.id, process.pid());
+                // Its supervisor may have ended before it was put there.
+                if !cgroups.placed(&holds)
+                    && let Ok(procs) = cgroups.open(&pod.record.id)
+                {
+                    limit(self.to_self.clone(), id, epoch, &process, procs);
+                }
                 pod.engine = Some(Running {
                     holds,
                     memory_kills: self.context.cgroups.memory_kills(&pod.record.id),
@@ -243,6 +253,22 @@ impl Table {
             Event::Status(status) => self.status(id, *status),
             Event::Ended { ended, answered, reason } => self.ended(id, &ended, answered, reason),
         }
+    }
+
+    /// Whether an engine could be put into its cgroups.
+    pub(super) fn limited(&mut self, id: &AttachmentId, epoch: u64, result: Result<(), String>) {
+        let Some(pod) = self.pods.get_mut(id) else { return };
+        let Some(running) = pod.engine.as_mut().filter(|e| e.epoch == epoch) else { return };
+        let pid = running.process.pid();
+        if let Err(why) = result {
+            let killed = self.context.config.node.require_sandbox;
+            let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
+            tracing::warn!(namespace, pod = name, pid, killed, "the engine has no limits: {why}");
+            if killed {
+                running.process.kill(Cause::Unlimited);
+            }
+        }
+        running.holds = self.context.cgroups.holds(&pod.record.id, pid);
     }
 
     pub(super) fn status(&mut self, id: &AttachmentId, status: EngineStatus) {
@@ -481,10 +507,34 @@ fn start_request(
     }
 }
 
-fn spawn_engine(
-    context: &Context,
-    pod: &Pod,
-) -> std::io::Result<(spawn::Process, tokio::process::Child, Home, Sockets)> {
+/// Puts an engine into its cgroups, which makes the caller wait.
+fn limit(
+    to: mpsc::Sender<Message>,
+    id: &AttachmentId,
+    epoch: u64,
+    process: &Arc<spawn::Process>,
+    procs: Vec<OwnedFd>,
+) {
+    let (of, process) = (id.clone(), Arc::clone(process));
+    tokio::spawn(async move {
+        let put = tokio::task::spawn_blocking(move || {
+            if process.has_ended() { Ok(()) } else { cgroup::put(process.pid(), &procs) }
+        });
+        let result = put.await.map_err(|e| e.to_string()).and_then(|done| done.map_err(|e| e.to_string()));
+        let _ = to.send(Message::Limited(of, epoch, result)).await;
+    });
+}
+
+struct Born {
+    process: spawn::Process,
+    child: tokio::process::Child,
+    home: Home,
+    names: Sockets,
+    /// Of the cgroups it is to be put into.
+    cgroups: Vec<OwnedFd>,
+}
+
+fn spawn_engine(context: &Context, pod: &Pod) -> std::io::Result<Born> {
     let kept = pod.fds.as_ref().ok_or_else(|| std::io::Error::other("the link is not there"))?;
     let home = Home::make(&context.config.node.run_dir, &pod.record.id)?;
     let (rpc, snapshot, reason) = (home.listen()?, home.snapshot()?, home.reason()?);
@@ -502,8 +552,9 @@ fn spawn_engine(
         uid: pod.record.uid,
         require_sandbox: context.config.node.require_sandbox,
         home: home.dir(),
-        cgroups: context.cgroups.open(&pod.record.id)?,
     };
+    // Opened before: whoever cannot be limited is not started.
+    let cgroups = context.cgroups.open(&pod.record.id)?;
     let (process, child) = spawn::spawn(birth)?;
-    Ok((process, child, home, names))
+    Ok(Born { process, child, home, names, cgroups })
 }

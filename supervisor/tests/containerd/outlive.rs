@@ -19,6 +19,11 @@ pub(crate) fn settled(pod: &Value) -> bool {
     pod["state"] == "running" && pod["controlConnected"] == true && pod["ifindex"] != 0
 }
 
+/// Settled, and put where its limits are.
+pub(crate) fn limited(pod: &Value) -> bool {
+    settled(pod) && pod["limits"] == serde_json::json!(["cgroup", "memory", "pids", "cpu", "mounts"])
+}
+
 pub(crate) fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
@@ -64,9 +69,8 @@ fn a_containers_end_is_no_engines() {
             echo(&b, 7);
             let to = SocketAddr::new(v4(&other), 7);
             reachable(&a, to);
-            let before = rig.until("a", "settled", settled).await;
-            let also = rig.until("b", "settled", settled).await;
-            assert_eq!(before["limits"], serde_json::json!(["cgroup", "memory", "pids", "cpu", "mounts"]));
+            let before = rig.until("a", "settled", limited).await;
+            let also = rig.until("b", "settled", limited).await;
             let text = http("/metrics");
             for limit in ["cgroup", "memory", "pids", "cpu", "mounts"] {
                 let line = format!(
@@ -140,8 +144,8 @@ fn without(name: &str, settings: Settings, limits: &[&str]) {
             rig.client().await;
             let _a = rig.netns("a").await;
             rig.add("a").await.unwrap();
-            let before = rig.until("a", "settled", settled).await;
-            assert_eq!(before["limits"], serde_json::json!(limits));
+            let as_told = |pod: &Value| settled(pod) && pod["limits"] == serde_json::json!(limits);
+            let before = rig.until("a", "limited as it should be", as_told).await;
             first.kill_and_delete();
             // By the pid that it has here: in another PID namespace it has none that we know.
             let left = engines();
