@@ -15,20 +15,20 @@ use super::*;
 const TICK: Duration = Duration::from_millis(20);
 
 /// A devnet, a pod and a stock node that know each other.
-struct World<'a> {
-    devnet: Devnet,
+pub(super) struct World<'a> {
+    pub(super) devnet: Devnet,
     join: Join,
-    pod: Pod,
-    ours: IpAddr,
-    node: Node<'a>,
-    theirs: IpAddr,
-    pod_id: u64,
-    stock_id: u64,
+    pub(super) pod: Pod,
+    pub(super) ours: IpAddr,
+    pub(super) node: Node<'a>,
+    pub(super) theirs: IpAddr,
+    pub(super) pod_id: u64,
+    pub(super) stock_id: u64,
     _echo: JoinSet<()>,
 }
 
 impl<'a> World<'a> {
-    async fn new(stock: &'a Stock) -> Self {
+    pub(super) async fn new(stock: &'a Stock) -> Self {
         let ip = make_underlay().await;
         let devnet = start_devnet(&stock.dir, ip, DnsSettings::default()).await;
         let echo = serve_echo().await;
@@ -51,7 +51,7 @@ impl<'a> World<'a> {
     }
 
     /// Whether the pod has an answer from a peer's echo.
-    async fn reaches(&self, to: IpAddr) -> bool {
+    pub(super) async fn reaches(&self, to: IpAddr) -> bool {
         probe(&self.pod, self.ours, SocketAddr::new(to, ECHO_PORT), 1, TICK).await.answered == 1
     }
 

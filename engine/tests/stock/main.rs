@@ -10,6 +10,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod forgotten;
 mod kinds;
 mod shared;
 
@@ -110,6 +111,17 @@ fn shared_nodes_are_to_a_pod_what_they_are_to_stock() {
     };
     in_namespaces("shared_nodes_are_to_a_pod_what_they_are_to_stock", |dir| {
         block_on(Box::pin(shared::shared(&Stock { daemon, client, dir: dir.to_owned() })));
+    });
+}
+
+#[test]
+fn who_was_forgotten_is_answered_again() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("who_was_forgotten_is_answered_again", |dir| {
+        block_on(Box::pin(forgotten::forgotten(&Stock { daemon, client, dir: dir.to_owned() })));
     });
 }
 

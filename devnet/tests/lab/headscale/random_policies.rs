@@ -21,6 +21,9 @@ const SILENCE: Duration = Duration::from_millis(700);
 /// As long as nodes may need to take a policy up, and to speak again with whom the one before hid from them.
 const SETTLING: Duration = Duration::from_secs(60);
 
+/// An agreement that takes longer is told of.
+const SLOW: Duration = Duration::from_secs(4);
+
 /// A generator whose whole run follows from its seed (splitmix64).
 struct Chance(u64);
 
@@ -269,12 +272,14 @@ fn pods_are_reached_as_stock_nodes_are() {
                     });
                 }
                 let start = Instant::now();
+                let mut late: Vec<String> = Vec::new();
                 let matrix = loop {
                     let matrix = measure(&machines);
                     let odd = disagreements(&matrix);
                     if odd.is_empty() {
                         break matrix;
                     }
+                    late.push(format!("{:?}: {} odd, {}", start.elapsed(), odd.len(), odd[0]));
                     assert!(
                         start.elapsed() < SETTLING,
                         "POLICY_SEED={} POLICIES=1:\n{policy:#}\n{}",
@@ -283,6 +288,9 @@ fn pods_are_reached_as_stock_nodes_are() {
                     );
                 };
                 worst = worst.max(start.elapsed());
+                if start.elapsed() > SLOW {
+                    println!("policy {number} was slow: {:?}\n{}", start.elapsed(), late.join("\n"));
+                }
                 compared += matrix.values().map(BTreeMap::len).sum::<usize>();
                 open += matrix.values().flat_map(BTreeMap::values).filter(|r| **r).count();
                 done += 1;
