@@ -14,7 +14,7 @@ use ipnet::{IpNet, Ipv4Net};
 use podtether_net::netlink::{Netlink, VethEnd};
 use podtether_net::{Netns, sysctl};
 
-use super::{Lab, MTU, block_on, default_route, index_of, make_namespace};
+use super::{Lab, MTU, Node, block_on, default_route, index_of, make_namespace};
 
 /// What a gateway does with UDP.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,6 +118,16 @@ impl Lab {
         let IpAddr::V4(address) = host.addr() else { bail!("hosts behind gateways have IPv4") };
         Ok(Inside { netns, address })
     }
+
+    /// Adds a node with an IPv4 address behind a gateway.
+    ///
+    /// # Errors
+    /// As [`Lab::add_node`].
+    pub fn add_node_behind(&mut self, name: &str, gateway: &mut Gateway) -> Result<Node> {
+        let Inside { netns, .. } = self.add_host_behind(name, gateway)?;
+        self.nodes += 1;
+        Node::new(name, self.nodes, netns, &self.dir, &self.programs)
+    }
 }
 
 impl Gateway {
@@ -125,6 +135,12 @@ impl Gateway {
     fn leg(&self, n: u8) -> (IpNet, IpNet) {
         let net = |last| Ipv4Net::new_assert(Ipv4Addr::new(192, 168, self.number, last), 30).into();
         (net(4 * n + 1), net(4 * n + 2))
+    }
+
+    /// The address of host `n`, from 0.
+    #[must_use]
+    pub fn inside(&self, n: u8) -> IpAddr {
+        self.leg(n).1.addr()
     }
 
     fn rules(&self) -> String {

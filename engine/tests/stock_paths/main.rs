@@ -7,7 +7,9 @@
     reason = "a test fails by panicking and says what it measured"
 )]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod nats;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -38,6 +40,17 @@ fn paths_to_a_stock_node_change_as_between_our_own() {
     in_namespaces("paths_to_a_stock_node_change_as_between_our_own", |dir| scenario(dir, &daemon, &client));
 }
 
+#[test]
+fn a_pod_and_a_stock_node_meet_through_gateways() {
+    let (Some(daemon), Some(client)) = (on_path("tailscaled"), on_path("tailscale")) else {
+        println!("SKIPPED: tailscaled and tailscale are not on PATH");
+        return;
+    };
+    in_namespaces("a_pod_and_a_stock_node_meet_through_gateways", |dir| {
+        nats::scenario(dir, &daemon, &client)
+    });
+}
+
 /// A stock node on a node of the lab.
 struct Stock<'a> {
     dir: PathBuf,
@@ -46,7 +59,13 @@ struct Stock<'a> {
     running: Option<Child>,
 }
 
-impl Stock<'_> {
+impl<'a> Stock<'a> {
+    fn new(dir: PathBuf, devnet: &Devnet, daemon: &'a Path, client: &'a Path) -> Self {
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("ca.pem"), devnet.ca_pem()).unwrap();
+        Self { dir, daemon, client, running: None }
+    }
+
     fn start(&mut self, node: &Node) {
         let log = std::fs::File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
         let child = node
@@ -91,7 +110,7 @@ impl Stock<'_> {
         self.run(&["ping", "-c", "3", "--until-direct=false", "--timeout", "2s", &peer.to_string()])
     }
 
-    fn up(&self, devnet: &Devnet) -> IpAddr {
+    fn up(&self, devnet: &Devnet, name: &str) -> IpAddr {
         let until = Instant::now() + PATIENCE;
         while !self.dir.join("sock").exists() {
             assert!(Instant::now() < until, "the daemon does not listen");
@@ -102,7 +121,7 @@ impl Stock<'_> {
             "up",
             &format!("--login-server={}", devnet.http_url()),
             &format!("--auth-key={}", key.secret),
-            "--hostname=stock",
+            &format!("--hostname={name}"),
             "--timeout=40s",
         ]);
         let address = self.run(&["ip", "-4"]);
@@ -146,6 +165,20 @@ async fn answers(pod: &Pod, from: IpAddr, to: SocketAddr, what: &str) {
     }
 }
 
+/// Datagrams to a node in userspace mode end on its namespace's loopback.
+async fn stock_echo(node: &Node) -> tokio::task::JoinSet<()> {
+    let socket = sockets::udp_in(&node.netns, ([127, 0, 0, 1], ECHO_PORT).into()).await.unwrap();
+    let socket = tokio::net::UdpSocket::from_std(socket).unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(async move {
+        let mut buffer = [0; 2048];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
+            let _ = socket.send_to(&buffer[..length], from).await;
+        }
+    });
+    tasks
+}
+
 fn direct(path: &PathStatus) -> bool {
     matches!(path, PathStatus::Direct { .. })
 }
@@ -168,12 +201,9 @@ fn scenario(dir: &Path, daemon: &Path, client: &Path) {
     let mut lab = Lab::new(dir, programs).unwrap();
     let (devnet, _) = lab.start_devnet(DevnetConfig::default()).unwrap();
     let nodes = ["ours", "theirs"].map(|name| lab.add_node(name).unwrap());
-    let stock_dir = dir.join("stock");
-    std::fs::create_dir(&stock_dir).unwrap();
-    std::fs::write(stock_dir.join("ca.pem"), devnet.ca_pem()).unwrap();
-    let mut stock = Stock { dir: stock_dir, daemon, client, running: None };
+    let mut stock = Stock::new(dir.join("stock"), &devnet, daemon, client);
     stock.start(&nodes[1]);
-    let stock_address = stock.up(&devnet);
+    let stock_address = stock.up(&devnet, "stock");
     let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() }).secret;
     let mut join = Join {
         control_url: devnet.https_url(),
@@ -183,16 +213,7 @@ fn scenario(dir: &Path, daemon: &Path, client: &Path) {
     };
     let blocking = |call: &(dyn Fn() + Sync)| std::thread::scope(|s| s.spawn(call).join()).unwrap();
     block_on(async {
-        // Datagrams to a node in userspace mode end on its namespace's loopback.
-        let theirs = sockets::udp_in(&nodes[1].netns, ([127, 0, 0, 1], ECHO_PORT).into()).await.unwrap();
-        let theirs = tokio::net::UdpSocket::from_std(theirs).unwrap();
-        let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(async move {
-            let mut buffer = [0; 2048];
-            while let Ok((length, from)) = theirs.recv_from(&mut buffer).await {
-                let _ = theirs.send_to(&buffer[..length], from).await;
-            }
-        });
+        let _theirs = stock_echo(&nodes[1]).await;
         let mut pod = Pod::make_on(dir, "pod", Some(&nodes[0].netns)).await;
         let own = pod.join(&join).await[0];
         let _echo = echo(&pod, SocketAddr::new(own, 7)).await;
