@@ -188,3 +188,49 @@ fn without_the_nodes_pids_engines_end_with_the_container() {
     let name = "outlive::without_the_nodes_pids_engines_end_with_the_container";
     without(name, settings, &["cgroup", "memory", "pids", "cpu", "mounts"]);
 }
+
+#[test]
+fn without_propagation_the_next_container_makes_links_anew() {
+    let name = "outlive::without_propagation_the_next_container_makes_links_anew";
+    on_a_node(name, |dir, names| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        names.configure(&mut rig);
+        let runtime = Runtime::start(dir);
+        runtime.import_image();
+        let settings = Settings { bidirectional: false, ..Settings::ALL };
+        let cgroup = format!("/{}/1", names.containers);
+        let first = Container::start(&runtime, "first", dir, &cgroup, settings);
+        block_on(async {
+            rig.client().await;
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            rig.add("a").await.unwrap();
+            let other = rig.add("b").await.unwrap();
+            echo(&b, 7);
+            let to = SocketAddr::new(v4(&other), 7);
+            reachable(&a, to);
+            let before = rig.until("a", "settled", settled).await;
+            let pinger = Pinger::start(&a, to, Duration::from_millis(5));
+            first.kill_and_delete();
+            assert!(lives(pid(&before)), "the engine is not the container's");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let cgroup = format!("/{}/2", names.containers);
+            let second = Container::start(&runtime, "second", dir, &cgroup, settings);
+            rig.client().await;
+            let after = rig.until("a", "running again", settled).await;
+            assert_ne!(after["enginePid"], before["enginePid"]);
+            assert_ne!(after["ifindex"], before["ifindex"], "nobody finds the link any more");
+            for same in ["udpPort", "addresses", "mac", "limits"] {
+                assert_eq!(after[same], before[same], "{same}");
+            }
+            reachable(&a, to);
+            let back = pinger.finish();
+            let lost = back.iter().filter(|b| b.is_none()).count();
+            println!("{} sent, {lost} lost", back.len());
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            rig.until_clean(TIMEOUT).await;
+            second.kill_and_delete();
+        });
+    });
+}

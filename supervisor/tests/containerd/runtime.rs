@@ -15,8 +15,10 @@ use crate::rig::{Rig, TIMEOUT};
 const TEST: &str = "PODTETHER_TEST_CONTAINERD";
 /// Tells its cgroups from another run's.
 const RUN: &str = "PODTETHER_TEST_RUN";
-const IMAGE: &str = "docker.io/local/podtether:1";
-const PAUSE: &str = "docker.io/local/pause:1";
+/// The supervisor, the engine and what they need.
+pub(crate) const IMAGE: &str = "docker.io/local/podtether:1";
+/// What pods run, and their sandboxes.
+pub(crate) const PAUSE: &str = "docker.io/local/pause:1";
 /// Debian's package containernetworking-plugins.
 const PLUGINS: &str = "/usr/lib/cni";
 const NEEDED: [&str; 6] = ["containerd", "ctr", "runc", "busybox", "unshare", "tar"];
@@ -109,7 +111,8 @@ impl Names {
     }
 }
 
-fn remove_below(dir: &Path) {
+/// Removes a cgroup and those below it, which are empty.
+pub(crate) fn remove_below(dir: &Path) {
     for inner in fs::read_dir(dir).into_iter().flatten().flatten() {
         if inner.file_type().is_ok_and(|t| t.is_dir()) {
             remove_below(&inner.path());
@@ -170,8 +173,13 @@ impl Runtime {
 
     /// Packs the supervisor, the engine, busybox and the libraries that a development build needs.
     pub(crate) fn import_image(&self) {
+        self.import_supervisor("default");
+    }
+
+    /// As [`Runtime::import_image`], for a namespace of the runtime's.
+    pub(crate) fn import_supervisor(&self, namespace: &str) {
         let supervisor = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
-        self.import("default", IMAGE, &[supervisor, &supervisor.with_file_name("podtether-engine")], "");
+        self.import(namespace, IMAGE, &[supervisor, &supervisor.with_file_name("podtether-engine")], "");
     }
 
     /// What pods run.
@@ -280,6 +288,20 @@ fn libraries(program: &Path) -> Vec<PathBuf> {
     text.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
 }
 
+/// What the supervisor uses of the capabilities that a privileged container has.
+const CAPABILITIES: [&str; 10] = [
+    "SYS_ADMIN",
+    "NET_ADMIN",
+    "NET_BIND_SERVICE",
+    "SYS_PTRACE",
+    "SYS_CHROOT",
+    "DAC_OVERRIDE",
+    "SETUID",
+    "SETGID",
+    "SETPCAP",
+    "KILL",
+];
+
 /// Settings of the container, as a DaemonSet gives them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Settings {
@@ -323,6 +345,11 @@ impl<'a> Container<'a> {
                 .to_vec();
         arguments.extend(["--rootfs-propagation".into(), "rshared".into(), "--cgroup".into(), cgroup.into()]);
         arguments.extend(["--log-uri".into(), format!("file://{}", dir.join(format!("{id}.log")).display())]);
+        for name in caps::all().iter().map(ToString::to_string) {
+            if !CAPABILITIES.contains(&&name["CAP_".len()..]) {
+                arguments.extend(["--cap-drop".into(), name]);
+            }
+        }
         if settings.host_pid {
             arguments.extend(["--with-ns".into(), "pid:/proc/1/ns/pid".into()]);
         }
