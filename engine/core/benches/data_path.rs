@@ -76,6 +76,7 @@ impl Pair {
                 disco_key: disco.clone(),
                 mtu: LEN,
                 random_seed: [n; 32],
+                standby: None,
                 wall: UnixTime::from_secs(1_800_000_000),
                 snapshot: None,
             };

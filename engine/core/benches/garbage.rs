@@ -39,6 +39,7 @@ fn engine(now: Instant) -> Engine {
         disco_key: DiscoPrivate::from_bytes([101; 32]),
         mtu: 1280,
         random_seed: [1; 32],
+        standby: None,
         wall: UnixTime::from_secs(1_800_000_000),
         snapshot: None,
     };

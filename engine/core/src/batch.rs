@@ -124,6 +124,17 @@ pub struct DerpDestination {
     pub peer: NodePublic,
 }
 
+/// Where a message came from that another process of the same node may know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// From the underlay.
+    Udp(SocketAddr),
+    /// From a relay, which vouches for the sender.
+    Relay(DerpDestination),
+    /// From the pod: it waited for a handshake.
+    Pod,
+}
+
 /// Everything one `handle_*` call wants sent. The shell sends it all, then clears it.
 #[derive(Debug, Default)]
 pub struct Outbox {
@@ -133,6 +144,8 @@ pub struct Outbox {
     pub tun: Batch<()>,
     /// Packets for relays.
     pub derp: Batch<DerpDestination>,
+    /// For the other process of this node, while a handover is under way.
+    pub passed: Batch<Origin>,
 }
 
 impl Outbox {
@@ -141,12 +154,13 @@ impl Outbox {
         self.udp.clear();
         self.tun.clear();
         self.derp.clear();
+        self.passed.clear();
     }
 
     /// Whether nothing is to be sent.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.udp.is_empty() && self.tun.is_empty() && self.derp.is_empty()
+        self.udp.is_empty() && self.tun.is_empty() && self.derp.is_empty() && self.passed.is_empty()
     }
 }
 

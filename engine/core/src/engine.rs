@@ -10,6 +10,7 @@
 //! | `relay` | which DERP regions are connected, and what waits for one |
 //! | `load` | how much of what others ask for is done |
 //! | `shield` | when the UDP sockets are flooded, and what the kernel then drops |
+//! | `handover` | what two processes of one node are to each other while one replaces the other |
 //! | `control` | what a netmap change means for peers, filter, names and relays |
 //! | `timers` | what is due when |
 //! | `view` | what others are shown |
@@ -20,6 +21,7 @@
 pub mod api;
 mod control;
 mod discovery;
+mod handover;
 mod inbound;
 mod load;
 mod names;
@@ -136,6 +138,7 @@ pub struct Engine {
     load: load::Load,
     watch: shield::Watch,
 
+    handover: handover::State,
     relays: Relays,
     netcheck: Netcheck,
     underlay: Underlay,
@@ -163,7 +166,10 @@ impl Engine {
         let disco_key = config.snapshot.as_ref().map_or(config.disco_key, |s| s.disco.clone());
         let mut random = Random::new(config.random_seed);
         let load = load::Load::new(&mut random);
-        let watch = shield::Watch::new(&mut random);
+        let mut watch = shield::Watch::new(&mut random);
+        while config.standby == Some(watch.marks.index) {
+            watch = shield::Watch::new(&mut random);
+        }
         let netcheck = Netcheck::new(watch.marks.stun);
         let dns = Dns::new(random.bytes());
         let mut engine = Self {
@@ -199,6 +205,7 @@ impl Engine {
             control_heard: false,
             load,
             watch,
+            handover: handover::State::new(config.standby.is_some()),
             relays: Relays::new(u64::from(config.random_seed[0]) << 8 | u64::from(config.random_seed[1])),
             netcheck,
             underlay: Underlay::default(),
@@ -334,4 +341,13 @@ impl Engine {
 enum Via {
     Udp(SocketAddr),
     Derp(RegionId, NodePublic),
+}
+
+impl Via {
+    fn socket(self) -> Option<SocketAddr> {
+        match self {
+            Self::Udp(from) => Some(from),
+            Self::Derp(..) => None,
+        }
+    }
 }

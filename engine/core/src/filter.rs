@@ -291,6 +291,23 @@ impl FilterState {
         self.tally.passed(&self.filter.names)
     }
 
+    /// The flows that are remembered, for another process of this node.
+    #[must_use]
+    pub fn flows(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for flow in self.flows.iter() {
+            flow.store(&mut out);
+        }
+        out
+    }
+
+    /// Remembers what [`FilterState::flows`] of another process gave.
+    pub fn add_flows(&mut self, stored: &[u8]) {
+        for flow in stored.as_chunks().0 {
+            self.flows.record(Tuple::load(flow));
+        }
+    }
+
     /// Remembers a packet that this node sends, so that its answers pass.
     pub fn note_out(&mut self, packet: &Parsed) {
         if has_flow(packet) && packet.fragment != Fragment::Later {

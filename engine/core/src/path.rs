@@ -234,6 +234,13 @@ impl PathAgent {
         }
     }
 
+    /// An answer that nobody else could give has just come from there, to what was sent there.
+    pub(crate) fn prove(&mut self, from: SocketAddr, now: Instant) {
+        if let Some(best) = self.best.as_mut().filter(|best| best.addr == from) {
+            best.trusted_until = now + TRUST;
+        }
+    }
+
     /// Forgets what was learnt about the peer's last life, which its new disco key ends.
     pub(crate) fn restart(&mut self, now: Instant) {
         self.pings.clear();

@@ -39,6 +39,7 @@ fn what_was_sent_too_early_goes_again_when_the_peer_can_be_reached() {
         disco_key: DiscoPrivate::from_bytes([11; 32]),
         mtu: 1280,
         random_seed: [1; 32],
+        standby: None,
         wall: UnixTime::from_secs(1_800_000_000),
         snapshot: None,
     };

@@ -92,6 +92,7 @@ fn a_snapshot_of_ten_thousand_peers_comes_back() {
         disco_key: DiscoPrivate::from_bytes([2; 32]),
         mtu: 1280,
         random_seed: [3; 32],
+        standby: None,
         wall: UnixTime::from_secs(1_800_000_000),
         snapshot: Some(Snapshot::from_bytes(&bytes).expect("our own")),
     };

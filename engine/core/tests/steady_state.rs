@@ -46,6 +46,7 @@ fn pair(now: Instant) -> [Engine; 2] {
             disco_key: disco.clone(),
             mtu: 1280,
             random_seed: [n; 32],
+            standby: None,
             wall: UnixTime::from_secs(1_800_000_000),
             snapshot: None,
         };

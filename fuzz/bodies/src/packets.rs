@@ -52,6 +52,7 @@ fn config(snapshot: Option<Snapshot>) -> Config {
         disco_key,
         mtu: 1280,
         random_seed: [1; 32],
+        standby: None,
         wall: UnixTime::from_secs(1_800_000_000),
         snapshot,
     }

@@ -24,6 +24,9 @@ pub struct Config {
     pub mtu: u16,
     /// From the system's random source, new for every start.
     pub random_seed: [u8; 32],
+    /// Beside a process that is the node until [`Engine::take_over`](super::Engine::take_over): its
+    /// [`Engine::index_mark`](super::Engine::index_mark).
+    pub standby: Option<u8>,
     /// Wall clock at the `now` given to `Engine::new`.
     pub wall: UnixTime,
     /// What the process before left behind.

@@ -93,11 +93,12 @@ impl Engine {
         }
     }
 
-    fn handle_wireguard(&mut self, via: Via, datagram: &mut [u8], now: Instant, out: &mut Outbox) {
+    pub(super) fn handle_wireguard(&mut self, via: Via, datagram: &mut [u8], now: Instant, out: &mut Outbox) {
         let result = match classify(datagram) {
             Kind::Malformed => Err(DropReason::UnknownDatagram),
             Kind::Initiation => self.handle_initiation(via, datagram, now, out),
             Kind::Indexed(index) => match self.by_index.get(&(index >> 8)).copied() {
+                None if self.pass(via, datagram, now, out) => Ok(()),
                 Some(slot) if datagram[0] == 4 => self.handle_data(slot, via, datagram, now, out),
                 Some(slot) => self.handle_answer(slot, via, datagram, now, out),
                 None => {
@@ -166,10 +167,7 @@ impl Engine {
             }
             Some(_) | None => {}
         }
-        let answers = match via {
-            Via::Udp(from) => Some(from),
-            Via::Derp(..) => None,
-        };
+        let answers = via.socket();
         self.note_via(slot, via, now, out);
         self.note_handshake(now);
         self.transmit(slot, &buf[..len], false, answers, now, out);
@@ -191,9 +189,16 @@ impl Engine {
         {
             return Err(reason);
         }
+        let standby = self.handover.is_standby();
         let active = self.active(slot).ok_or(DropReason::UnknownSession)?;
         match active.tunnel.open(datagram, &mut buf, now) {
             Opened::Established(len) => {
+                // A peer uses the session from its first message on: that one says that this process is the node.
+                if standby {
+                    active.last_from = via.socket();
+                    self.note_handshake(now);
+                    return Ok(());
+                }
                 let confirms = active.tunnel.waiting() == 0;
                 self.note_via(slot, via, now, out);
                 self.note_handshake(now);
@@ -376,6 +381,18 @@ impl Engine {
         self.snapshot_dirty(now);
     }
 
+    /// The peer that a message seems to come from.
+    pub(super) fn slot_of(&self, via: Via) -> Option<Slot> {
+        match via {
+            Via::Derp(_, source) => self.peers.by_key(&source),
+            Via::Udp(from) => {
+                let best = |slot| self.peers.get(slot)?.active.as_ref()?.path.best();
+                let mut active = self.by_index.values().copied();
+                active.find(|slot| best(*slot) == Some(from)).or_else(|| self.peers.by_endpoint(from))
+            }
+        }
+    }
+
     /// A message for a session that is not ours any more: its sender will find out in 15 s by itself, or
     /// at once from a handshake.
     fn nudge(&mut self, via: Via, now: Instant, out: &mut Outbox) {
@@ -385,15 +402,7 @@ impl Engine {
         if !self.load.admit_nudge(via, now) {
             return;
         }
-        let slot = match via {
-            Via::Derp(_, source) => self.peers.by_key(&source),
-            Via::Udp(from) => {
-                let best = |slot| self.peers.get(slot)?.active.as_ref()?.path.best();
-                let mut active = self.by_index.values().copied();
-                active.find(|slot| best(*slot) == Some(from)).or_else(|| self.peers.by_endpoint(from))
-            }
-        };
-        let Some(slot) = slot.filter(|slot| self.activate(*slot, now)) else { return };
+        let Some(slot) = self.slot_of(via).filter(|slot| self.activate(*slot, now)) else { return };
         if let Via::Derp(region, _) = via
             && let Some(active) = self.active(slot)
         {

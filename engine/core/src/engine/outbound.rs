@@ -24,7 +24,12 @@ impl Engine {
         }
     }
 
-    fn route_packet(&mut self, packet: &mut [u8], now: Instant, out: &mut Outbox) -> Result<(), DropReason> {
+    pub(super) fn route_packet(
+        &mut self,
+        packet: &mut [u8],
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), DropReason> {
         if packet.len() > self.mtu {
             return Err(DropReason::TooBig);
         }
@@ -167,6 +172,11 @@ impl Engine {
     pub(super) fn initiate(&mut self, slot: Slot, again: bool, now: Instant, out: &mut Outbox) -> bool {
         let Some(active) = self.active(slot) else { return false };
         let again = again && active.tunnel.attempting();
+        let replaces = active.tunnel.ready(now);
+        if replaces && self.handover.keeps_sessions() {
+            return false;
+        }
+        let Some(active) = self.active(slot) else { return false };
         if again {
             active.path.try_another();
         }
@@ -183,7 +193,9 @@ impl Engine {
     /// Tries a handshake that is not answered again, because there may be a path now that was not there
     /// before. False when there is none, or it is too early: the try then comes as soon as it may.
     pub(super) fn hasten(&mut self, slot: Slot, now: Instant, out: &mut Outbox) -> bool {
-        let Some(active) = self.active(slot).filter(|a| a.tunnel.attempting()) else { return false };
+        let keeps = self.handover.keeps_sessions();
+        let wanted = |a: &&mut Active| a.tunnel.attempting() && !(keeps && a.tunnel.ready(now));
+        let Some(active) = self.active(slot).filter(wanted) else { return false };
         let message = active.tunnel.hasten(now);
         if let Some(message) = &message {
             self.transmit(slot, message, true, None, now, out);
@@ -242,6 +254,8 @@ impl Engine {
         let Some(active) = peer.active.as_deref_mut() else { return };
         let Route { udp, derp } = active.path.route(now);
         let to = relay_for(active, home, key, &self.relays, now).filter(|_| derp || both);
+        // The relays are the other process's.
+        let to = to.filter(|_| udp.is_none() || !self.handover.is_standby());
         let mut sent = false;
         for addr in [udp, answers.filter(|a| Some(*a) != udp)].into_iter().flatten() {
             sent |= out.udp.push(addr, message);
@@ -259,6 +273,9 @@ impl Engine {
     }
 
     fn note_sent(&mut self, slot: Slot, now: Instant, out: &mut Outbox) {
+        if self.handover.is_standby() {
+            return;
+        }
         self.netcheck.note_traffic(now);
         self.with_path(slot, now, out, PathAgent::note_send);
     }

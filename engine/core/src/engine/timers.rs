@@ -16,6 +16,10 @@ impl Engine {
     /// When to call [`Engine::handle_timeout`] next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
+        if self.handover.is_standby() {
+            let greet = (!self.greet.is_empty()).then_some(self.started);
+            return greet.into_iter().chain(self.timers.first().map(|(at, _)| *at)).min();
+        }
         let unfinished = self.peers.is_sweeping() || self.filter_build.is_some();
         let at_once = (!self.greet.is_empty() || unfinished).then_some(self.started);
         [
@@ -38,6 +42,9 @@ impl Engine {
     /// The time of [`Engine::poll_timeout`] has come. Calling early does no harm.
     pub fn handle_timeout(&mut self, now: Instant, out: &mut Outbox) {
         self.greet_peers(now, out);
+        if self.handover.is_standby() {
+            return self.standby_timeout(now, out);
+        }
         self.sweep_peers(now, out);
         self.continue_filter();
         while let Some((at, slot)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
@@ -125,7 +132,7 @@ impl Engine {
         self.schedule_from(slot, None);
     }
 
-    fn schedule_from(&mut self, slot: Slot, earliest: Option<Instant>) {
+    pub(super) fn schedule_from(&mut self, slot: Slot, earliest: Option<Instant>) {
         let Some(active) = self.peers.get_mut(slot).and_then(|p| p.active.as_deref_mut()) else { return };
         let tunnel = active.tunnel.deadline();
         let due = [active.path.deadline(), active.expires].into_iter().flatten().fold(tunnel, Instant::min);

@@ -11,6 +11,8 @@ use crate::packet::Parsed;
 pub(super) const MAX_FLOWS: usize = 512;
 const BUCKET_BITS: u32 = 10;
 const NONE: u16 = u16::MAX;
+/// Bytes of a stored flow.
+pub(super) const STORED: usize = 1 + 2 + 2 + 16 + 16;
 
 /// A flow as packets from the other side carry it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,30 @@ impl Tuple {
             src: packet.src,
             dst: packet.dst,
         }
+    }
+
+    /// The stored form.
+    pub(super) fn store(&self, out: &mut Vec<u8>) {
+        let octets = |ip: IpAddr| match ip {
+            IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+            IpAddr::V6(ip) => ip.octets(),
+        };
+        out.push(self.protocol);
+        out.extend_from_slice(&self.src_port.to_be_bytes());
+        out.extend_from_slice(&self.dst_port.to_be_bytes());
+        out.extend_from_slice(&octets(self.src));
+        out.extend_from_slice(&octets(self.dst));
+    }
+
+    /// Reads the stored form.
+    pub(super) fn load(bytes: &[u8; STORED]) -> Self {
+        let [protocol, a, b, c, d, addresses @ ..] = *bytes;
+        let ip = |at: usize| {
+            let octets = std::array::from_fn::<u8, 16, _>(|n| addresses[at + n]);
+            IpAddr::from(octets).to_canonical()
+        };
+        let (src_port, dst_port) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+        Self { protocol, src_port, dst_port, src: ip(0), dst: ip(16) }
     }
 
     pub(super) fn reversed(self) -> Self {
@@ -89,6 +115,16 @@ impl Flows {
         self.unlink(at);
         self.push_newest(at);
         true
+    }
+
+    /// All that are remembered, the least recently used first.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Tuple> {
+        let mut at = self.oldest;
+        std::iter::from_fn(move || {
+            let entry = self.entries.get(usize::from(at))?;
+            at = entry.newer;
+            Some(&entry.tuple)
+        })
     }
 
     /// Whether `tuple` is known; it does not count as used.

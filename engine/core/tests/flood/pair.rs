@@ -61,6 +61,7 @@ pub(crate) fn engine(n: u16, peers: impl Iterator<Item = u16>, now: Instant) -> 
         disco_key: disco_key(n),
         mtu: 1280,
         random_seed: [n.to_be_bytes()[1]; 32],
+        standby: None,
         wall: UnixTime::from_secs(1_800_000_000),
         snapshot: None,
     };

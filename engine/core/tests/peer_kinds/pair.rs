@@ -57,6 +57,7 @@ pub(crate) fn engine(n: u8, map: MapResponse, now: Instant) -> Engine {
         disco_key: DiscoPrivate::from_bytes([n + 100; 32]),
         mtu: 1280,
         random_seed: [n; 32],
+        standby: None,
         wall: UnixTime::from_secs(WALL),
         snapshot: None,
     };

@@ -335,6 +335,7 @@ impl World {
             disco_key: disco,
             mtu: 1280,
             random_seed: seed,
+            standby: None,
             wall,
             snapshot,
         };

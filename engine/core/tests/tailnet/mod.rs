@@ -45,6 +45,7 @@ pub fn engine(peers: u32, now: Instant) -> Engine {
         disco_key: DiscoPrivate::from_bytes([2; 32]),
         mtu: 1280,
         random_seed: [3; 32],
+        standby: None,
         wall: UnixTime::from_secs(1_800_000_000),
         snapshot: None,
     };
