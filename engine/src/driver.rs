@@ -7,6 +7,8 @@
 
 mod drops;
 mod fence;
+mod handover;
+mod partner;
 mod report;
 mod shield;
 mod start;
@@ -18,11 +20,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use podtether_core::batch::{Batch, Outbox, RegionId};
+use podtether_core::batch::{Batch, Origin, Outbox, RegionId};
 use podtether_core::dns::Action;
 use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine, PingId};
 use podtether_core::snapshot::SnapshotWriter;
-use podtether_proto::engine::{Pong, Underlay};
+use podtether_proto::engine::{Pong, Role, Underlay};
 use podtether_proto::exit::EngineExit;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
@@ -40,6 +42,7 @@ use crate::status::Board;
 pub(crate) use drops::Drop;
 pub(crate) use drops::Drops;
 use fence::Fence;
+use handover::{Handover, Next};
 use report::Membership;
 use tun::Tun;
 use udp::Udp;
@@ -52,6 +55,11 @@ pub(crate) struct Link {
     pub(crate) udp6: Option<OwnedFd>,
     pub(crate) names: NameFds,
     pub(crate) snapshot: Option<OwnedFd>,
+    /// Where a successor connects, and whose word for it counts.
+    pub(crate) heir: Option<OwnedFd>,
+    pub(crate) supervisor_uid: u32,
+    /// To the process that this one replaces.
+    pub(crate) partner: Option<OwnedFd>,
 }
 
 /// Rounds between which other tasks and the poller surely get their turn.
@@ -88,6 +96,7 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
                 match Driver::start(parts, &request, board.clone()) {
                     Ok(driver) => {
                         board.set_pod_uid(&request.pod.uid);
+                        board.set_role(driver.handover.role);
                         return Box::pin(driver.run(commands, answer)).await;
                     }
                     Err((parts, reason)) => {
@@ -124,6 +133,15 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
             Command::Logout(answer) => {
                 let _ = answer.send(Err("this engine was not started".to_owned()));
             }
+            Command::PrepareHandover(answer) => {
+                let _ = answer.send(Err(NO_IDENTITY.to_owned()));
+            }
+            Command::Ready(_, answer) => {
+                let _ = answer.send(0);
+            }
+            Command::TakeOver { answer, .. } => {
+                let _ = answer.send(Err(NO_IDENTITY.to_owned()));
+            }
             Command::Stop(answer) => {
                 let _ = answer.send(());
                 return Ending::new(EngineExit::Stopped, "asked to stop before it was started");
@@ -139,13 +157,16 @@ struct Driver {
     tun: Tun,
     udp4: Option<Udp>,
     udp6: Option<Udp>,
-    names: Names,
+    /// Those of the process before are in use as long as it is the node.
+    names: Option<Names>,
     from_tun: Batch<()>,
     from_udp: Batch<SocketAddr>,
+    passed: Batch<Origin>,
     drops: Drops,
     intake: Intake,
     dialer: Dialer,
-    control: Control,
+    /// The node alone has one.
+    control: Option<Control>,
     derp: Regions,
     lookups: JoinSet<(String, Vec<IpAddr>)>,
     latencies: JoinSet<(RegionId, Option<Duration>)>,
@@ -165,6 +186,7 @@ struct Driver {
     board: Board,
     ending: Option<Ending>,
     fence: Fence,
+    handover: Handover,
     /// Whether the last snapshot that was begun is whole in its file.
     snapshot_kept: bool,
 }
@@ -178,6 +200,7 @@ enum Wake {
     Derp(derp::Message),
     Resolved(String, Vec<IpAddr>),
     Latency(RegionId, Option<Duration>),
+    Handover(handover::Next),
     Command(Command),
     LoggedOut(Result<(), String>),
     Time,
@@ -200,10 +223,12 @@ impl Driver {
         let mut rounds = 0_u32;
         loop {
             let wake = self.wake(&mut commands).await;
-            self.handle(wake);
+            self.handle(wake).await;
             self.settle().await;
             if let Some(ending) = self.ending.take() {
-                self.write_snapshot();
+                if self.handover.reads() {
+                    self.write_snapshot();
+                }
                 return ending;
             }
             rounds = rounds.wrapping_add(1);
@@ -220,21 +245,24 @@ impl Driver {
             None => self.snapshot_due,
         };
         let refused = self.refused.deadline(self.refused_sum());
-        let deadline = [self.engine.poll_timeout(), snapshot, refused].into_iter().flatten().min();
+        let handover = self.handover.deadline();
+        let core = self.engine.poll_timeout().filter(|_| self.handover.role != Role::LetGo);
+        let deadline = [core, snapshot, refused, handover].into_iter().flatten().min();
+        let reads = self.handover.reads();
         tokio::select! {
-            read = self.tun.read(&mut self.from_tun, &mut self.drops) => match read {
+            read = self.tun.read(&mut self.from_tun, &mut self.drops), if reads => match read {
                 Ok(()) => Wake::Packets,
                 Err(gone) => Wake::Ended(Ending::new(EngineExit::LinkLost, gone.to_string())),
             },
-            received = receive(self.udp4.as_mut(), self.udp6.as_mut(), &mut self.from_udp) => match received {
+            received = receive(self.udp4.as_mut(), self.udp6.as_mut(), &mut self.from_udp), if reads => match received {
                 Ok(unusable) => {
                     self.drops.add(Drop::UdpTruncated, unusable);
                     Wake::Datagrams
                 }
                 Err(error) => Wake::Ended(Ending::new(EngineExit::LinkLost, format!("a UDP socket failed: {error}"))),
             },
-            event = self.names.event() => Wake::Names(event),
-            event = self.control.event() => match event {
+            event = asked(self.names.as_mut()) => Wake::Names(event),
+            event = said(self.control.as_mut()) => match event {
                 Some(event) => Wake::Control(event),
                 None => Wake::Time,
             },
@@ -244,6 +272,7 @@ impl Driver {
                 Err(_) => Wake::Time,
             },
             Some(Ok((region, latency))) = self.latencies.join_next() => Wake::Latency(region, latency),
+            next = self.handover.next(&mut self.passed) => Wake::Handover(next),
             command = commands.recv() => match command {
                 Some(command) => Wake::Command(command),
                 None => Wake::Ended(Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more")),
@@ -253,7 +282,7 @@ impl Driver {
         }
     }
 
-    fn handle(&mut self, wake: Wake) {
+    async fn handle(&mut self, wake: Wake) {
         let now = Instant::now();
         match wake {
             Wake::Packets => {
@@ -268,14 +297,23 @@ impl Driver {
             }
             Wake::Names(event) => {
                 self.intake.others += 1;
-                self.names.handle(event, &mut self.engine, now);
+                if let Some(names) = &mut self.names {
+                    names.handle(event, &mut self.engine, now);
+                }
             }
+            Wake::Handover(Next::Connected(Some(partner))) => self.heir_connected(partner),
+            Wake::Handover(Next::Connected(None)) => {}
+            Wake::Handover(Next::Said(message)) => self.partner_said(message).await,
+            Wake::Command(Command::TakeOver { alone, answer }) => self.take_over(alone, answer).await,
             Wake::Control(event) => {
                 self.intake.others += 1;
                 self.handle_control(event, now);
             }
             Wake::Derp(message) => {
                 self.intake.others += 1;
+                if self.connected_while_the_other_is_there(&message) {
+                    self.tell_relay_up(message.region).await;
+                }
                 self.handle_derp(message, now);
             }
             Wake::Resolved(host, addresses) => {
@@ -288,15 +326,19 @@ impl Driver {
             Wake::Ended(ending) => self.ending = Some(ending),
         }
         self.tell_refused(now);
+        self.look_after_handover(now);
         // Also under load, when the loop never sleeps until the deadline.
-        if self.engine.poll_timeout().is_some_and(|at| at <= now) {
+        if self.handover.role != Role::LetGo && self.engine.poll_timeout().is_some_and(|at| at <= now) {
             self.engine.handle_timeout(now, &mut self.outbox);
         }
     }
 
     /// Sends what the core wants sent and does what it wants done.
     async fn settle(&mut self) {
-        while let Some(event) = self.engine.poll_event() {
+        // A standby's wishes wait until it is the node.
+        while self.handover.reads()
+            && let Some(event) = self.engine.poll_event()
+        {
             self.handle_event(event);
         }
         while let Some(action) = self.engine.poll_dns() {
@@ -305,9 +347,12 @@ impl Driver {
             {
                 self.make_room(server.port());
             }
-            self.names.act(action, &mut self.drops);
+            if let Some(names) = &mut self.names {
+                names.act(action, &mut self.drops);
+            }
         }
         self.tun.write(&self.outbox.tun, &mut self.drops);
+        self.pass_on().await;
         if !self.outbox.udp.is_empty() {
             let (udp4, udp6) = (self.udp4.as_ref(), self.udp6.as_ref());
             if udp4.is_none() || udp6.is_none() {
@@ -339,7 +384,9 @@ impl Driver {
         match event {
             engine::Event::SelfChanged | engine::Event::RoutesChanged => self.report(),
             engine::Event::HostUpdate => {
-                self.control.set_host(self.engine.host_update());
+                if let Some(control) = &self.control {
+                    control.set_host(self.engine.host_update());
+                }
                 self.report();
             }
             engine::Event::DerpConnect { region } if !self.may_dial(region) => {}
@@ -377,7 +424,11 @@ impl Driver {
                 };
                 self.snapshot_due.get_or_insert(due);
             }
-            engine::Event::ControlAnswer(answer) => self.control.answer(*answer),
+            engine::Event::ControlAnswer(answer) => {
+                if let Some(control) = &self.control {
+                    control.answer(*answer);
+                }
+            }
             engine::Event::Pong(result) => {
                 if let Some(asker) = self.pings.remove(&result.id) {
                     let _ = asker.send(report::pong(*result));
@@ -511,14 +562,26 @@ impl Driver {
             Command::Peers(answer) => {
                 let _ = answer.send(self.peers(now));
             }
+            Command::PrepareHandover(answer) => self.prepare_handover(answer),
+            Command::Ready(within, answer) => self.tell_ready(within, answer),
+            Command::TakeOver { answer, .. } => {
+                let _ = answer.send(Err("it cannot be asked for now".to_owned()));
+            }
+            Command::Logout(answer) if self.control.is_none() => {
+                let _ = answer.send(Err("another process is the node".to_owned()));
+            }
             Command::Logout(answer) => {
                 let (done, outcome) = oneshot::channel();
-                self.control.logout(done);
+                if let Some(control) = &self.control {
+                    control.logout(done);
+                }
                 self.logging_out = Some(outcome);
                 self.logout_answer = Some(answer);
             }
             Command::Stop(answer) => {
-                self.write_snapshot();
+                if self.handover.reads() {
+                    self.write_snapshot();
+                }
                 let _ = answer.send(());
                 self.ending = Some(Ending::new(EngineExit::Stopped, "asked to stop"));
             }
@@ -678,6 +741,20 @@ async fn receive(
 async fn datagrams(udp: Option<&Udp>) -> std::io::Result<()> {
     match udp {
         Some(udp) => udp.ready().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn asked(names: Option<&mut Names>) -> names::Event {
+    match names {
+        Some(names) => names.event().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn said(control: Option<&mut Control>) -> Option<control::Event> {
+    match control {
+        Some(control) => control.event().await,
         None => std::future::pending().await,
     }
 }

@@ -15,6 +15,10 @@ pub(crate) struct Descriptors {
     pub(crate) names: Names,
     pub(crate) snapshot: Option<OwnedFd>,
     pub(crate) reason: Option<OwnedFd>,
+    /// Listens for the engine that will replace this one.
+    pub(crate) heir: Option<OwnedFd>,
+    /// Leads to the engine that this one replaces.
+    pub(crate) partner: Option<OwnedFd>,
     /// An empty mount namespace.
     pub(crate) nowhere: Option<OwnedFd>,
 }
@@ -82,6 +86,8 @@ impl Descriptors {
             mut snapshot,
             mut reason,
             mut nowhere,
+            mut heir,
+            mut partner,
             dns,
             dns_tcp,
             stand_in,
@@ -103,6 +109,8 @@ impl Descriptors {
             snapshot: snapshot.pop(),
             reason: reason.pop(),
             nowhere: nowhere.pop(),
+            heir: heir.pop(),
+            partner: partner.pop(),
         })
     }
 }
@@ -117,7 +125,7 @@ fn close_from(first: RawFd) -> std::io::Result<()> {
 }
 
 /// Those that there is at most one of, then those that there may be more of.
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 18] = [
     fds::RPC,
     fds::TUN,
     fds::UDP4,
@@ -125,6 +133,8 @@ const NAMES: [&str; 16] = [
     fds::SNAPSHOT,
     fds::REASON,
     fds::NOWHERE,
+    fds::HEIR,
+    fds::PARTNER,
     fds::DNS,
     fds::DNS_TCP,
     fds::STAND_IN,
@@ -135,7 +145,7 @@ const NAMES: [&str; 16] = [
     fds::ASK_TCP6,
     fds::DNS_OWNER,
 ];
-const SINGLE: usize = 7;
+const SINGLE: usize = 9;
 
 /// Indices into `NAMES`, in the order of the descriptors.
 fn parse(names: &str) -> Result<Vec<usize>, FdsError> {
@@ -160,7 +170,7 @@ mod tests {
         assert_eq!(parse("rpc:tun:udp6"), Ok(vec![0, 1, 3]));
         assert_eq!(parse(""), Ok(vec![]));
         assert_eq!(parse("rpc:disk"), Err(FdsError::Unknown("disk".into())));
-        assert_eq!(parse("dns:dns:rpc"), Ok(vec![7, 7, 0]));
+        assert_eq!(parse("dns:dns:rpc"), Ok(vec![9, 9, 0]));
         assert_eq!(parse("rpc:rpc"), Err(FdsError::Twice("rpc".into())));
     }
 }

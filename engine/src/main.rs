@@ -77,7 +77,8 @@ fn ids() -> Ids {
 }
 
 fn run(descriptors: Descriptors, supervisor_uid: u32, confined: confine::Report) -> anyhow::Result<Ending> {
-    let Descriptors { rpc, tun, udp4, udp6, names, snapshot, reason: _, nowhere: _ } = descriptors;
+    let Descriptors { rpc, tun, udp4, udp6, names, snapshot, heir, partner, reason: _, nowhere: _ } =
+        descriptors;
     let listener = UnixListener::from(rpc);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let ending = runtime.block_on(async {
@@ -92,7 +93,7 @@ fn run(descriptors: Descriptors, supervisor_uid: u32, confined: confine::Report)
                 let _ = calls.send(rpc::Command::Stop(answer)).await;
             }
         });
-        let link = driver::Link { tun, udp4, udp6, names, snapshot };
+        let link = driver::Link { tun, udp4, udp6, names, snapshot, heir, partner, supervisor_uid };
         let ending = driver::run(link, board, commands).await;
         if ending.exit == EngineExit::Stopped {
             tokio::time::sleep(LAST_ANSWER).await;

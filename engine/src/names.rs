@@ -16,6 +16,7 @@ use podtether_core::dns::{Action, AskId, Asked, Capacity, Client, Failure};
 use podtether_core::engine::Engine;
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use crate::driver::{Drop, Drops};
 use crate::fds;
@@ -43,8 +44,9 @@ pub(crate) struct Names {
     listeners: Vec<Listener>,
     streams: HashMap<u64, mpsc::Sender<Vec<u8>>>,
     askers: Askers,
+    listening: JoinSet<()>,
     /// Closing it ends the rules that lead the pod's questions here.
-    _owner: Vec<OwnedFd>,
+    owner: Vec<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -62,20 +64,27 @@ impl Names {
         let stand_ins = fds.stand_in.into_iter().zip(fds.stand_in_tcp).zip(servers);
         let stand_ins = stand_ins.map(|(pair, server)| (Some(SocketAddr::new(*server, PORT)), pair));
         let mut listeners = Vec::new();
+        let mut listening = JoinSet::new();
         let connections = listen::Connections::default();
         for (number, (meant_for, (udp, tcp))) in (0..).zip(own.chain(stand_ins)) {
             let udp = std::net::UdpSocket::from(udp);
             udp.set_nonblocking(true)?;
             let udp = Arc::new(UdpSocket::from_std(udp)?);
-            tokio::spawn(listen::datagrams(Arc::clone(&udp), number, to_self.clone()));
+            listening.spawn(listen::datagrams(Arc::clone(&udp), number, to_self.clone()));
             let tcp = std::net::TcpListener::from(tcp);
             tcp.set_nonblocking(true)?;
             let tcp = tokio::net::TcpListener::from_std(tcp)?;
-            tokio::spawn(listen::streams(tcp, number, connections.clone(), to_self.clone()));
+            listening.spawn(listen::streams(tcp, number, connections.clone(), to_self.clone()));
             listeners.push(Listener { udp, meant_for });
         }
         let askers = Askers::new([fds.ask_udp4, fds.ask_udp6, fds.ask_tcp4, fds.ask_tcp6], to_self);
-        Ok(Self { events, listeners, streams: HashMap::new(), askers, _owner: fds.owner })
+        Ok(Self { events, listeners, streams: HashMap::new(), askers, listening, owner: fds.owner })
+    }
+
+    /// Another process listens from now on; what was asked here is still answered.
+    pub(crate) fn let_go(&mut self) {
+        self.listening.abort_all();
+        self.owner.clear();
     }
 
     /// How many servers can be asked at a time.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use podtether_proto::engine::{
     Engine, EngineMetrics, EngineStatus, Flow, Hello, PeerStatus, PingKind, Pong, Routing, StartRequest,
-    Underlay, Verdict, WATCH_MAX,
+    TakenOver, Underlay, Verdict, WATCH_MAX,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -41,6 +41,9 @@ pub(crate) enum Command {
     Ping(String, PingKind, oneshot::Sender<Result<Pong, String>>),
     PeerCaps(IpAddr, oneshot::Sender<Vec<(String, Vec<String>)>>),
     Logout(oneshot::Sender<Result<(), String>>),
+    PrepareHandover(oneshot::Sender<Result<u8, String>>),
+    Ready(Duration, oneshot::Sender<u64>),
+    TakeOver { alone: bool, answer: oneshot::Sender<Result<TakenOver, String>> },
     Stop(oneshot::Sender<()>),
 }
 
@@ -131,6 +134,7 @@ impl Engine for Service {
             build: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             pod_uid: self.board.pod_uid(),
+            role: self.board.role(),
         }
     }
 
@@ -181,6 +185,20 @@ impl Engine for Service {
 
     async fn logout(self, _: Context) -> Result<(), String> {
         self.ask(Command::Logout).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn prepare_handover(self, _: Context) -> Result<u8, String> {
+        self.ask(Command::PrepareHandover).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn ready(self, _: Context, within_ms: u64) -> u64 {
+        let within = Duration::from_millis(within_ms).min(WATCH_MAX);
+        self.ask(|answer| Command::Ready(within, answer)).await.unwrap_or_default()
+    }
+
+    async fn take_over(self, _: Context, alone: bool) -> Result<TakenOver, String> {
+        let asked = self.ask(|answer| Command::TakeOver { alone, answer }).await;
+        asked.unwrap_or_else(|| Err(ENDING.to_owned()))
     }
 
     async fn stop(self, _: Context) {

@@ -56,6 +56,14 @@ impl SnapshotFile {
         (this, (owner == node).then_some(data))
     }
 
+    /// Another process may have written since this one opened it: what is written next is newer.
+    pub(crate) fn catch_up(&mut self) {
+        let newest = (0..2).filter_map(|slot| Some((read_header(&self.file, slot)?.sequence, slot))).max();
+        if let Some((sequence, slot)) = newest {
+            (self.next_sequence, self.next_slot) = (sequence.saturating_add(1), 1 - slot);
+        }
+    }
+
     /// Begins anew over the older slot, which is void from the first piece on.
     pub(crate) fn begin(&mut self) {
         self.payload = Payload::NONE;
@@ -94,17 +102,32 @@ impl SnapshotFile {
     }
 }
 
-fn read_slot(file: &File, slot: u64) -> Option<(u64, [u8; 32], Zeroizing<Vec<u8>>)> {
+/// What stands before a payload.
+struct Header {
+    bytes: [u8; HEADER],
+    sequence: u64,
+    node: [u8; 32],
+    length: usize,
+}
+
+fn read_header(file: &File, slot: u64) -> Option<Header> {
     let base = slot * SLOT_BYTES;
     let mut header = [0; HEADER];
     file.read_exact_at(&mut header, base).ok()?;
-    let (summed, sum) = header.split_at(HEADER - 8);
+    let (summed, _) = header.split_at(HEADER - 8);
     let sequence = u64::from_le_bytes(summed.get(8..16)?.try_into().ok()?);
     let node: [u8; 32] = summed.get(16..48)?.try_into().ok()?;
     let length = usize::try_from(u32::from_le_bytes(summed.get(48..52)?.try_into().ok()?)).ok()?;
     if summed.get(..8)? != MAGIC || length > MAX_PAYLOAD {
         return None;
     }
+    Some(Header { bytes: header, sequence, node, length })
+}
+
+fn read_slot(file: &File, slot: u64) -> Option<(u64, [u8; 32], Zeroizing<Vec<u8>>)> {
+    let base = slot * SLOT_BYTES;
+    let Header { bytes, sequence, node, length } = read_header(file, slot)?;
+    let (summed, sum) = bytes.split_at(HEADER - 8);
     // A torn header must not make us reserve memory for bytes that are not there.
     let mut end = file;
     let written = end.seek(io::SeekFrom::End(0)).ok()?.saturating_sub(base);

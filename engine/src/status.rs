@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineStatus, NodeState};
+use podtether_proto::engine::{EngineStatus, NodeState, Role};
 use podtether_proto::sandbox::StepReport;
 use tokio::sync::watch;
 
@@ -17,6 +17,7 @@ struct Inner {
     /// Not part of the status, because every control message would otherwise wake the watcher.
     control_heard: Mutex<Option<Instant>>,
     pod_uid: OnceLock<String>,
+    role: Mutex<Role>,
 }
 
 impl Board {
@@ -34,7 +35,12 @@ impl Board {
             exit_node_id: None,
             sandbox,
         });
-        Self(Arc::new(Inner { status, control_heard: Mutex::new(None), pod_uid: OnceLock::new() }))
+        Self(Arc::new(Inner {
+            status,
+            control_heard: Mutex::new(None),
+            pod_uid: OnceLock::new(),
+            role: Mutex::default(),
+        }))
     }
 
     /// Changes the status; watchers wake when it is different afterwards.
@@ -63,6 +69,15 @@ impl Board {
 
     pub(crate) fn pod_uid(&self) -> String {
         self.0.pod_uid.get().cloned().unwrap_or_default()
+    }
+
+    /// What this process is to its pod from now on.
+    pub(crate) fn set_role(&self, role: Role) {
+        *self.0.role.lock().unwrap_or_else(PoisonError::into_inner) = role;
+    }
+
+    pub(crate) fn role(&self) -> Role {
+        *self.0.role.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The status of now.

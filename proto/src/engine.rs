@@ -41,6 +41,15 @@ pub trait Engine {
     /// Expires the node key at the control server, so that the device leaves the tailnet.
     /// The engine exits with [`crate::exit::EngineExit::Stopped`] once it has answered.
     async fn logout() -> Result<(), String>;
+    /// Begins a planned handover: writes the snapshot for the engine that will stand by, and tells what that
+    /// one's [`StartRequest::standby`] has to be.
+    async fn prepare_handover() -> Result<u8, String>;
+    /// Of a standby: how many peers that it greets have not answered, as soon as that is none, at the latest
+    /// after so many milliseconds.
+    async fn ready(within_ms: u64) -> u64;
+    /// Of a standby: be the node from now on. The other engine is asked to let go, unless it is known to be
+    /// gone (`alone`).
+    async fn take_over(alone: bool) -> Result<TakenOver, String>;
     /// Writes the snapshot and exits with [`crate::exit::EngineExit::Stopped`].
     async fn stop();
 }
@@ -80,6 +89,25 @@ pub struct Pong {
     pub path: PathStatus,
 }
 
+/// What an engine is to its pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Role {
+    /// It is the pod's node, or will be.
+    #[default]
+    InCharge,
+    /// Another engine is; this one has its sessions and reads nothing.
+    Standby,
+    /// Another engine is; this one opens what was sent to its sessions, and ends soon.
+    LetGo,
+}
+
+/// Answer to [`Engine::take_over`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenOver {
+    /// From the other engine being asked to let go until this one read, microseconds.
+    pub gap_us: u64,
+}
+
 /// Answer to `hello`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hello {
@@ -91,6 +119,8 @@ pub struct Hello {
     pub pid: u32,
     /// UID of the pod whose start request this process took; empty before `start`.
     pub pod_uid: String,
+    /// Whether it is the pod's node.
+    pub role: Role,
 }
 
 /// Which pod, as everything that is logged or reported names it.
@@ -143,6 +173,8 @@ pub struct StartRequest {
     pub underlay: Underlay,
     /// What the pod uses of the routes that peers offer.
     pub routing: Routing,
+    /// Stand by until [`Engine::take_over`], beside the engine whose [`Engine::prepare_handover`] gave this.
+    pub standby: Option<u8>,
 }
 
 /// What a pod uses of the routes that peers offer.

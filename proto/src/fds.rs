@@ -39,6 +39,11 @@ pub const ASK_TCP6: &str = "ask-tcp6";
 pub const DNS_OWNER: &str = "dns-owner";
 /// Regular file (tmpfs, 0600) for the warm snapshot, opened read-write; its format is the engine's.
 pub const SNAPSHOT: &str = "snapshot";
+/// Unix seqpacket socket that listens, for the connection with the engine that will replace this one. Who
+/// connects is the supervisor; it passes its end on.
+pub const HEIR: &str = "heir";
+/// Such a connection, to the engine that this one replaces; only a standby has it.
+pub const PARTNER: &str = "partner";
 /// An empty mount namespace, which the engine enters before anything else.
 pub const NOWHERE: &str = "nowhere";
 /// Regular file for [`crate::exit::ExitReason`], opened write-only, truncated before each start.

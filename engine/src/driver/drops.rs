@@ -17,6 +17,7 @@ pub(crate) enum Drop {
     DerpQueueFull,
     DerpNotConnected,
     DnsReply,
+    NotPassed,
 }
 
 /// One counter per [`Drop`].
@@ -24,7 +25,7 @@ pub(crate) enum Drop {
 pub(crate) struct Drops([u64; Drop::NAMES.len()]);
 
 impl Drop {
-    const NAMES: [(Self, &'static str); 13] = [
+    const NAMES: [(Self, &'static str); 14] = [
         (Self::TunDown, "tun_link_down"),
         (Self::TunFull, "tun_queue_full"),
         (Self::TunWrite, "tun_write_error"),
@@ -38,6 +39,7 @@ impl Drop {
         (Self::DerpQueueFull, "derp_queue_full"),
         (Self::DerpNotConnected, "derp_not_connected"),
         (Self::DnsReply, "dns_reply_error"),
+        (Self::NotPassed, "handover_not_passed"),
     ];
 }
 

@@ -1,5 +1,6 @@
 //! From a start request to a running driver; what is wrong with the request is one sentence.
 
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -14,15 +15,16 @@ use tokio::task::JoinSet;
 
 use super::drops::Drops;
 use super::fence::Fence;
+use super::handover::{Handover, Pending};
+use super::partner::Partner;
 use super::report::Membership;
 use super::tun::Tun;
 use super::udp::Udp;
 use super::{Driver, Link};
-use crate::control::{Control, Identity, Timing};
+use crate::control::Identity;
 use crate::derp::Regions;
 use crate::dial::{ControlUrl, Dialer};
 use crate::intake::Intake;
-use crate::names::Names;
 use crate::proxy::Proxy;
 use crate::resolve::Resolver;
 use crate::snapshot_file::SnapshotFile;
@@ -112,8 +114,13 @@ impl Checked {
             fd.map(Udp::new).transpose().map_err(|e| format!("a UDP descriptor is unusable: {e}"))
         };
         let (udp4, udp6) = (udp(link.udp4)?, udp(link.udp6)?);
-        let names = Names::start(link.names, &request.name_servers)
-            .map_err(|e| format!("a descriptor for names is unusable: {e}"))?;
+        let mut handover = Handover { supervisor_uid: link.supervisor_uid, ..Handover::default() };
+        if let Some(heir) = link.heir {
+            let heir = UnixListener::from(heir);
+            let heir = heir.set_nonblocking(true).and_then(|()| tokio::net::UnixListener::from_std(heir));
+            handover.heir =
+                Some(heir.map_err(|e| format!("the descriptor for successors is unusable: {e}"))?);
+        }
         let opened = link.snapshot.map(|fd| SnapshotFile::open(fd, *self.node_key.public().as_bytes()));
         let (snapshot_file, left) = opened.unzip();
         let snapshot = left.flatten().and_then(|bytes| match Snapshot::from_bytes(&bytes) {
@@ -137,19 +144,28 @@ impl Checked {
             disco_key: self.disco_key,
             mtu: request.mtu,
             random_seed: self.random_seed,
+            standby: request.standby,
             wall: wall_clock(),
             snapshot,
         };
         let mut engine = Engine::new(config, Instant::now());
         engine.set_routing(routing(&request.routing));
-        engine.set_dns_capacity(names.capacity());
-        let control = Control::start(
-            self.dialer.clone(),
-            self.identity,
-            engine.host_update(),
-            engine.dial_plan().clone(),
-            Timing::default(),
-        );
+        let pending = Pending {
+            identity: self.identity,
+            names: link.names,
+            name_servers: request.name_servers.clone(),
+            underlay: request.underlay.clone(),
+        };
+        match (request.standby, link.partner) {
+            (None, _) => handover.pending = Some(Box::new(pending)),
+            (Some(_), Some(partner)) => {
+                let partner = Partner::new(partner);
+                let partner = partner.map_err(|e| format!("the partner's descriptor is unusable: {e}"))?;
+                handover.stand_by(partner, pending);
+                engine.begin_passing();
+            }
+            (Some(_), None) => return Err("this engine cannot reach the one it is to replace".to_owned()),
+        }
         let derp = Regions::new(self.node_key);
         let mut driver = Driver {
             engine,
@@ -157,13 +173,14 @@ impl Checked {
             tun,
             udp4,
             udp6,
-            names,
+            names: None,
             from_tun: Batch::new(),
             from_udp: Batch::new(),
+            passed: Batch::new(),
             drops: Drops::default(),
             intake: Intake::default(),
             dialer: self.dialer,
-            control,
+            control: None,
             derp,
             lookups: JoinSet::new(),
             latencies: JoinSet::new(),
@@ -181,12 +198,15 @@ impl Checked {
             board,
             ending: None,
             fence,
+            handover,
             snapshot_kept: false,
         };
         if !driver.engine.tcp_ports().is_empty() {
             driver.shut_fence();
         }
-        driver.set_underlay(&request.underlay, Instant::now());
+        if request.standby.is_none() {
+            driver.begin()?;
+        }
         driver.report();
         Ok(driver)
     }

@@ -43,12 +43,17 @@ impl Udp {
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the UDP socket is not bound"));
         }
         let v4 = address.as_sockaddr_in().is_some();
-        // The socket outlives engines; a filter of the one before has its marks.
-        shield::detach(fd.as_fd())?;
         let seen = shield::drops(fd.as_fd()).unwrap_or_default();
         let fd = pollable(fd, Interest::READABLE.add(Interest::WRITABLE))?;
         let headers = MultiHeaders::preallocate(BATCH, None);
         Ok(Self { fd, port, headers, slots: vec![0; BATCH * SLOT], v4, shielded: false, seen })
+    }
+
+    /// This process reads it from now on. The socket outlives engines; a filter of the one before has its marks.
+    pub(crate) fn begin(&mut self) -> nix::Result<()> {
+        shield::detach(self.fd.get_ref().as_fd())?;
+        self.lost();
+        Ok(())
     }
 
     /// Has the kernel drop what `shield` says; `None`: nothing.

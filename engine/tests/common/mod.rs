@@ -172,6 +172,7 @@ impl Pod {
             name_servers: Vec::new(),
             underlay: Underlay { addresses: join.addresses.clone(), ..Underlay::default() },
             routing: podtether_proto::engine::Routing::default(),
+            standby: None,
         }
     }
 
