@@ -43,7 +43,10 @@ pub(crate) enum Command {
     Logout(oneshot::Sender<Result<(), String>>),
     PrepareHandover(oneshot::Sender<Result<u8, String>>),
     Ready(Duration, oneshot::Sender<u64>),
-    TakeOver { alone: bool, answer: oneshot::Sender<Result<TakenOver, String>> },
+    TakeOver {
+        alone: bool,
+        answer: oneshot::Sender<Result<TakenOver, String>>,
+    },
     Stop(oneshot::Sender<()>),
 }
 

@@ -32,7 +32,7 @@ pub trait Node {
     /// Pings a peer of a pod, named by name, address or stable id.
     async fn ping(pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError>;
     /// Replaces the pod's engine by a new process, and answers when that is as far as the one before it was.
-    async fn renew(pod: PodSelector) -> Result<Renewed, CniError>;
+    async fn renew(pod: PodSelector, how: Renewal) -> Result<Renewed, CniError>;
     /// The plugin could not use what its runtime gave it: for the supervisor's counters and log.
     async fn misread(error: CniError);
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
@@ -114,6 +114,8 @@ pub struct PodSummary {
     pub addresses: Vec<IpAddr>,
     /// Engine restarts since the supervisor started.
     pub restarts: u64,
+    /// Planned handovers since the supervisor started.
+    pub handovers: u64,
     /// What limits its engine, of `cgroup` (outside the supervisor's), `memory`, `pids`, `cpu` and `mounts` (none of
     /// the supervisor's).
     pub limits: Vec<String>,
@@ -131,6 +133,17 @@ pub struct PodSummary {
     pub health: Vec<HealthMessage>,
 }
 
+/// How [`Node::renew`] replaces an engine.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Renewal {
+    /// The new one is ready before the old one lets go.
+    #[default]
+    Handover,
+    /// The old one ends, then the new one begins.
+    Kill,
+}
+
 /// What [`Node::renew`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -139,6 +152,10 @@ pub struct Renewed {
     pub pid: u32,
     /// From the request until the new engine was there, with its control session if there was one before.
     pub took_ms: u64,
+    /// How it was done.
+    pub how: Renewal,
+    /// Of a handover: how long neither engine read, microseconds.
+    pub gap_us: Option<u64>,
 }
 
 /// CNI ADD.

@@ -17,12 +17,12 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use podtether_net::link::{DnsSockets, TUN_NAME};
 use podtether_net::{Netns, tun};
-use podtether_proto::engine::{EngineClient, Hello};
+use podtether_proto::engine::{EngineClient, Hello, Role};
 use podtether_proto::{PROTO_VERSION, fds, transport};
 use tarpc::client;
 use tokio::net::unix::pipe;
 
-use crate::engine::{ANSWER_WITHIN, Home, within};
+use crate::engine::{ANSWER_WITHIN, Home, Place, within};
 use crate::record::Attachment;
 use crate::restart::Cause;
 use crate::spawn::Process;
@@ -45,6 +45,8 @@ pub struct Adopted {
     pub descriptors: Descriptors,
     /// What it writes: stdout and stderr.
     pub output: [pipe::Receiver; 2],
+    /// Which of the two sets of files it has.
+    pub place: Place,
 }
 
 /// Duplicates of what the engine was born with, checked.
@@ -72,7 +74,8 @@ pub enum NotAdopted {
 /// How long a killed process may take to be gone: one that the kernel holds on to is not waited for.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
 
-/// Looks for the engine of `record`; `uid` is what it would be given now, beside the recorded one.
+/// Looks for the engine of `record`; `uid` is what it would be given now, beside the recorded one. Of a
+/// handover that its supervisor did not live to finish, the one process that is the node is left.
 ///
 /// # Errors
 /// There is none, or none that can be believed.
@@ -82,19 +85,39 @@ pub async fn adopt(
     uid: Option<u32>,
     link_netns: &Path,
 ) -> Result<Adopted, NotAdopted> {
-    let none = |why: String| NotAdopted::None(why);
-    let trace = trace::read(home.dir()).ok_or_else(|| none("no process was started".into()))?;
-    let process = find(&trace).ok_or_else(|| none(format!("process {} has ended", trace.pid)))?;
+    let mut found = Vec::new();
+    let mut why = NotAdopted::None("no process was started".into());
+    for home in Place::ALL.map(|place| home.clone().at(place)) {
+        let Some(trace) = trace::read(&home.trace()) else { continue };
+        match find(&trace) {
+            Some(process) => found.push((home, trace, process)),
+            None => why = NotAdopted::None(format!("process {} has ended", trace.pid)),
+        }
+    }
+    if let [(one, _, first), (other, _, second)] = found.as_slice() {
+        let kept = settle(role(one, first).await, role(other, second).await);
+        for (_, _, process) in found.iter().filter(|(home, ..)| Some(home.place()) != kept) {
+            tracing::info!(
+                pid = process.pid(),
+                "a handover was not finished: this process is not the pod's node"
+            );
+            end(process, Cause::Replaced).await;
+        }
+        found.retain(|(home, ..)| Some(home.place()) == kept);
+        why = NotAdopted::Killed("neither process of a handover was the pod's node".into());
+    }
+    let (home, trace, process) = found.pop().ok_or(why)?;
     let believed = async {
         let (client, hello, uid, descriptors) =
-            believe(&process, &trace, home, record, uid, link_netns).await?;
+            believe(&process, &trace, &home, record, uid, link_netns).await?;
         let output = reopen(&process).map_err(|e| format!("its output cannot be read: {e}"))?;
         Ok::<_, String>((client, hello, uid, descriptors, output))
     };
     match believed.await {
         Ok((client, hello, uid, descriptors, output)) => {
             let since = Instant::now().checked_sub(age(&trace)).unwrap_or_else(Instant::now);
-            Ok(Adopted { process: Arc::new(process), client, hello, uid, since, descriptors, output })
+            let (process, place) = (Arc::new(process), home.place());
+            Ok(Adopted { process, client, hello, uid, since, descriptors, output, place })
         }
         Err(why) => {
             end(&process, Cause::Unbelieved).await;
@@ -103,11 +126,35 @@ pub async fn adopt(
     }
 }
 
+/// Which of two living processes of one engine is kept, by what they say they are: the one in charge, if
+/// exactly one is. Without one, both have come too far to go back.
+fn settle(first: Option<Role>, second: Option<Role>) -> Option<Place> {
+    match (first, second) {
+        (Some(Role::InCharge), Some(Role::InCharge)) => None,
+        (Some(Role::InCharge), _) => Some(Place::First),
+        (_, Some(Role::InCharge)) => Some(Place::Second),
+        _ => None,
+    }
+}
+
+/// What a process says that it is; `None` when it says nothing that can be believed.
+async fn role(home: &Home, process: &Process) -> Option<Role> {
+    let stream = tokio::net::UnixStream::connect(home.socket()).await.ok()?;
+    let pid = stream.peer_cred().ok()?.pid().and_then(|pid| u32::try_from(pid).ok());
+    if pid != Some(process.pid()) {
+        return None;
+    }
+    let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
+    let hello = client.hello(within(ANSWER_WITHIN)).await.ok()?;
+    (!hello.pod_uid.is_empty()).then_some(hello.role)
+}
+
 /// Kills the processes that traces in `dirs` tell of, all at once, and waits a while until they are gone.
 /// Their pids.
 pub async fn end_left_behind(dirs: &[PathBuf]) -> Vec<u32> {
-    let living = |dir: &PathBuf| trace::read(dir).as_ref().and_then(find);
-    let processes: Vec<Process> = dirs.iter().filter_map(living).collect();
+    let homes = dirs.iter().flat_map(|dir| Place::ALL.map(|place| Home::of(dir).at(place)));
+    let living = |home: Home| trace::read(&home.trace()).as_ref().and_then(find);
+    let processes: Vec<Process> = homes.filter_map(living).collect();
     join_all(processes.iter().map(|process| end(process, Cause::NoRecord))).await;
     processes.iter().map(Process::pid).collect()
 }
@@ -160,6 +207,9 @@ async fn believe(
             "it speaks version {}.{}, which version {}.{} does not understand",
             theirs.major, theirs.minor, ours.major, ours.minor
         ));
+    }
+    if hello.role != Role::InCharge {
+        return Err("it is no pod's node".to_owned());
     }
     if hello.pod_uid != record.pod.uid {
         return Err(match hello.pod_uid.as_str() {
@@ -250,4 +300,31 @@ fn age(trace: &Trace) -> Duration {
     let uptime =
         nix::time::clock_gettime(nix::time::ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from);
     uptime.saturating_sub(Duration::from_millis(trace.start_ticks.saturating_mul(1000) / per_second))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_process_of_a_handover_is_kept_or_none() {
+        use Role::*;
+        let table = [
+            ("the successor gets ready", Some(InCharge), Some(Standby), Some(Place::First)),
+            ("the same, the other way round", Some(Standby), Some(InCharge), Some(Place::Second)),
+            ("it took over", Some(LetGo), Some(InCharge), Some(Place::Second)),
+            ("it took over at the first place", Some(InCharge), Some(LetGo), Some(Place::First)),
+            ("between the two", Some(LetGo), Some(Standby), None),
+            ("the successor was not told who it is", Some(InCharge), None, Some(Place::First)),
+            ("one hangs, the other waits", None, Some(Standby), None),
+            ("one hangs, the other took over", None, Some(InCharge), Some(Place::Second)),
+            ("asked before and after the takeover", Some(InCharge), Some(InCharge), None),
+            ("neither answers", None, None, None),
+            ("both wait", Some(Standby), Some(Standby), None),
+            ("both let go", Some(LetGo), Some(LetGo), None),
+        ];
+        for (what, first, second, kept) in table {
+            assert_eq!(settle(first, second), kept, "{what}");
+        }
+    }
 }

@@ -148,6 +148,13 @@ impl Sockets {
         named
     }
 
+    /// [`Self::interception`] and [`Self::problem`].
+    #[must_use]
+    pub fn interception_with(self, record: &Attachment) -> (Option<Interception>, Option<String>) {
+        let problem = self.problem();
+        (self.interception(record), problem)
+    }
+
     /// What is to begin when the engine is there.
     #[must_use]
     pub fn interception(self, record: &Attachment) -> Option<Interception> {

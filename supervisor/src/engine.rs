@@ -5,13 +5,14 @@
 //! retry, nothing between a death and the next `start` but fork and exec.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
 use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MAX};
 use podtether_proto::exit::ExitReason;
 use podtether_proto::{PROTO_VERSION, transport};
@@ -37,6 +38,8 @@ const FIRST_ANSWER_WITHIN: Duration = Duration::from_secs(15);
 /// Statuses that are taken from one engine: the table that they go to is everybody's.
 const STATUS_EVERY: Duration = Duration::from_millis(100);
 const STATUS_BURST: u32 = 50;
+/// Room for what a successor passes back to the engine before it.
+const PASSED_BYTES: usize = 4 << 20;
 /// Largest exit reason that is read.
 const MAX_REASON_BYTES: u64 = 4096;
 
@@ -58,10 +61,35 @@ pub enum Event {
     },
 }
 
+/// Which of an attachment's two sets of files an engine uses: while one replaces another, there are two.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Place {
+    /// That of an engine that replaces none.
+    #[default]
+    First,
+    /// The other.
+    Second,
+}
+
+impl Place {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::First, Self::Second];
+
+    /// The one that it is not.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
+    }
+}
+
 /// Files of one engine below `run_dir/engines`.
 #[derive(Debug, Clone)]
 pub struct Home {
     dir: PathBuf,
+    place: Place,
 }
 
 impl Home {
@@ -72,7 +100,34 @@ impl Home {
     pub fn make(run_dir: &Path, id: &str) -> io::Result<Home> {
         let dir = run_dir.join("engines").join(id);
         crate::record::private_dir(&dir).map_err(|e| e.source)?;
-        Ok(Home { dir })
+        Ok(Home { dir, place: Place::First })
+    }
+
+    /// The files of a directory that may belong to nobody.
+    #[must_use]
+    pub fn of(dir: &Path) -> Home {
+        Home { dir: dir.to_owned(), place: Place::First }
+    }
+
+    /// The same directory, for an engine at `place`.
+    #[must_use]
+    pub fn at(mut self, place: Place) -> Home {
+        self.place = place;
+        self
+    }
+
+    /// Which set of files.
+    #[must_use]
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    fn file(&self, name: &str, extension: &str) -> PathBuf {
+        let number = match self.place {
+            Place::First => "",
+            Place::Second => "2",
+        };
+        self.dir.join(format!("{name}{number}{extension}"))
     }
 
     /// Removes everything in it.
@@ -92,13 +147,50 @@ impl Home {
     /// The file system refuses.
     pub fn listen(&self) -> io::Result<OwnedFd> {
         let path = self.socket();
-        match std::fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            Ok(()) | Err(_) => {}
-        }
+        removed(&path)?;
         let listener = UnixListener::bind(&path)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
         Ok(listener.into())
+    }
+
+    /// A fresh socket at which the engine's successor will be announced, see
+    /// [`HEIR`](podtether_proto::fds::HEIR).
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn await_heir(&self) -> io::Result<OwnedFd> {
+        let path = self.heir();
+        removed(&path)?;
+        let socket = seqpacket(SockFlag::SOCK_CLOEXEC)?;
+        socket::bind(socket.as_raw_fd(), &UnixAddr::new(&path)?)?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        socket::listen(&socket, Backlog::new(1)?)?;
+        Ok(socket)
+    }
+
+    /// Announces a successor to the engine here; the result is for the successor.
+    ///
+    /// # Errors
+    /// Nobody listens.
+    pub fn announce_heir(&self) -> io::Result<OwnedFd> {
+        // Nobody waits: it listens, or is of another build.
+        let socket = seqpacket(SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+        // All that a flood of packets leaves in the kernel's queue at the takeover fits.
+        if let Err(e) = socket::setsockopt(&socket, sockopt::SndBufForce, &PASSED_BYTES) {
+            tracing::debug!("the queue for a handover stays small: {e}");
+        }
+        socket::connect(socket.as_raw_fd(), &UnixAddr::new(&self.heir())?)?;
+        Ok(socket)
+    }
+
+    fn heir(&self) -> PathBuf {
+        self.file("heir", ".sock")
+    }
+
+    /// Where the process leaves its [trace](crate::trace).
+    #[must_use]
+    pub fn trace(&self) -> PathBuf {
+        self.file("process", "")
     }
 
     /// The warm snapshot, kept from one engine to the next.
@@ -106,7 +198,7 @@ impl Home {
     /// # Errors
     /// The file system refuses.
     pub fn snapshot(&self) -> io::Result<OwnedFd> {
-        self.open("snapshot", true)
+        open(&self.dir.join("snapshot"), true)
     }
 
     /// The file for the exit reason, emptied.
@@ -114,7 +206,7 @@ impl Home {
     /// # Errors
     /// The file system refuses.
     pub fn reason(&self) -> io::Result<OwnedFd> {
-        let file = std::fs::File::from(self.open("reason", false)?);
+        let file = std::fs::File::from(open(&self.file("reason", ""), false)?);
         file.set_len(0)?;
         Ok(file.into())
     }
@@ -147,28 +239,39 @@ impl Home {
     /// Path of the socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
-        self.dir.join("engine.sock")
+        self.file("engine", ".sock")
     }
 
-    fn open(&self, name: &str, read: bool) -> io::Result<OwnedFd> {
-        use std::os::unix::fs::OpenOptionsExt;
-        let file = std::fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(read)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(self.dir.join(name))?;
-        Ok(file.into())
-    }
-
-    fn read_reason(&self) -> Option<ExitReason> {
+    pub(crate) fn read_reason(&self) -> Option<ExitReason> {
         use std::io::Read;
         let mut text = String::new();
-        let file = std::fs::File::open(self.dir.join("reason")).ok()?;
+        let file = std::fs::File::open(self.file("reason", "")).ok()?;
         file.take(MAX_REASON_BYTES).read_to_string(&mut text).ok()?;
         serde_json::from_str(&text).ok()
+    }
+}
+
+fn open(path: &Path, read: bool) -> io::Result<OwnedFd> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(read)
+        .write(true)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)?;
+    Ok(file.into())
+}
+
+fn seqpacket(flags: SockFlag) -> io::Result<OwnedFd> {
+    Ok(socket::socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?)
+}
+
+fn removed(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 

@@ -39,6 +39,10 @@ pub struct Counters {
     pub link_repairs: IntCounterVec,
     /// Engines looked for that an earlier supervisor may have left, by what was found.
     pub adoptions: IntCounterVec,
+    /// Planned handovers, by what became of them.
+    pub handovers: IntCounterVec,
+    /// From an engine being asked to let go until its successor read.
+    pub handover_gap_seconds: Histogram,
     /// Time from an engine's death to its successor's start.
     pub recovery_seconds: Histogram,
     /// What callers sent and files held that cannot be used.
@@ -76,6 +80,14 @@ impl Counters {
             "Time from an engine's death to the start of its successor.",
             &[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0],
         )?;
+        let handover_gap_seconds = histogram(
+            "podtether_handover_gap_seconds",
+            "Time in a planned handover in which neither engine read.",
+            &[0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1],
+        )?;
+        let options = Opts::new("podtether_handovers_total", "Planned handovers, by outcome.");
+        let handovers = IntCounterVec::new(options, &["outcome"])?;
+        registry.register(Box::new(handovers.clone()))?;
         let options = Opts::new("podtether_engine_exits_total", "Engines that ended, by kind.");
         let engine_exits = IntCounterVec::new(options, &["kind"])?;
         registry.register(Box::new(engine_exits.clone()))?;
@@ -103,6 +115,8 @@ impl Counters {
             mints,
             engine_exits,
             link_repairs,
+            handovers,
+            handover_gap_seconds,
             recovery_seconds,
             refused,
         })

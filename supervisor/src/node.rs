@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
     AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting, PodSelector,
-    PodSummary, Renewed, Routing, Version,
+    PodSummary, Renewal, Renewed, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -180,6 +180,7 @@ fn summary(report: PodReport) -> PodSummary {
         name: report.name,
         addresses: report.addresses,
         restarts: report.restarts,
+        handovers: report.handovers,
         limits: report.limits.into_iter().map(str::to_owned).collect(),
         sandbox: report.sandbox,
         control_connected: report.control_connected,
@@ -239,8 +240,8 @@ impl Node for Service {
         self.table.ping(pod, peer, kind).await
     }
 
-    async fn renew(self, _: Context, pod: PodSelector) -> Result<Renewed, CniError> {
-        self.table.renew(pod).await
+    async fn renew(self, _: Context, pod: PodSelector, how: Renewal) -> Result<Renewed, CniError> {
+        self.table.renew(pod, how).await
     }
 
     async fn misread(self, _: Context, error: CniError) {

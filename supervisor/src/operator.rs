@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use podtether_proto::engine::{HealthMessage, PING_MAX, PathStatus, PingKind, Pong};
-use podtether_proto::node::{CniError, NodeClient, PodRouting, PodSelector, PodSummary, Renewed, Routing};
+use podtether_proto::node::{
+    CniError, NodeClient, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing,
+};
 use podtether_proto::{PROTO_VERSION, transport};
 use serde::Serialize;
 use tarpc::client::{self, RpcError};
@@ -64,6 +66,9 @@ pub fn commands() -> Vec<Command> {
                     .conflicts_with("pod")
                     .help("every pod that runs; stops at the first that does not come back"),
             )
+            .arg(Arg::new("kill").long("kill").action(ArgAction::SetTrue).help(
+                "end the old process first, as a crash would; else the new one is ready before the old one lets go",
+            ))
             .arg(
                 Arg::new("pause")
                     .long("pause")
@@ -142,7 +147,8 @@ pub async fn run(name: &str, matches: &ArgMatches) -> Result<String, String> {
             } else {
                 vec![text("pod")]
             };
-            let restarted = restart(&client, names, pause).await?;
+            let how = if matches.get_flag("kill") { Renewal::Kill } else { Renewal::Handover };
+            let restarted = restart(&client, names, how, pause).await?;
             if json { to_json(&restarted) } else { Ok(restarted.iter().map(restarted_text).collect()) }
         }
         other => Err(format!("there is no command {other}")),
@@ -241,14 +247,19 @@ struct Restarted {
 }
 
 /// One after another; the first that fails is the last, so that a bad build costs one pod.
-async fn restart(client: &NodeClient, pods: Vec<String>, pause: Duration) -> Result<Vec<Restarted>, String> {
+async fn restart(
+    client: &NodeClient,
+    pods: Vec<String>,
+    how: Renewal,
+    pause: Duration,
+) -> Result<Vec<Restarted>, String> {
     let all = pods.len();
     let mut done: Vec<Restarted> = Vec::new();
     for pod in pods {
         if !done.is_empty() {
             tokio::time::sleep(pause).await;
         }
-        let renewed = client.renew(within(CHANGE_WITHIN), selector(&pod)).await;
+        let renewed = client.renew(within(CHANGE_WITHIN), selector(&pod), how).await;
         let renewed = renewed.map_err(|e| broken(&e)).and_then(|answer| answer.map_err(|e| refused(&e)));
         match renewed {
             Ok(renewed) => done.push(Restarted { pod, renewed }),
@@ -265,7 +276,11 @@ async fn restart(client: &NodeClient, pods: Vec<String>, pause: Duration) -> Res
 }
 
 fn restarted_text(Restarted { pod, renewed }: &Restarted) -> String {
-    format!("{pod}: new engine {} after {} ms\n", renewed.pid, renewed.took_ms)
+    let gap = match renewed.gap_us {
+        Some(us) => format!(", handed over in {}.{:03} ms", us / 1000, us % 1000),
+        None => String::new(),
+    };
+    format!("{pod}: new engine {} after {} ms{gap}\n", renewed.pid, renewed.took_ms)
 }
 
 fn to_json(value: &impl Serialize) -> Result<String, String> {

@@ -78,6 +78,8 @@ pub struct Observed {
     pub link: Link,
     /// Process.
     pub engine: Engine,
+    /// Another process of this engine's lives: one that will replace it, or one that it has replaced.
+    pub others: bool,
     /// Auth key.
     pub key: Key,
     /// The node key has expired.
@@ -122,6 +124,8 @@ pub enum Step {
     Logout,
     /// End the engine process.
     StopEngine,
+    /// End the engine's other processes.
+    EndOthers,
     /// Remove every kernel object.
     RemoveLink,
     /// Delete the device through the API.
@@ -155,6 +159,10 @@ fn attach(at: &Observed) -> Vec<Step> {
     if at.link == Link::Broken && engine_alive {
         // It holds descriptors of the old objects.
         steps.push(Step::StopEngine);
+    }
+    if !engine_alive && at.others {
+        // It may hold the link, or begin to read.
+        steps.push(Step::EndOthers);
     }
     if at.link != Link::Up {
         steps.push(Step::BuildLink);
@@ -202,6 +210,9 @@ fn leave(at: &Observed, logout: bool) -> Vec<Step> {
     if at.engine == Engine::Unknown {
         return vec![Step::Adopt];
     }
+    if at.others {
+        steps.push(Step::EndOthers);
+    }
     let engine_alive = matches!(at.engine, Engine::Starting | Engine::Running);
     let device_goes = logout && at.device;
     let engine_logs_out = device_goes && engine_alive && !at.logout_tried;
@@ -235,6 +246,7 @@ mod tests {
         identity_free: true,
         link: Link::Absent,
         engine: Engine::None,
+        others: false,
         key: Key::Needed,
         rotate: false,
         device_spent: false,
@@ -310,6 +322,12 @@ mod tests {
                 Observed { key: Key::Needed, rotate: true, device_spent: true, ..crashed },
                 &[DeleteDevice, RotateKey, MintKey, StartEngine],
             ),
+            (
+                "engine died, and one that it had replaced lingers",
+                Observed { others: true, ..crashed },
+                &[EndOthers, StartEngine],
+            ),
+            ("its successor is being brought up", Observed { others: true, ..UP }, &[]),
             ("link lost", Observed { link: Link::Broken, ..crashed }, &[BuildLink, StartEngine]),
             (
                 "link lost, engine lives",
@@ -334,6 +352,12 @@ mod tests {
                 Observed { link: Link::Unknown, ..UP },
                 false,
                 &[StopEngine, RemoveLink, Forget],
+            ),
+            (
+                "in the middle of a handover",
+                Observed { others: true, ..UP },
+                true,
+                &[EndOthers, Logout, StopEngine, RemoveLink, Forget],
             ),
             ("identity stays", UP, false, &[StopEngine, RemoveLink, Forget]),
             (
@@ -373,7 +397,7 @@ mod tests {
             Just(Engine::Running)
         ];
         let key = prop_oneof![Just(Key::NotNeeded), Just(Key::Needed), Just(Key::InHand)];
-        let flags = proptest::array::uniform9(any::<bool>());
+        let flags = proptest::array::uniform10(any::<bool>());
         (records, link, engine, key, flags).prop_map(|(records, link, engine, key, f)| Observed {
             records,
             link,
@@ -388,6 +412,7 @@ mod tests {
             device_spent: f[6],
             configurable: f[7],
             routing_told: f[8],
+            others: f[9],
         })
     }
 
@@ -405,6 +430,7 @@ mod tests {
             Logout => at.device = false,
             DeleteDevice => (at.device, at.device_spent) = (false, false),
             StopEngine => at.engine = Engine::None,
+            EndOthers => at.others = false,
             RemoveLink => at.link = Link::Absent,
             DeleteKey => at.key = Key::Needed,
             Forget => at.records = Records::Missing,
@@ -428,6 +454,7 @@ mod tests {
                     prop_assert_eq!(ran.last(), Some(&Forget));
                     prop_assert_eq!(at.link, Link::Absent);
                     prop_assert!(!matches!(at.engine, Engine::Starting | Engine::Running));
+                    prop_assert!(!at.others);
                 }
             }
         }

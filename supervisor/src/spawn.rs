@@ -34,7 +34,7 @@ pub struct Birth<'a> {
     /// The engine ends when its surroundings do not offer a step of its sandbox.
     pub require_sandbox: bool,
     /// Where the process leaves its [trace](crate::trace).
-    pub home: &'a Path,
+    pub trace: &'a Path,
 }
 
 /// A living engine process, or one whose end nobody has asked about yet.
@@ -67,7 +67,7 @@ pub fn spawn(birth: Birth<'_>) -> io::Result<(Process, Child)> {
         *slot = fd.as_raw_fd();
     }
     let count = birth.fds.len();
-    let trace = crate::trace::begin(birth.home, &names)?;
+    let trace = crate::trace::begin(birth.trace, &names)?;
     let mut command = Command::new(birth.program);
     // Open for its whole life, so nothing of a file system: the end of a pipe that nobody writes to.
     let (stdin, _) = io::pipe()?;
@@ -355,7 +355,7 @@ mod tests {
             fds,
             uid: Some(1234),
             require_sandbox: false,
-            home: dir.path(),
+            trace: &dir.path().join("process"),
         })
         .unwrap();
         let ended = tokio::time::timeout(Duration::from_secs(20), process.ended()).await.unwrap();
@@ -411,7 +411,13 @@ mod tests {
         assert_eq!(run("exit 72", &[]).await.0, Ended::Exit(EngineExit::Orphaned));
         let dir = tempfile::tempdir().unwrap();
         let program = Path::new("/no/such/engine");
-        let missing = Birth { program, fds: &[], uid: None, require_sandbox: false, home: dir.path() };
+        let missing = Birth {
+            program,
+            fds: &[],
+            uid: None,
+            require_sandbox: false,
+            trace: &dir.path().join("process"),
+        };
         assert_eq!(spawn(missing).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
@@ -419,9 +425,14 @@ mod tests {
     async fn a_killed_engine_is_noticed_at_once_though_its_output_is_open() {
         let dir = tempfile::tempdir().unwrap();
         let program = script(dir.path(), "exec sleep 600");
-        let (process, mut child) =
-            spawn(Birth { program: &program, fds: &[], uid: None, require_sandbox: false, home: dir.path() })
-                .unwrap();
+        let (process, mut child) = spawn(Birth {
+            program: &program,
+            fds: &[],
+            uid: None,
+            require_sandbox: false,
+            trace: &dir.path().join("process"),
+        })
+        .unwrap();
         process.kill(Cause::Silent);
         process.kill(Cause::Removed);
         let silent = Ended::Killed(Cause::Silent);

@@ -8,6 +8,7 @@
 mod attach;
 mod check;
 mod guard;
+mod handover;
 mod identities;
 mod leave;
 mod outcome;
@@ -25,8 +26,8 @@ use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{EngineClient, EngineMetrics, PING_MAX, PingKind, Pong, Underlay};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Renewed,
-    Routing, code,
+    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Renewal,
+    Renewed, Routing, code,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -75,7 +76,9 @@ enum Message {
     Gc(GcRequest, pod::Leaver),
     SetRouting(PodSelector, Routing, routing::Router),
     Routing(PodSelector, routing::Router),
-    Renew(PodSelector, renew::Renewer),
+    Renew(PodSelector, Renewal, renew::Renewer),
+    HandedOver(AttachmentId, u64, Result<Box<handover::Successor>, handover::GivenUp>),
+    PredecessorEnded(AttachmentId, u32),
     Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
@@ -197,8 +200,8 @@ impl Handle {
     ///
     /// # Errors
     /// No such pod, or none that runs; the pod left meanwhile.
-    pub async fn renew(&self, pod: PodSelector) -> Result<Renewed, CniError> {
-        self.ask(|to| Message::Renew(pod, to)).await.unwrap_or_else(|| Err(left()))
+    pub async fn renew(&self, pod: PodSelector, how: Renewal) -> Result<Renewed, CniError> {
+        self.ask(|to| Message::Renew(pod, how, to)).await.unwrap_or_else(|| Err(left()))
     }
 
     /// Pings a peer of a pod.
@@ -310,7 +313,15 @@ impl Table {
             Message::Gc(request, reply) => self.gc(&request, reply),
             Message::SetRouting(pod, routing, reply) => self.set_routing(&pod, routing, reply),
             Message::Routing(pod, reply) => self.routing(&pod, reply),
-            Message::Renew(pod, reply) => self.renew(&pod, reply),
+            Message::Renew(pod, how, reply) => self.renew(&pod, how, reply),
+            Message::HandedOver(id, roots, outcome) => {
+                self.handed_over(&id, roots, outcome);
+                self.advance(&id);
+            }
+            Message::PredecessorEnded(id, pid) => {
+                self.predecessor_ended(&id, pid);
+                self.advance(&id);
+            }
             Message::Client(pod, reply) => {
                 let _ = reply.send(self.client(&pod));
             }
@@ -458,6 +469,10 @@ impl Table {
                     engine.asked = true;
                 }
                 self.run_step(id, step, steps::logout(client, process, patience));
+            }
+            Step::EndOthers => {
+                self.end_others(id);
+                return false;
             }
             Step::StopEngine => {
                 let cause = if pod.wanted == Wanted::Attached { Cause::LinkRemade } else { Cause::Removed };

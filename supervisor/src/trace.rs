@@ -1,4 +1,4 @@
-//! What an engine process leaves in `run_dir/engines/ID/process`, so that a later supervisor finds it.
+//! What an engine process leaves in `run_dir/engines/ID/process` (or `process2`), so that a later supervisor finds it.
 //!
 //! The supervisor writes the first two lines before it forks; the child appends its own line of
 //! `/proc/self/stat` before it executes the engine. So there is no moment at which an engine runs that no
@@ -81,11 +81,11 @@ pub fn boot_id() -> io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
-/// Begins a trace in `dir`: the lines that are known before the fork.
+/// Begins a trace in `path`: the lines that are known before the fork.
 ///
 /// # Errors
 /// The file system refuses.
-pub fn begin(dir: &Path, names: &[&str]) -> io::Result<OwnedFd> {
+pub fn begin(path: &Path, names: &[&str]) -> io::Result<OwnedFd> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut file = File::options()
         .create(true)
@@ -93,21 +93,18 @@ pub fn begin(dir: &Path, names: &[&str]) -> io::Result<OwnedFd> {
         .write(true)
         .mode(0o600)
         .custom_flags(libc::O_NOFOLLOW)
-        .open(dir.join(FILE))?;
+        .open(path)?;
     file.write_all(format!("{}\n{}\n", boot_id()?, names.join(":")).as_bytes())?;
     Ok(file.into())
 }
 
-/// Name of the file.
-const FILE: &str = "process";
-
-/// The trace in `dir`, if there is a whole one.
+/// The trace in `path`, if there is a whole one.
 #[must_use]
-pub fn read(dir: &Path) -> Option<Trace> {
+pub fn read(path: &Path) -> Option<Trace> {
     use std::io::Read as _;
     let mut text = String::new();
     let limit = u64::try_from(MAX_BYTES).unwrap_or(u64::MAX);
-    File::open(dir.join(FILE)).ok()?.take(limit).read_to_string(&mut text).ok()?;
+    File::open(path).ok()?.take(limit).read_to_string(&mut text).ok()?;
     Trace::parse(&text)
 }
 
@@ -177,10 +174,11 @@ mod tests {
     #[test]
     fn a_child_signs_with_its_own_line() {
         let dir = tempfile::tempdir().unwrap();
-        let file = begin(dir.path(), &["rpc", "tun"]).unwrap();
-        assert_eq!(read(dir.path()), None, "nobody has signed yet");
+        let path = dir.path().join("process");
+        let file = begin(&path, &["rpc", "tun"]).unwrap();
+        assert_eq!(read(&path), None, "nobody has signed yet");
         sign(&file).unwrap();
-        let trace = read(dir.path()).unwrap();
+        let trace = read(&path).unwrap();
         assert_eq!(trace.pid, std::process::id());
         let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
         assert!(trace.is(&boot_id().unwrap(), &stat));

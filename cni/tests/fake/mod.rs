@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
     AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting,
-    PodSelector, PodSummary, Renewed, Routing, Version, code,
+    PodSelector, PodSummary, Renewal, Renewed, Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -198,7 +198,7 @@ impl Node for Service {
         Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
     }
 
-    async fn renew(self, _: Context, _: PodSelector) -> Result<Renewed, CniError> {
+    async fn renew(self, _: Context, _: PodSelector, _: Renewal) -> Result<Renewed, CniError> {
         Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
     }
 

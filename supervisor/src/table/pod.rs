@@ -12,6 +12,7 @@ use podtether_proto::fds;
 use podtether_proto::node::{AddRequest, Attached, CniError};
 use tokio::sync::oneshot;
 
+use super::handover::Handover;
 use super::identities::Identity;
 use super::renew::Renewal;
 use super::routing::Router;
@@ -19,6 +20,7 @@ use crate::cgroup::Hold;
 use crate::context::MTU;
 use crate::credentials::Key;
 use crate::dns::{self, Interception};
+use crate::engine::Place;
 use crate::guard::{Processor, Queue, Repairs};
 use crate::plan::{self, Observed, Records, Step, Wanted};
 use crate::record::{self, IdentityKey};
@@ -78,6 +80,8 @@ pub(super) struct Running {
     /// Tells its events from those of engines before it.
     pub(super) epoch: u64,
     pub(super) process: Arc<Process>,
+    /// Which of the two sets of files it has.
+    pub(super) place: Place,
     /// The routing it uses; `None` while nobody knows what an earlier supervisor told it.
     pub(super) told: Option<Routing>,
     /// Version of the extra roots it knows.
@@ -185,6 +189,10 @@ pub(super) struct Pod {
     pub(super) engine_routing: Routing,
 
     pub(super) engine: Option<Running>,
+    /// A successor is being brought up; it lives until its task has said otherwise.
+    pub(super) handover: Option<Handover>,
+    /// The engine before, which has let go and ends soon.
+    pub(super) predecessor: Option<Arc<Process>>,
     /// An earlier supervisor may have left an engine, and nobody has looked yet.
     pub(super) unseen: bool,
     /// What an adopted engine holds, until the link around it has been looked at.
@@ -224,6 +232,7 @@ pub(super) struct Pod {
     pub(super) restarts: u64,
     /// How its last engine ended.
     pub(super) last_exit: Option<LastExit>,
+    pub(super) handovers: u64,
     /// The last thing worth telling, in one sentence.
     pub(super) reason: String,
 }
@@ -251,6 +260,8 @@ impl Pod {
             accepted: Vec::new(),
             engine_routing: Routing::default(),
             engine: None,
+            handover: None,
+            predecessor: None,
             unseen: false,
             taken: None,
             history: History::default(),
@@ -275,6 +286,7 @@ impl Pod {
             notes: Vec::new(),
             restarts: 0,
             last_exit: None,
+            handovers: 0,
             reason: String::new(),
         }
     }
@@ -292,6 +304,8 @@ impl Pod {
         let addresses = self.engine.as_ref().and_then(Running::addresses);
         let engine = match (&self.engine, addresses) {
             (None, _) if self.unseen => plan::Engine::Unknown,
+            // A successor is on its way.
+            (None, _) if self.handover.is_some() => plan::Engine::Starting,
             (None, _) if held => plan::Engine::Held,
             (None, _) => plan::Engine::None,
             (Some(_), None) => plan::Engine::Starting,
@@ -308,6 +322,7 @@ impl Pod {
                 && identity.holder.as_ref().is_none_or(|h| *h == self.record.attachment),
             link: self.link,
             engine,
+            others: self.handover.is_some() || self.predecessor.is_some(),
             key,
             rotate: self.rotate,
             device_spent: self.device_spent,

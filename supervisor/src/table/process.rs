@@ -12,18 +12,19 @@ use tokio::sync::mpsc;
 
 use super::attach::{error, pod_name};
 use super::identities::Identity;
-use super::pod::{LastExit, Pod, Running, Taken, Underlay};
+use super::pod::{Fds, LastExit, Pod, Running, Taken, Underlay};
 use super::{Message, Table, random};
 use crate::adopt::{Adopted, NotAdopted};
 use crate::cgroup;
 use crate::context::{self, Context, MTU};
 use crate::credentials::Credential;
 use crate::detach::Image;
-use crate::dns::Sockets;
-use crate::engine::{self, ANSWER_WITHIN, Event, Home, Reports, within};
+use crate::dns::{Interception, Sockets};
+use crate::engine::{self, ANSWER_WITHIN, Event, Home, Place, Reports, within};
 use crate::guard::{Processor, Queue};
 use crate::output;
 use crate::plan::{Link, Wanted};
+use crate::record::Attachment;
 use crate::restart::{self, Cause, Ended, Next};
 use crate::spawn::{self, Birth};
 
@@ -43,7 +44,11 @@ impl Table {
         let roots = self.context.roots.get(&pod.record.tailnet).map(|roots| roots.now());
         let (roots, pem) = roots.unwrap_or_default();
         let mut request = start_request(&self.context, pod, identity, &self.underlay, pem.to_string());
-        match spawn_engine(&self.context, pod) {
+        let born = match &pod.fds {
+            Some(fds) => spawn_engine(&self.context, &pod.record, fds, Place::First, false),
+            None => Err(std::io::Error::other("the link is not there")),
+        };
+        match born {
             Ok(Born { process, child, home, names, cgroups }) => {
                 request.name_servers = names.servers();
                 self.epochs += 1;
@@ -58,6 +63,7 @@ impl Table {
                 pod.engine = Some(Running {
                     epoch,
                     process: Arc::clone(&process),
+                    place: Place::First,
                     told,
                     roots,
                     client: None,
@@ -130,7 +136,7 @@ impl Table {
                 "no_identity"
             }
             Ok(adopted) => {
-                let Adopted { process, client, hello, uid, since, descriptors, output } = *adopted;
+                let Adopted { process, client, hello, uid, since, descriptors, output, place } = *adopted;
                 tracing::info!(
                     namespace,
                     pod = name,
@@ -145,6 +151,7 @@ impl Table {
                 match Home::make(&self.context.config.node.run_dir, &pod.record.id) {
                     Ok(home) => {
                         let (process, client) = (Arc::clone(&process), client.clone());
+                        let home = home.at(place);
                         tokio::spawn(engine::attend_adopted(process, client, home, since, reports));
                     }
                     Err(e) => {
@@ -183,6 +190,7 @@ impl Table {
                     killed_for: None,
                     epoch,
                     process,
+                    place,
                     told: None,
                     roots: UNKNOWN_ROOTS,
                     client: Some(client),
@@ -227,20 +235,7 @@ impl Table {
                 let pid = running.process.pid();
                 running.client = Some(client);
                 running.holds = self.context.cgroups.holds(&pod.record.id, pid);
-                if let Some(interception) = running.interception.take() {
-                    let (record, to, of) = (pod.record.clone(), self.to_self.clone(), id.clone());
-                    let home = Home::make(&self.context.config.node.run_dir, &record.id);
-                    tokio::spawn(async move {
-                        match interception.begin(record).await {
-                            Some(why) => {
-                                let _ = to.send(Message::NotIntercepted(of, epoch, why)).await;
-                            }
-                            // Without the note the next supervisor starts another engine: it costs less than
-                            // a pod whose names nobody answers.
-                            None => drop(home.and_then(|home| home.note_intercepting(pid))),
-                        }
-                    });
-                }
+                let interception = running.interception.take();
                 if let Some(since) = running.replaces_since {
                     let took = since.elapsed();
                     self.counters.recovery_seconds.observe(took.as_secs_f64());
@@ -248,6 +243,9 @@ impl Table {
                     tracing::info!(namespace, pod = name, pid, us, "engine restarted");
                 } else {
                     tracing::info!(namespace, pod = name, pid, build = hello.build, "engine started");
+                }
+                if let Some(interception) = interception {
+                    self.intercept(id, epoch, pid, interception);
                 }
             }
             Event::Status(status) => self.status(id, *status),
@@ -269,6 +267,23 @@ impl Table {
             }
         }
         running.holds = self.context.cgroups.holds(&pod.record.id, pid);
+    }
+
+    /// Leads the pod's questions for names to the engine that answers by now.
+    pub(super) fn intercept(&self, id: &AttachmentId, epoch: u64, pid: u32, interception: Interception) {
+        let Some(pod) = self.pods.get(id) else { return };
+        let (record, to, of) = (pod.record.clone(), self.to_self.clone(), id.clone());
+        let home = Home::make(&self.context.config.node.run_dir, &record.id);
+        tokio::spawn(async move {
+            match interception.begin(record).await {
+                Some(why) => {
+                    let _ = to.send(Message::NotIntercepted(of, epoch, why)).await;
+                }
+                // Without the note the next supervisor starts another engine: it costs less than
+                // a pod whose names nobody answers.
+                None => drop(home.and_then(|home| home.note_intercepting(pid))),
+            }
+        });
     }
 
     pub(super) fn status(&mut self, id: &AttachmentId, status: EngineStatus) {
@@ -470,7 +485,7 @@ fn confirmed(pod: &mut Pod, identity: &mut Identity) {
     restart::key_worked(&mut pod.history);
 }
 
-fn start_request(
+pub(super) fn start_request(
     context: &Context,
     pod: &Pod,
     identity: &Identity,
@@ -504,11 +519,12 @@ fn start_request(
         name_servers: Vec::new(),
         underlay: underlay.clone(),
         routing: pod.engine_routing.clone(),
+        standby: None,
     }
 }
 
 /// Puts an engine into its cgroups, which makes the caller wait.
-fn limit(
+pub(super) fn limit(
     to: mpsc::Sender<Message>,
     id: &AttachmentId,
     epoch: u64,
@@ -525,36 +541,46 @@ fn limit(
     });
 }
 
-struct Born {
-    process: spawn::Process,
-    child: tokio::process::Child,
-    home: Home,
-    names: Sockets,
+pub(super) struct Born {
+    pub(super) process: spawn::Process,
+    pub(super) child: tokio::process::Child,
+    pub(super) home: Home,
+    pub(super) names: Sockets,
     /// Of the cgroups it is to be put into.
-    cgroups: Vec<OwnedFd>,
+    pub(super) cgroups: Vec<OwnedFd>,
 }
 
-fn spawn_engine(context: &Context, pod: &Pod) -> std::io::Result<Born> {
-    let kept = pod.fds.as_ref().ok_or_else(|| std::io::Error::other("the link is not there"))?;
-    let home = Home::make(&context.config.node.run_dir, &pod.record.id)?;
-    let (rpc, snapshot, reason) = (home.listen()?, home.snapshot()?, home.reason()?);
-    let names = Sockets::open(&kept.link.pod, &pod.record);
+/// Starts an engine with the pod's descriptors; a standby with a connection to the engine at the other place.
+pub(super) fn spawn_engine(
+    context: &Context,
+    record: &Attachment,
+    kept: &Fds,
+    place: Place,
+    standby: bool,
+) -> std::io::Result<Born> {
+    let home = Home::make(&context.config.node.run_dir, &record.id)?.at(place);
+    let partner = standby.then(|| home.clone().at(place.other()).announce_heir()).transpose()?;
+    let (rpc, heir, snapshot, reason) =
+        (home.listen()?, home.await_heir()?, home.snapshot()?, home.reason()?);
+    let names = Sockets::open(&kept.link.pod, record);
     let mut named: Vec<(&'static str, BorrowedFd<'_>)> = vec![(fds::RPC, rpc.as_fd())];
     named.extend(kept.named());
     named.extend(names.named());
     named.push((fds::SNAPSHOT, snapshot.as_fd()));
     named.push((fds::REASON, reason.as_fd()));
+    named.push((fds::HEIR, heir.as_fd()));
+    named.extend(partner.as_ref().map(|partner| (fds::PARTNER, partner.as_fd())));
     named.extend(context.nowhere.as_ref().map(|nowhere| (fds::NOWHERE, nowhere.as_fd())));
     let program = context.image.as_ref().map_or_else(|| context.engine.clone(), Image::program);
     let birth = Birth {
         program: &program,
         fds: &named,
-        uid: pod.record.uid,
+        uid: record.uid,
         require_sandbox: context.config.node.require_sandbox,
-        home: home.dir(),
+        trace: &home.trace(),
     };
     // Opened before: whoever cannot be limited is not started.
-    let cgroups = context.cgroups.open(&pod.record.id)?;
+    let cgroups = context.cgroups.open(&record.id)?;
     let (process, child) = spawn::spawn(birth)?;
     Ok(Born { process, child, home, names, cgroups })
 }

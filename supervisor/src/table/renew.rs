@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use podtether_proto::node::{AttachmentId, CniError, PodSelector, Renewed, code};
+use podtether_proto::node::{AttachmentId, CniError, PodSelector, Renewal as How, Renewed, code};
 use tokio::sync::oneshot;
 
 use super::Table;
@@ -18,19 +18,21 @@ const ENDS_WITHIN: Duration = Duration::from_secs(1);
 /// Who waits for an engine newer than the one of `epoch`.
 #[derive(Debug)]
 pub(super) struct Renewal {
-    epoch: u64,
-    begun: Instant,
+    pub(super) epoch: u64,
+    pub(super) begun: Instant,
     /// Whether the engine before it had its session with control: only then is the new one waited for until
     /// it has.
-    online: bool,
-    reply: Renewer,
+    pub(super) online: bool,
+    pub(super) reply: Renewer,
+    /// Of a handover that is done.
+    pub(super) gap_us: Option<u64>,
 }
 
 pub(super) type Renewer = oneshot::Sender<Result<Renewed, CniError>>;
 
 impl Table {
-    /// Ends the pod's engine politely; the answer comes when its successor is as far as it was.
-    pub(super) fn renew(&mut self, selector: &PodSelector, reply: Renewer) {
+    /// Replaces the pod's engine; the answer comes when its successor is as far as it was.
+    pub(super) fn renew(&mut self, selector: &PodSelector, how: How, reply: Renewer) {
         let id = match self.select(selector) {
             Ok(id) => id,
             Err(e) => {
@@ -50,8 +52,17 @@ impl Table {
             let _ = reply.send(Err(refused("its engine does not run", pod.reason.clone())));
             return;
         };
+        if how == How::Handover {
+            return self.begin_handover(&id, reply);
+        }
         let online = engine.status.as_ref().is_some_and(|status| status.control_connected);
-        pod.renewals.push(Renewal { epoch: engine.epoch, begun: Instant::now(), online, reply });
+        pod.renewals.push(Renewal {
+            epoch: engine.epoch,
+            begun: Instant::now(),
+            online,
+            reply,
+            gap_us: None,
+        });
         tracing::info!(
             namespace = pod.record.pod.namespace,
             pod = pod.record.pod.name,
@@ -83,9 +94,10 @@ impl Table {
             .drain(..)
             .partition(|renewal: &Renewal| renewal.epoch < epoch && (online || !renewal.online));
         pod.renewals = waiting;
-        for Renewal { begun, reply, .. } in done {
+        for Renewal { begun, reply, gap_us, .. } in done {
+            let how = if gap_us.is_some() { How::Handover } else { How::Kill };
             let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-            let _ = reply.send(Ok(Renewed { pid, took_ms }));
+            let _ = reply.send(Ok(Renewed { pid, took_ms, how, gap_us }));
         }
     }
 }

@@ -48,6 +48,8 @@ pub struct PodReport {
     pub restarts: u64,
     /// How the engine before ended, absent while none has.
     pub last_exit: Option<LastExit>,
+    /// Planned handovers since the supervisor started.
+    pub handovers: u64,
     /// Key of the tailnet.
     pub tailnet: String,
     /// CNI network, container and interface.
@@ -117,6 +119,7 @@ impl Table {
                     reason: exit.reason.clone(),
                     seconds_ago: now.saturating_duration_since(exit.at).as_secs(),
                 }),
+                handovers: pod.handovers,
                 tailnet: pod.record.tailnet.clone(),
                 network: pod.record.attachment.network.clone(),
                 container_id: pod.record.attachment.container_id.clone(),

@@ -79,7 +79,13 @@ async fn serve(listener: UnixListener, standin: Standin) {
 impl Engine for Standin {
     async fn hello(self, _: Context) -> Hello {
         let pod_uid = self.pod.get().map(|pod| pod.uid.clone()).unwrap_or_default();
-        Hello { version: PROTO_VERSION, build: "stand-in".into(), pid: std::process::id(), pod_uid }
+        Hello {
+            version: PROTO_VERSION,
+            build: "stand-in".into(),
+            pid: std::process::id(),
+            pod_uid,
+            role: Role::InCharge,
+        }
     }
 
     async fn start(self, _: Context, request: StartRequest) -> Result<(), String> {
@@ -146,6 +152,18 @@ impl Engine for Standin {
 
     async fn logout(self, _: Context) -> Result<(), String> {
         Ok(())
+    }
+
+    async fn prepare_handover(self, _: Context) -> Result<u8, String> {
+        Err("a stand-in hands nothing over".to_owned())
+    }
+
+    async fn ready(self, _: Context, _: u64) -> u64 {
+        0
+    }
+
+    async fn take_over(self, _: Context, _: bool) -> Result<TakenOver, String> {
+        Err("a stand-in takes nothing over".to_owned())
     }
 
     async fn stop(self, _: Context) {
