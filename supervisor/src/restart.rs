@@ -234,6 +234,11 @@ pub fn decide(
     }
 }
 
+/// An engine that handed its pod over was well: the deaths before it do not count against its successor.
+pub fn handed_over(history: &mut History) {
+    history.early_deaths = 0;
+}
+
 /// An engine that reached a netmap used its key well.
 pub fn key_worked(history: &mut History) {
     history.keys = 0;
@@ -366,6 +371,9 @@ mod tests {
         assert_eq!(delays[9..], [30_000, 30_000, 30_000]);
         assert_eq!(after(&Ended::Crash, 1500, &mut history), (Next::Restart, 0));
         assert_eq!(after(&Ended::Crash, 10, &mut history), (Next::Restart, 100));
+        assert_eq!(after(&Ended::Crash, 10, &mut history), (Next::Restart, 200));
+        handed_over(&mut history);
+        assert_eq!(after(&Ended::Crash, 10, &mut history), (Next::Restart, 100), "a successor's first");
     }
 
     #[test]

@@ -5,7 +5,7 @@
 mod rig;
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -25,9 +25,30 @@ fn settled(pod: &Value) -> bool {
     pod["state"] == "running" && pod["controlConnected"] == true && pod["ifindex"] != 0
 }
 
-async fn renew(rig: &Rig, pod: &str, how: Renewal) -> Result<Renewed, CniError> {
+type Renewing = tokio::task::JoinHandle<Result<Result<Renewed, CniError>, tarpc::client::RpcError>>;
+
+async fn begin(rig: &Rig, pod: &str, how: Renewal) -> Renewing {
     let pod = PodSelector::Pod { namespace: "default".into(), name: pod.into() };
-    rig.client().await.renew(within(Duration::from_secs(30)), pod, how).await.unwrap()
+    let client = rig.client().await;
+    tokio::spawn(async move { client.renew(within(Duration::from_secs(30)), pod, how).await })
+}
+
+async fn renew(rig: &Rig, pod: &str, how: Renewal) -> Result<Renewed, CniError> {
+    begin(rig, pod, how).await.await.unwrap().unwrap()
+}
+
+/// Waits until a datagram comes back.
+fn answered(from: &Netns, to: SocketAddr) {
+    let socket = from.run_blocking(move || UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    let start = Instant::now();
+    loop {
+        let _ = socket.send_to(b"x", to);
+        if socket.recv(&mut [0; 8]).is_ok() {
+            return;
+        }
+        assert!(start.elapsed() < TIMEOUT, "{to} does not answer");
+    }
 }
 
 /// Engines of this test's node that live, and no zombies.
@@ -196,6 +217,189 @@ fn a_planned_restart_loses_no_packet() {
             rig.del("b").await.unwrap();
             rig.until_clean(TIMEOUT).await;
             assert!(engines().is_empty(), "{:?}", engines());
+        });
+    });
+}
+
+/// Who dies.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Party {
+    Predecessor,
+    Successor,
+    Supervisor,
+    SupervisorAndPredecessor,
+    SupervisorAndSuccessor,
+    Everybody,
+}
+
+#[test]
+fn whoever_dies_in_the_middle_one_engine_is_in_charge_in_the_end() {
+    in_namespaces("whoever_dies_in_the_middle_one_engine_is_in_charge_in_the_end", |dir| {
+        use Party::*;
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            let (first, second) = tokio::join!(rig.add("a"), rig.add("b"));
+            first.unwrap();
+            let to_b = SocketAddr::new(v4(&second.unwrap()), 7);
+            echo(&b, 7);
+            answered(&a, to_b);
+            let mut kept = 0;
+            let mut rounds = 0;
+            for who in [
+                Predecessor,
+                Successor,
+                Supervisor,
+                SupervisorAndPredecessor,
+                SupervisorAndSuccessor,
+                Everybody,
+            ] {
+                for after_ms in [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 30, 300] {
+                    let before = rig.until("a", "settled", settled).await;
+                    let bystanders = engines();
+                    let call = begin(&rig, "a", Renewal::Handover).await;
+                    let begun = Instant::now();
+                    // The successor's death needs one.
+                    let successor = loop {
+                        let new = engines().into_iter().find(|pid| !bystanders.contains(pid));
+                        if new.is_some()
+                            || begun.elapsed() > Duration::from_millis(after_ms) && who == Predecessor
+                        {
+                            break new;
+                        }
+                        assert!(begun.elapsed() < TIMEOUT, "no successor");
+                        tokio::time::sleep(Duration::from_millis(1)).await;
+                    };
+                    tokio::time::sleep(Duration::from_millis(after_ms)).await;
+                    if matches!(
+                        who,
+                        Supervisor | SupervisorAndPredecessor | SupervisorAndSuccessor | Everybody
+                    ) {
+                        rig.kill();
+                    }
+                    // One that ended by itself in time is as dead.
+                    let end = |pid: u32| {
+                        // SAFETY: sends a signal to a process of this test.
+                        unsafe { libc::kill(i32::try_from(pid).unwrap(), libc::SIGKILL) }
+                    };
+                    if matches!(who, Predecessor | SupervisorAndPredecessor | Everybody) {
+                        end(pid(&before));
+                    }
+                    if let Some(successor) = successor
+                        && matches!(who, Successor | SupervisorAndSuccessor | Everybody)
+                    {
+                        end(successor);
+                    }
+                    if matches!(who, Predecessor | Successor) {
+                        // Done or given up, and said so.
+                        let _ = call.await.unwrap().unwrap();
+                    } else {
+                        rig.start();
+                        rig.client().await;
+                        drop(call);
+                    }
+                    let start = Instant::now();
+                    let after = loop {
+                        let after = rig.until("a", "settled", settled).await;
+                        let living = engines();
+                        if living.len() == 2 && living.contains(&pid(&after)) {
+                            break after;
+                        }
+                        assert!(start.elapsed() < TIMEOUT, "{who:?} after {after_ms} ms: {living:?} {after}");
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    };
+                    for same in ["ifindex", "udpPort", "udp6Port", "addresses", "mac"] {
+                        assert_eq!(after[same], before[same], "{who:?} after {after_ms} ms: {same}");
+                    }
+                    answered(&a, to_b);
+                    rounds += 1;
+                    kept += usize::from(after["enginePid"] == before["enginePid"]);
+                }
+            }
+            println!("{rounds} handovers cut short, the engine before went on after {kept}");
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            rig.until_clean(TIMEOUT).await;
+            assert!(engines().is_empty(), "{:?}", engines());
+        });
+    });
+}
+
+#[test]
+fn a_handover_that_hangs_is_given_up_and_a_pod_that_leaves_ends_it() {
+    in_namespaces("a_handover_that_hangs_is_given_up_and_a_pod_that_leaves_ends_it", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            let (first, second) = tokio::join!(rig.add("a"), rig.add("b"));
+            first.unwrap();
+            let to_b = SocketAddr::new(v4(&second.unwrap()), 7);
+            echo(&b, 7);
+            reachable(&a, to_b);
+            let before = rig.until("a", "settled", settled).await;
+            let successor = async |bystanders: &[u32]| {
+                let start = Instant::now();
+                loop {
+                    if let Some(new) = engines().into_iter().find(|pid| !bystanders.contains(pid)) {
+                        return new;
+                    }
+                    assert!(start.elapsed() < TIMEOUT, "no successor");
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+
+            // The successor hangs: nobody notices.
+            let pinger = Pinger::start(&a, to_b, Duration::from_millis(5));
+            let bystanders = engines();
+            let call = begin(&rig, "a", Renewal::Handover).await;
+            signal(successor(&bystanders).await, libc::SIGSTOP);
+            let refused = call.await.unwrap().unwrap().unwrap_err();
+            println!("{refused}");
+            assert!(
+                refused.msg.contains("the one before goes on") && refused.details.contains("--kill"),
+                "{refused}"
+            );
+            one_engine_each(2).await;
+            let (lost, slowest, sent) = cost(pinger);
+            println!("a hanging successor: {sent} sent, {lost} lost, the slowest took {slowest:?}");
+            assert_eq!(lost, 0);
+            let after = rig.until("a", "settled", settled).await;
+            assert_eq!((&after["enginePid"], &after["handovers"]), (&before["enginePid"], &Value::from(0)));
+            assert!(http("/metrics").contains("podtether_handovers_total{outcome=\"start\"} 1"));
+
+            // The engine before hangs: that is a crash like any.
+            signal(pid(&after), libc::SIGSTOP);
+            let refused = renew(&rig, "a", Renewal::Handover).await.unwrap_err();
+            println!("{refused}");
+            rig.until("a", "replaced", |p| settled(p) && p["enginePid"] != after["enginePid"]).await;
+            one_engine_each(2).await;
+            answered(&a, to_b);
+
+            // Two at once: the second is refused, or comes after the first.
+            let (one, two) =
+                (begin(&rig, "a", Renewal::Handover).await, begin(&rig, "a", Renewal::Handover).await);
+            let done = [one.await.unwrap().unwrap(), two.await.unwrap().unwrap()];
+            assert_eq!(done.iter().filter(|done| done.is_ok()).count(), 1, "{done:?}");
+            let again = renew(&rig, "a", Renewal::Handover).await.unwrap();
+            println!("again, while the one before lingers: {again:?}");
+
+            // The pod leaves in the middle.
+            one_engine_each(2).await;
+            let bystanders = engines();
+            let call = begin(&rig, "a", Renewal::Handover).await;
+            successor(&bystanders).await;
+            rig.del("a").await.unwrap();
+            let left = call.await.unwrap();
+            println!("{left:?}");
+            one_engine_each(1).await;
+            rig.del("b").await.unwrap();
+            rig.until_clean(TIMEOUT).await;
+            assert!(engines().is_empty(), "{:?}", engines());
+            assert!(devnet.wait_for(TIMEOUT, <[_]>::is_empty).await, "logged out: {:?}", devnet.nodes());
         });
     });
 }

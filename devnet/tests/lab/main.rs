@@ -6,6 +6,7 @@
 
 mod chaos;
 mod cni;
+mod handover;
 mod headscale;
 mod kills;
 mod leave;

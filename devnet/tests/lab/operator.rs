@@ -19,7 +19,7 @@ fn operate(node: &Node, arguments: &[&str]) -> (bool, String, String) {
     (output.status.success(), out, err)
 }
 
-fn json(node: &Node, arguments: &[&str]) -> Value {
+pub(crate) fn json(node: &Node, arguments: &[&str]) -> Value {
     let (success, out, err) = operate(node, &[arguments, &["--json"]].concat());
     assert!(success && err.is_empty(), "{err}");
     serde_json::from_str(&out).unwrap()

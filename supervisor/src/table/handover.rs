@@ -26,7 +26,7 @@ use crate::guard::{Processor, Queue};
 use crate::output;
 use crate::plan::Wanted;
 use crate::record::Attachment;
-use crate::restart::Cause;
+use crate::restart::{self, Cause};
 use crate::spawn::Process;
 
 /// A snapshot of a large tailnet takes a moment; a hung engine is found out by its heartbeat.
@@ -204,6 +204,7 @@ impl Table {
             killed_for: None,
         });
         pod.handovers += 1;
+        restart::handed_over(&mut pod.history);
         pod.died_at = None;
         pod.hold_until = None;
         pod.renewals.push(Renewal { epoch: known, begun, online, reply, gap_us: Some(gap_us) });
