@@ -105,6 +105,8 @@ struct Candidate {
     called: bool,
     last_got_ping: Option<Instant>,
     last_ping: Option<Instant>,
+    /// When it was last pinged because of a ping of its own.
+    last_return: Option<Instant>,
 }
 
 impl Candidate {
@@ -222,6 +224,7 @@ impl PathAgent {
             called: false,
             last_got_ping: None,
             last_ping: None,
+            last_return: None,
         });
         self.candidates.last_mut()
     }
@@ -374,13 +377,17 @@ impl PathAgent {
         let now = ctx.now;
         let Some(candidate) = self.candidate(from) else { return };
         candidate.last_got_ping = Some(now);
-        // The peer has just opened its side towards us: an answer now is likeliest to come through.
-        let recent = candidate.last_ping.is_some_and(|at| now.duration_since(at) < SEARCH_EVERY);
+        // The peer has just opened its side towards us: what we sent a moment ago may have met a closed door,
+        // and a ping now is likeliest to come through.
+        let recent = candidate.last_return.is_some_and(|at| now.duration_since(at) < SEARCH_EVERY);
         if !self.active(now) {
             return;
         }
         if self.trusted(now).is_none() {
             if !recent {
+                if let Some(candidate) = self.candidate(from) {
+                    candidate.last_return = Some(now);
+                }
                 self.ping(from, ctx);
             }
         } else if self.best().is_some_and(|best| best == from) {

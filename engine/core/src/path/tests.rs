@@ -260,6 +260,20 @@ fn whoever_pings_becomes_a_candidate_for_a_while() {
 }
 
 #[test]
+fn a_ping_says_that_the_peers_door_is_open_and_ours_is_sent_again() {
+    let mut bench = Bench::new(&[addr(1)]);
+    assert_eq!(pinged(&bench.send()), [addr(1)], "its gateway drops this one");
+    bench.now += Duration::from_millis(15);
+    bench.call(|agent, ctx| agent.handle_ping(addr(1), ctx));
+    let again = std::mem::take(&mut bench.actions);
+    assert_eq!(pinged(&again), [addr(1)]);
+    bench.call(|agent, ctx| agent.handle_ping(addr(1), ctx));
+    assert_eq!(bench.actions, [], "once a second, or two of us would go on for ever");
+    assert!(bench.pong(&again, addr(1), Duration::from_millis(2)));
+    assert!(!bench.agent.route(bench.now).derp);
+}
+
+#[test]
 fn the_better_address_wins_and_small_differences_do_not_count() {
     let best = |text: &str, us| Best {
         addr: text.parse().expect("an address"),
