@@ -192,6 +192,14 @@ fn an_intercepted_pod_knows_both_worlds_and_keeps_the_clusters_when_its_engine_d
             // Whoever is not intercepted is not.
             assert_eq!(over_udp(&peer, servers[0], &ours), ELSEWHERE);
 
+            // Another engine takes them over.
+            let pid = engine_pid(&rig.nodes[0], "pod");
+            crate::operator::json(&rig.nodes[0], &["restart", "--engine", "pod"]);
+            assert_ne!(engine_pid(&rig.nodes[0], "pod"), pid);
+            assert_eq!(over_udp(&pod, servers[0], theirs), ELSEWHERE);
+            tailnet_names_are_known(&pod);
+            assert_eq!(over_tcp(&pod, servers[0], &[&ours, theirs]).len(), 2);
+
             // Cluster names while the engine dies, every 20 ms, by an asker that keeps its socket and by one
             // that takes a new one each time.
             let socket = pod.netns.run_blocking(|| UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();

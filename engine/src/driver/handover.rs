@@ -26,6 +26,9 @@ use crate::reason::Ending;
 const LINGERS: Duration = Duration::from_secs(3);
 /// For no longer than this after the last of it.
 const LINGERS_IDLE: Duration = Duration::from_secs(1);
+/// What a relay has sent on the connection before is read for so long after the new one is up. No longer: relays
+/// complain about two connections of one node.
+const RELAY_LINGERS: Duration = Duration::from_millis(300);
 /// A standby that nobody wants any more ends.
 const WANTED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -56,6 +59,8 @@ pub(super) struct Handover {
     pub(super) pending: Option<Box<Pending>>,
     /// When this process ends if it is not the node.
     pub(super) until: Option<Instant>,
+    /// Regions that the other process is connected to, and when to close them.
+    pub(super) superseded: Vec<(RegionId, Instant)>,
     /// When it let go.
     pub(super) gone_since: Option<Instant>,
     /// Who waits for the snapshot.
@@ -80,7 +85,8 @@ impl Handover {
 
     /// When there is something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        [self.until, self.ready.as_ref().map(|(_, at)| *at)].into_iter().flatten().min()
+        let superseded = self.superseded.iter().map(|(_, at)| *at).min();
+        [self.until, self.ready.as_ref().map(|(_, at)| *at), superseded].into_iter().flatten().min()
     }
 
     /// What comes from the other process; without one, its connection.
@@ -162,6 +168,11 @@ impl Driver {
                 self.handover.ready = Some((answer, until));
             }
         }
+        while let Some(at) = self.handover.superseded.iter().position(|(_, at)| *at <= now) {
+            let (region, _) = self.handover.superseded.swap_remove(at);
+            self.derp.close(region);
+            self.engine.handle_derp(region, DerpEvent::Disconnected, now, &mut self.outbox);
+        }
         if self.handover.until.is_some_and(|at| at <= now) {
             self.ending = Some(match self.handover.role {
                 Role::LetGo => Ending::new(EngineExit::Stopped, "handed over"),
@@ -218,8 +229,8 @@ impl Driver {
                 }
             }
             Message::RelayUp(region) if self.handover.role == Role::LetGo => {
-                self.derp.close(region);
-                self.engine.handle_derp(region, DerpEvent::Disconnected, now, &mut self.outbox);
+                // Regions that this process has no connection to are few and cost nothing.
+                self.handover.superseded.push((region, now + RELAY_LINGERS));
             }
             Message::LetGo | Message::Gone(_) | Message::RelayUp(_) | Message::Ended => {
                 self.handover.partner = None;
