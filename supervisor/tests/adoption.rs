@@ -353,3 +353,60 @@ fn engines_keep_their_uids_when_the_configured_range_changes() {
         });
     });
 }
+
+#[test]
+fn a_supervisor_that_sees_no_namespaces_ends_nothing() {
+    in_namespaces("a_supervisor_that_sees_no_namespaces_ends_nothing", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        let shown = dir.join("shown");
+        let show = || std::os::unix::fs::symlink(dir.join("netns"), &shown).unwrap();
+        show();
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            let mut addresses = Vec::new();
+            for name in ["a", "b"] {
+                let mut request = rig.request(name);
+                request.netns = shown.join(name).display().to_string();
+                let client = rig.client().await;
+                addresses.push(v4(&client.add(within(TIMEOUT), request).await.unwrap().unwrap()));
+            }
+            echo(&b, 7);
+            let to = SocketAddr::new(addresses[1], 7);
+            reachable(&a, to);
+            let before = rig.until("a", "settled", settled).await;
+            let pinger = Pinger::start(&a, to, Duration::from_millis(5));
+
+            // As in a container that the node's directory is not mounted into.
+            rig.kill();
+            std::fs::remove_file(&shown).unwrap();
+            let log = dir.join("log");
+            rig.stderr = Some(log.clone());
+            rig.start();
+            rig.client().await;
+            let start = Instant::now();
+            let told = || std::fs::read_to_string(&log).unwrap().matches("pod default/a: ").count();
+            while told() < 6 {
+                assert!(start.elapsed() < TIMEOUT, "{}", std::fs::read_to_string(&log).unwrap());
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let blind = rig.pod("a");
+            assert_eq!(blind["enginePid"], before["enginePid"]);
+            let reason = blind["reason"].as_str().unwrap();
+            assert!(reason.contains("no pod's network namespace can be seen"), "{reason}");
+
+            show();
+            let after = rig.until("a", "taken up", settled).await;
+            for same in ["enginePid", "ifindex", "udpPort", "addresses", "mac"] {
+                assert_eq!(after[same], before[same], "{same}");
+            }
+            let back = pinger.finish();
+            let lost = back.iter().filter(|b| b.is_none()).count();
+            assert_eq!(lost, 0, "{} sent", back.len());
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            rig.until_clean(TIMEOUT).await;
+        });
+    });
+}

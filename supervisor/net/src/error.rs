@@ -10,6 +10,17 @@ pub enum Error {
         /// As given.
         path: PathBuf,
     },
+    /// The directory of pods' namespaces is not there: a container without the node's sees none of them, and knows
+    /// nothing of any.
+    #[error(
+        "{} is not there, so no pod's network namespace can be seen; \
+         a supervisor in a container needs the node's directory, with mountPropagation HostToContainer",
+        dir.display()
+    )]
+    NamespacesHidden {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// The pod's namespace is the node's own: a link there would change the node.
     #[error("{} is the node's own network namespace", path.display())]
     HostNamespace {
@@ -70,6 +81,7 @@ impl Error {
         match self {
             Self::Kernel { source, .. } => source.raw_os_error(),
             Self::NamespaceGone { .. }
+            | Self::NamespacesHidden { .. }
             | Self::HostNamespace { .. }
             | Self::InterfaceExists { .. }
             | Self::TunBusy { .. }

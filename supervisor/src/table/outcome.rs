@@ -44,7 +44,9 @@ impl Table {
                 // Whatever was made before it failed has to be found again.
                 pod.link = Link::Broken;
                 // An engine that works is not ended because its link could not be looked at once.
-                let again = pod.taken.is_some() && pod.failures < LOOKS_AT_A_LINK;
+                // Nor ever because this process is not shown any pod's namespace.
+                let hidden = matches!(e, podtether_net::Error::NamespacesHidden { .. });
+                let again = pod.taken.is_some() && (hidden || pod.failures < LOOKS_AT_A_LINK);
                 if again && !gone && !matches!(e, podtether_net::Error::Broken { .. }) {
                     pod.link = Link::Unknown;
                 } else {
@@ -247,6 +249,9 @@ fn link_error(pod: &Pod, e: &podtether_net::Error) -> CniError {
         ),
         Error::Invalid { .. } => {
             error(code::BAD_ENV, format!("{name}: {e}"), "correct the network configuration")
+        }
+        Error::NamespacesHidden { .. } => {
+            error(code::LINK, format!("{name}: {e}"), "docs/daemonset.md has what to mount; nothing was made")
         }
         Error::TunBusy { .. } | Error::NoFreePort { .. } | Error::Broken { .. } | Error::Kernel { .. } => {
             error(code::LINK, format!("{name}: {e}"), "see the supervisor's log")

@@ -173,11 +173,21 @@ impl LinkSpec {
 
     /// Opens the pod's namespace, which must not be the node's.
     fn open_pod(&self) -> Result<Netns> {
-        let pod = Netns::open(&self.pod_netns)?;
+        let pod = Netns::open(&self.pod_netns).map_err(|e| match (e, self.hidden()) {
+            (Error::NamespaceGone { .. }, Some(dir)) => Error::NamespacesHidden { dir },
+            (e, _) => e,
+        })?;
         if pod == Netns::current()? {
             return Err(Error::HostNamespace { path: self.pod_netns.clone() });
         }
         Ok(pod)
+    }
+
+    /// The directory that pods' namespaces should be in, if it is not there. In `/proc` directories go with their
+    /// processes.
+    fn hidden(&self) -> Option<PathBuf> {
+        let dir = self.pod_netns.parent()?;
+        (!dir.starts_with("/proc") && !dir.exists()).then(|| dir.to_owned())
     }
 }
 
@@ -222,7 +232,7 @@ impl Link {
 /// Makes whatever of the link is missing, repairs what differs, and leaves addresses and routes alone.
 ///
 /// # Errors
-/// [`Error::NamespaceGone`] and [`Error::HostNamespace`] for the pod's namespace,
+/// [`Error::NamespaceGone`], [`Error::NamespacesHidden`] and [`Error::HostNamespace`] for the pod's namespace,
 /// [`Error::InterfaceExists`] for an interface of that name that is not this link's.
 pub async fn ensure_link(spec: &LinkSpec) -> Result<Link> {
     spec.check()?;
@@ -313,7 +323,9 @@ pub async fn remove(spec: &LinkSpec) -> Result<()> {
 async fn remove_pod_side(spec: &LinkSpec) -> Result<()> {
     let pod = match spec.open_pod() {
         Ok(pod) => pod,
-        Err(Error::NamespaceGone { .. } | Error::HostNamespace { .. }) => return Ok(()),
+        Err(Error::NamespaceGone { .. } | Error::NamespacesHidden { .. } | Error::HostNamespace { .. }) => {
+            return Ok(());
+        }
         Err(e) => return Err(e),
     };
     let in_pod = Netlink::open(&pod).await?;

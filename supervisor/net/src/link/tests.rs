@@ -280,6 +280,11 @@ fn what_is_not_ours_is_left_alone() {
             let gone = LinkSpec { pod_netns: dir.join("gone"), ..spec.clone() };
             assert!(matches!(ensure_link(&gone).await, Err(Error::NamespaceGone { .. })));
             remove(&gone).await.unwrap();
+            let hidden = LinkSpec { pod_netns: dir.join("none/gone"), ..spec.clone() };
+            assert!(matches!(ensure_link(&hidden).await, Err(Error::NamespacesHidden { .. })));
+            remove(&hidden).await.unwrap();
+            let ended = LinkSpec { pod_netns: "/proc/4194305/ns/net".into(), ..spec.clone() };
+            assert!(matches!(ensure_link(&ended).await, Err(Error::NamespaceGone { .. })));
             for id in ["", ".", "..", "a/b", "a b", &"x".repeat(201)] {
                 let bad = LinkSpec { id: id.into(), ..spec.clone() };
                 assert!(matches!(ensure_link(&bad).await, Err(Error::Invalid { .. })), "{id}");
