@@ -120,6 +120,7 @@ pub struct Hello {
     /// UID of the pod whose start request this process took; empty before `start`.
     pub pod_uid: String,
     /// Whether it is the pod's node.
+    #[serde(default)]
     pub role: Role,
 }
 
@@ -174,6 +175,7 @@ pub struct StartRequest {
     /// What the pod uses of the routes that peers offer.
     pub routing: Routing,
     /// Stand by until [`Engine::take_over`], beside the engine whose [`Engine::prepare_handover`] gave this.
+    #[serde(default)]
     pub standby: Option<u8>,
 }
 
@@ -367,6 +369,7 @@ pub struct Verdict {
 
 /// Counters since the engine's start and gauges of now.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct EngineMetrics {
     /// Packets read from the TUN, whatever became of them.
     pub tun_packets: u64,

@@ -5,7 +5,7 @@
 //!   the engine reports through the [`engine::Engine::watch`] long poll, so an engine never needs to
 //!   reach its supervisor and any later supervisor can take its place.
 //! * [`node`]: served by the supervisor on `run_dir/supervisor.sock` for the CNI plugin and the tools.
-//! * [`transport`]: how both are carried (length-delimited bincode over a Unix socket, bounded).
+//! * [`transport`]: how both are carried (length-delimited JSON over a Unix socket, bounded).
 
 pub mod engine;
 pub mod exit;
@@ -16,7 +16,17 @@ pub mod secret;
 pub mod transport;
 
 /// Version of both services, in [`engine::Hello`] and [`node::Version`]. Each side accepts its own
-/// minor and the one before it; a different major never talks.
+/// minor and the ones next to it; a different major never talks.
+///
+/// A new minor may
+///
+/// * add a field, with `#[serde(default)]`: who does not know it passes it over, and who misses it takes the
+///   default, which has to mean what was so before;
+/// * add a call: an engine is asked only what the minor of its `hello` has, because a call that it does not
+///   know ends the connection.
+///
+/// Everything else is a new major: a field that goes, changes its type, its unit or its meaning, and also a
+/// further variant of an enum in an answer, which the other side could not read.
 pub const PROTO_VERSION: Version = Version { major: 3, minor: 0 };
 
 /// A protocol version; see [`PROTO_VERSION`].

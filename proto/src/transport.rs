@@ -1,34 +1,35 @@
-//! How the services travel: length-delimited bincode over a Unix stream socket.
+//! How the services travel: length-delimited JSON over a Unix stream socket.
+//!
+//! Fields are known by their names, so that two builds understand each other when one of them knows more;
+//! the rules are in [`crate::PROTO_VERSION`].
 
 use std::io;
 use std::marker::PhantomData;
 use std::pin::Pin;
 use std::time::Duration;
 
-use bincode::Options as _;
 use serde::{Deserialize, Serialize};
 use tarpc::ClientMessage;
 use tarpc::serde_transport::{Transport, new};
-use tarpc::tokio_serde::formats::Bincode;
 use tarpc::tokio_serde::{Deserializer, Serializer};
 use tokio::net::UnixStream;
 use tokio_util::bytes::{Bytes, BytesMut};
 use tokio_util::codec::length_delimited::LengthDelimitedCodec;
 
-/// Largest frame either side takes, bytes. A CNI request with its annotations is the largest one.
-pub const MAX_FRAME_BYTES: usize = 1 << 20;
+/// Largest frame either side takes, bytes. The peers of a tailnet of ten thousand are the largest one.
+pub const MAX_FRAME_BYTES: usize = 4 << 20;
 
 /// Frames `stream` for one of the services.
 pub fn framed<Item, SinkItem>(
     stream: UnixStream,
-) -> Transport<UnixStream, Item, SinkItem, Bincode<Item, SinkItem>>
+) -> Transport<UnixStream, Item, SinkItem, Json<Item, SinkItem>>
 where
     Item: for<'de> Deserialize<'de>,
     SinkItem: Serialize,
 {
     let mut codec = LengthDelimitedCodec::builder();
     codec.max_frame_length(MAX_FRAME_BYTES);
-    new(codec.new_framed(stream), Bincode::default())
+    new(codec.new_framed(stream), Json::default())
 }
 
 /// Frames `stream` for the side that serves: like [`framed`], and a request's deadline is looked at first.
@@ -44,18 +45,62 @@ where
     new(codec.new_framed(stream), Requests::default())
 }
 
+/// JSON each way.
+pub struct Json<Item, SinkItem>(PhantomData<fn(SinkItem) -> Item>);
+
+impl<Item, SinkItem> Default for Json<Item, SinkItem> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<Item: for<'de> Deserialize<'de>, SinkItem> Deserializer<Item> for Json<Item, SinkItem> {
+    type Error = io::Error;
+
+    fn deserialize(self: Pin<&mut Self>, source: &BytesMut) -> io::Result<Item> {
+        read(source)
+    }
+}
+
+impl<Item, SinkItem: Serialize> Serializer<SinkItem> for Json<Item, SinkItem> {
+    type Error = io::Error;
+
+    fn serialize(self: Pin<&mut Self>, item: &SinkItem) -> io::Result<Bytes> {
+        write(item)
+    }
+}
+
+fn read<T: for<'de> Deserialize<'de>>(frame: &BytesMut) -> io::Result<T> {
+    // The message of a parser could quote a secret.
+    serde_json::from_slice(frame).map_err(|error| {
+        let what = format!("not a message of this protocol (column {})", error.column());
+        io::Error::new(io::ErrorKind::InvalidData, what)
+    })
+}
+
+fn write(item: &impl Serialize) -> io::Result<Bytes> {
+    let text = serde_json::to_vec(item).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    Ok(text.into())
+}
+
 /// Longest time a client may give a call. tarpc adds it to the clock without looking, and a sum that does
 /// not fit ends the program.
 const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
-/// How a message of a client begins: as [`ClientMessage`], up to the deadline.
+/// What has to be known of a client's message before it is read as a [`ClientMessage`].
 #[derive(Deserialize)]
 enum Beginning {
-    Request(Duration),
-    Cancel,
+    Request { context: Deadline },
+    Cancel {},
 }
 
-/// Bincode for requests, refusing those whose deadline the server could not keep.
+#[derive(Deserialize)]
+struct Deadline {
+    /// tarpc has a default of its own.
+    deadline: Option<Duration>,
+}
+
+/// JSON for requests, refusing those whose deadline the server could not keep.
 pub struct Requests<Call, SinkItem>(PhantomData<fn(SinkItem) -> Call>);
 
 impl<Call, SinkItem> Default for Requests<Call, SinkItem> {
@@ -71,16 +116,15 @@ where
     type Error = io::Error;
 
     fn deserialize(self: Pin<&mut Self>, source: &BytesMut) -> io::Result<ClientMessage<Call>> {
-        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
-        let options = bincode::DefaultOptions::new();
-        match options.allow_trailing_bytes().deserialize(source) {
-            Ok(Beginning::Request(deadline)) if deadline > MAX_DEADLINE => {
-                return Err(invalid(format!("a call with a deadline of {deadline:?}")));
+        match read(source)? {
+            Beginning::Request { context: Deadline { deadline: Some(deadline) } }
+                if deadline > MAX_DEADLINE =>
+            {
+                let what = format!("a call with a deadline of {deadline:?}");
+                Err(io::Error::new(io::ErrorKind::InvalidData, what))
             }
-            Ok(Beginning::Request(_) | Beginning::Cancel) => {}
-            Err(error) => return Err(invalid(error.to_string())),
+            Beginning::Request { .. } | Beginning::Cancel {} => read(source),
         }
-        options.deserialize(source).map_err(|error| invalid(error.to_string()))
     }
 }
 
@@ -91,10 +135,7 @@ where
     type Error = io::Error;
 
     fn serialize(self: Pin<&mut Self>, item: &SinkItem) -> io::Result<Bytes> {
-        bincode::DefaultOptions::new()
-            .serialize(item)
-            .map(Bytes::from)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+        write(item)
     }
 }
 
@@ -113,7 +154,7 @@ pub fn is_malformed(error: &tarpc::ChannelError<io::Error>) -> bool {
 /// As `connect(2)`: nobody serves the socket, or it is not ours to open.
 pub async fn connect<Item, SinkItem>(
     path: impl AsRef<std::path::Path>,
-) -> io::Result<Transport<UnixStream, Item, SinkItem, Bincode<Item, SinkItem>>>
+) -> io::Result<Transport<UnixStream, Item, SinkItem, Json<Item, SinkItem>>>
 where
     Item: for<'de> Deserialize<'de>,
     SinkItem: Serialize,
@@ -124,9 +165,11 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::*;
     use crate::node::NodeRequest;
+    use serde_json::{Value, json};
 
-    fn read(bytes: &[u8]) -> io::Result<ClientMessage<NodeRequest>> {
+    fn request(bytes: &[u8]) -> io::Result<ClientMessage<NodeRequest>> {
         let mut format = Requests::<NodeRequest, ()>::default();
         Pin::new(&mut format).deserialize(&BytesMut::from(bytes))
     }
@@ -154,19 +197,118 @@ mod tests {
 
     #[test]
     fn a_deadline_past_all_time_is_refused_and_a_usual_one_is_taken() {
-        let endless = [0, 253, 255, 255, 0, 0, 0, 64, 255, 0];
-        assert!(read(&endless).is_err());
-
-        let request = ClientMessage::Request(tarpc::Request {
+        let asked = ClientMessage::Request(tarpc::Request {
             context: tarpc::context::current(),
             id: 7,
             message: NodeRequest::Status {},
         });
-        let bytes = bincode::DefaultOptions::new().serialize(&request).expect("serializable");
-        assert!(matches!(read(&bytes), Ok(ClientMessage::Request(back)) if back.id == 7));
+        let text = String::from_utf8(write(&asked).expect("serializable").to_vec()).expect("text");
+        assert!(matches!(request(text.as_bytes()), Ok(ClientMessage::Request(back)) if back.id == 7));
+        let mut endless: Value = serde_json::from_str(&text).expect("JSON");
+        for secs in [u64::MAX, u64::MAX / 2, 24 * 3600 + 1] {
+            endless["Request"]["context"]["deadline"] = json!({ "secs": secs, "nanos": 0 });
+            assert!(request(endless.to_string().as_bytes()).is_err(), "{secs} s");
+        }
+        // The same message in another shape that serde takes.
+        let context = endless["Request"]["context"].clone();
+        let as_list = json!({ "Request": [context, 7, { "Status": {} }] });
+        assert!(request(as_list.to_string().as_bytes()).is_err());
         let cancel =
             ClientMessage::<NodeRequest>::Cancel { trace_context: Default::default(), request_id: 9 };
-        let bytes = bincode::DefaultOptions::new().serialize(&cancel).expect("serializable");
-        assert!(matches!(read(&bytes), Ok(ClientMessage::Cancel { request_id: 9, .. })));
+        let bytes = write(&cancel).expect("serializable");
+        assert!(matches!(request(&bytes), Ok(ClientMessage::Cancel { request_id: 9, .. })));
+    }
+
+    #[test]
+    fn what_is_refused_is_not_quoted() {
+        let error = read::<StartRequest>(&BytesMut::from(
+            &br#"{"auth_key":"tskey-secret","mtu":"tskey-secret"}"#[..],
+        ));
+        let text = error.expect_err("no request").to_string();
+        assert!(!text.contains("tskey"), "{text}");
+    }
+
+    /// Puts a field that nobody knows into every structure.
+    fn with_news(value: &mut Value) {
+        match value {
+            Value::Array(items) => items.iter_mut().for_each(with_news),
+            Value::Object(fields) => {
+                fields.values_mut().for_each(with_news);
+                let is_variant = fields.len() == 1
+                    && fields.keys().all(|name| name.starts_with(|c: char| c.is_ascii_uppercase()));
+                if !is_variant {
+                    fields.insert("of_a_later_minor".into(), json!({ "a": [1] }));
+                }
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+
+    #[test]
+    fn fields_of_a_later_minor_are_passed_over_and_those_of_an_earlier_one_are_enough() {
+        let status = EngineStatus {
+            seq: 3,
+            state: NodeState::Connecting { reason: "r".into() },
+            control_connected: true,
+            control_age_ms: Some(1),
+            node: Some(SelfNode {
+                name: "n".into(),
+                addresses: vec!["100.64.0.1/32".parse().expect("a net")],
+                tags: vec!["tag:a".into()],
+                stable_id: "s".into(),
+                key_expiry_unix_s: None,
+            }),
+            home_derp: 1,
+            health: vec![HealthMessage::default()],
+            routes_version: 2,
+            accepted_routes: Vec::new(),
+            exit_node_id: None,
+            sandbox: Vec::new(),
+        };
+        let mut text = serde_json::to_value(&status).expect("serializable");
+        with_news(&mut text);
+        assert_eq!(serde_json::from_value::<EngineStatus>(text).expect("understood"), status);
+
+        let hello = json!({ "version": { "major": 3, "minor": 1, "patch": 5 }, "build": "b", "pid": 1, "pod_uid": "u",
+                            "of_a_later_minor": null });
+        assert_eq!(serde_json::from_value::<Hello>(hello).expect("understood").version.minor, 1);
+        // Counters that an earlier minor does not have are zero.
+        let metrics: EngineMetrics =
+            serde_json::from_value(json!({ "tx_packets": 5, "made_up": 1 })).expect("understood");
+        assert_eq!(metrics, EngineMetrics { tx_packets: 5, ..EngineMetrics::default() });
+    }
+
+    #[test]
+    fn ten_thousand_peers_fit_a_frame() {
+        let peer = PeerStatus {
+            name: format!("{}.tailnet-name.ts.net", "k8s-cluster-namespace-deployment-5d8f9c7b6d-x7k2p"),
+            addresses: vec![
+                "100.127.255.254".parse().expect("v4"),
+                "fd7a:115c:a1e0:ab12:4843:cd96:627f:ffff".parse().expect("v6"),
+            ],
+            path: PathStatus::Direct {
+                endpoint: "[2001:db8:1234:5678:9abc:def0:1234:5678]:41641".parse().expect("an endpoint"),
+                rtt_us: 123_456,
+            },
+            handshake_age_ms: Some(123_456),
+            last_tx_age_ms: Some(123_456),
+            last_rx_age_ms: Some(123_456),
+            tx_bytes: 123_456_789_012,
+            rx_bytes: 123_456_789_012,
+        };
+        // Only so many have a path and traffic at a time.
+        let idle = PeerStatus {
+            path: PathStatus::Idle,
+            handshake_age_ms: None,
+            last_tx_age_ms: None,
+            last_rx_age_ms: None,
+            tx_bytes: 0,
+            rx_bytes: 0,
+            ..peer.clone()
+        };
+        let peers: Vec<PeerStatus> =
+            (0..10_000).map(|n| if n % 10 == 0 { peer.clone() } else { idle.clone() }).collect();
+        let frame = write(&EngineResponse::Peers(peers)).expect("serializable");
+        assert!(frame.len() < MAX_FRAME_BYTES, "{} bytes", frame.len());
     }
 }

@@ -195,3 +195,40 @@ fn an_engine_that_does_not_read_its_tun_is_replaced() {
         });
     });
 }
+
+#[test]
+fn engines_of_the_minor_next_to_this_one_are_started_and_taken_up() {
+    in_namespaces("engines_of_the_minor_next_to_this_one_are_started_and_taken_up", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = with_standins(dir, &devnet);
+        rig.environment.push(("PODTETHER_LOG", format!("info,{}", standin::ANOTHER_MINOR)));
+        rig.start();
+        block_on(async {
+            rig.netns("a").await;
+            rig.add("a").await.unwrap();
+            let before = rig.until("a", "running", running).await;
+            assert_eq!(before["name"], "another.tailnet.test");
+            for round in 1..=2 {
+                rig.kill();
+                rig.start();
+                rig.client().await;
+                let after = rig.until("a", "taken up", settled).await;
+                assert_eq!(after["enginePid"], before["enginePid"], "round {round}");
+                assert_eq!(after["health"][0]["title"], "t");
+                let metrics = http("/metrics");
+                assert!(
+                    metrics.contains("podtether_engine_adoptions_total{found=\"taken_up\"} 1"),
+                    "{metrics}"
+                );
+                let sent = metrics
+                    .lines()
+                    .find(|line| line.starts_with("podtether_pod_packets_total{direction=\"transmit\""));
+                assert!(sent.is_some_and(|line| line.ends_with(" 4711")), "{metrics}");
+            }
+            // Its heartbeat goes on.
+            tokio::time::sleep(Duration::from_secs(7)).await;
+            assert_eq!(rig.pod("a")["enginePid"], before["enginePid"]);
+            assert_eq!(rig.pod("a")["lastExit"], Value::Null);
+        });
+    });
+}

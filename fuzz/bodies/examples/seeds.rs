@@ -256,7 +256,16 @@ fn node(seeds: &mut Seeds) {
         {"Node": peer(1), "Peers": [peer(2)]},
         "active": [{"key": key("nodekey", 2), "endpoint": "192.0.2.1:7", "region": 1, "last_active": 1}]});
     seeds.push(("snapshot", "with_a_netmap", text(&netmap)));
-    // A request's id, deadline and trace come first; what follows is the call's number and its arguments.
-    seeds.push(("rpc", "short", vec![0; 64]));
-    seeds.push(("rpc", "long_string", [&[0; 40][..], &[0xff; 8], &[b'a'; 32]].concat()));
+    let trace = json!({"trace_id": vec![0; 16], "span_id": 0, "sampling_decision": "Unsampled"});
+    let call = |secs: u64, message: Value| json!({"Request": {"context": {"deadline": {"secs": secs, "nanos": 0}, "trace_context": trace}, "id": 1, "message": message}});
+    seeds.push(("rpc", "hello", text(&call(5, json!({"Hello": {}})))));
+    seeds.push(("rpc", "watch", text(&call(25, json!({"Watch": {"after": 7}})))));
+    seeds.push(("rpc", "node_status", text(&call(5, json!({"Status": {}})))));
+    seeds.push(("rpc", "endless_deadline", text(&call(u64::MAX, json!({"Hello": {}})))));
+    seeds.push(("rpc", "cancel", text(&json!({"Cancel": {"trace_context": trace, "request_id": 9}}))));
+    let answer = |message: Value| json!({"request_id": 1, "message": message});
+    let hello =
+        json!({"version": {"major": 3, "minor": 0}, "build": "b", "pid": 1, "pod_uid": "u", "later": [1]});
+    seeds.push(("rpc", "hello_answer", text(&answer(json!({"Ok": {"Hello": hello}})))));
+    seeds.push(("rpc", "refused", text(&answer(json!({"Err": {"kind": 1, "detail": "d"}})))));
 }

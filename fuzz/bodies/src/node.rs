@@ -5,11 +5,10 @@ use std::pin::Pin;
 use bytes::BytesMut;
 use podtether_proto::engine::{EngineRequest, EngineResponse};
 use podtether_proto::node::{NodeRequest, NodeResponse};
-use podtether_proto::transport::Requests;
-use serde::{Deserialize, Serialize};
+use podtether_proto::transport::{Json, Requests};
+use serde::Deserialize;
 use tarpc::Response;
 use tokio_serde::Deserializer as _;
-use tokio_serde::formats::Bincode;
 
 /// The first byte chooses the verb, the rest is stdin.
 pub fn cni(data: &[u8]) {
@@ -45,7 +44,7 @@ fn request<T: for<'de> Deserialize<'de>>(data: &[u8]) {
     let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
 }
 
-fn response<T: for<'de> Deserialize<'de> + Serialize + Unpin>(data: &[u8]) {
-    let mut format = Bincode::<Response<T>, Response<T>>::default();
+fn response<T: for<'de> Deserialize<'de>>(data: &[u8]) {
+    let mut format = Json::<Response<T>, Response<T>>::default();
     let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
 }

@@ -32,6 +32,8 @@ pub struct Rig {
     pub config: String,
     /// Where its log goes; this process's stderr by default.
     pub stderr: Option<PathBuf>,
+    /// Beside this process's own.
+    pub environment: Vec<(&'static str, String)>,
     supervisor: Option<Child>,
 }
 
@@ -62,7 +64,8 @@ impl Rig {
              http_listen = \"127.0.0.1:9465\"\ncgroup_root = \"\"\n",
             dir = dir.display()
         );
-        let rig = Rig { dir: dir.to_owned(), config, stderr: None, supervisor: None };
+        let rig =
+            Rig { dir: dir.to_owned(), config, stderr: None, environment: Vec::new(), supervisor: None };
         std::fs::create_dir_all(rig.dir.join("netns")).unwrap();
         podtether_net::netns::prepare_dir(&rig.dir.join("netns")).unwrap();
         rig
@@ -72,6 +75,7 @@ impl Rig {
         let path = self.dir.join("supervisor.toml");
         std::fs::write(&path, &self.config).unwrap();
         let mut command = self.command(&path);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if let Some(log) = &self.stderr {
             command.stderr(std::fs::File::create(log).unwrap());
         }

@@ -17,6 +17,11 @@ use podtether_proto::{PROTO_VERSION, fds, transport};
 use tarpc::context::Context;
 use tarpc::server::{BaseChannel, Channel as _};
 
+mod another_minor;
+
+/// A target that nobody logs to.
+pub(crate) const ANOTHER_MINOR: &str = "another_minor=off";
+
 /// Runs before `main`.
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -35,11 +40,17 @@ struct Standin {
     inputs: Arc<AtomicU64>,
 }
 
-/// What it does follows from its pod's name: `spin`, `busy`, or nothing at all.
+/// What it does follows from its pod's name: `spin`, `busy`, or nothing at all. An engine of another minor it
+/// is where [`ANOTHER_MINOR`] stands in its log filter, the one thing that a supervisor passes on.
 fn engine(names: &str) -> ! {
     let at = names.split(':').position(|name| name == fds::RPC).unwrap();
     // SAFETY: the supervisor put the listening socket there, and nobody else in this process has it.
     let rpc = unsafe { OwnedFd::from_raw_fd(fds::FIRST_FD + i32::try_from(at).unwrap()) };
+    let id = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    if let (Some(uid), Some(gid)) = (id("PODTETHER_UID"), id("PODTETHER_GID")) {
+        nix::unistd::setgid(gid.into()).unwrap();
+        nix::unistd::setuid(uid.into()).unwrap();
+    }
     // The supervisor's socket; from here on its peers are told this process.
     nix::sys::socket::listen(&rpc, nix::sys::socket::Backlog::new(8).unwrap()).unwrap();
     let (started, starts) = mpsc::channel();
@@ -47,7 +58,12 @@ fn engine(names: &str) -> ! {
     let inputs = Arc::clone(&standin.inputs);
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(serve(UnixListener::from(rpc), standin));
+        let listener = UnixListener::from(rpc);
+        if std::env::var("PODTETHER_LOG").is_ok_and(|filter| filter.contains(ANOTHER_MINOR)) {
+            runtime.block_on(another_minor::serve(listener));
+        } else {
+            runtime.block_on(serve(listener, standin));
+        }
     });
     let request = starts.recv().unwrap();
     let work = match request.pod.name.as_str() {
