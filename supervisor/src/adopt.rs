@@ -88,10 +88,17 @@ pub async fn adopt(
     let mut found = Vec::new();
     let mut why = NotAdopted::None("no process was started".into());
     for home in Place::ALL.map(|place| home.clone().at(place)) {
-        let Some(trace) = trace::read(&home.trace()) else { continue };
-        match find(&trace) {
-            Some(process) => found.push((home, trace, process)),
-            None => why = NotAdopted::None(format!("process {} has ended", trace.pid)),
+        let trace = trace::read(&home.trace());
+        let ended = trace.as_ref().map(|trace| format!("process {} has ended", trace.pid));
+        if let Some((process, trace)) = trace.and_then(|trace| Some((find(&trace)?, trace))) {
+            found.push((home, trace, process));
+        } else if let Some(process) = untraced(&home, &record.pod.uid).await {
+            end(&process, Cause::Unbelieved).await;
+            let pid = process.pid();
+            let what = format!("process {pid} was killed: the file that tells of it is damaged");
+            why = NotAdopted::Killed(what);
+        } else if let (Some(ended), NotAdopted::None(_)) = (ended, &why) {
+            why = NotAdopted::None(ended);
         }
     }
     if let [(one, _, first), (other, _, second)] = found.as_slice() {
@@ -168,6 +175,18 @@ async fn end(process: &Process, cause: Cause) {
             "a killed engine is still there after {GONE_WITHIN:?}: the kernel holds on to it"
         );
     }
+}
+
+/// The engine of this pod whose trace is damaged: it would keep the pod's TUN from any other. It is who listens
+/// on the socket in the pod's own directory and says so.
+async fn untraced(home: &Home, pod_uid: &str) -> Option<Process> {
+    let stream = tokio::net::UnixStream::connect(home.socket()).await.ok()?;
+    let pid = stream.peer_cred().ok()?.pid().and_then(|pid| u32::try_from(pid).ok())?;
+    let process = Process::adopted(pid).ok()?;
+    let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
+    // What does not answer may be anybody who has this pid by now.
+    let hello = client.hello(within(ANSWER_WITHIN)).await.ok()?;
+    (hello.pid == pid && hello.pod_uid == pod_uid).then_some(process)
 }
 
 /// The living process that left `trace`. Its pidfd is opened before it is looked at, so that it cannot become

@@ -52,7 +52,8 @@ pub async fn run(config: Config) -> Result<()> {
     tokio::spawn(watch.follow(table.clone()));
 
     let refused = counters.refused.clone();
-    let web = Web { table: table.clone(), counters, ready: Arc::new(AtomicBool::new(true)) };
+    let ready = Arc::new(AtomicBool::new(true));
+    let web = Web { table: table.clone(), counters, ready, answers: Arc::default() };
     let ready = Arc::clone(&web.ready);
     if let Some(listener) = http {
         let routes = http::all_routes(web.clone());

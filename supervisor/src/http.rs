@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use axum::Router;
+use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::{Json, Router};
 use futures_util::future::join_all;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -19,6 +20,7 @@ use tokio::sync::Semaphore;
 
 use crate::engine::within;
 use crate::metrics::{Counters, scrape};
+use crate::shared::Shared;
 use crate::table::{Handle, PodReport};
 
 /// Callers at a time; more wait in the listener.
@@ -45,6 +47,17 @@ pub struct Web {
     pub counters: Counters,
     /// True from the moment that CNI calls are served.
     pub ready: Arc<AtomicBool>,
+    /// What is made once for all who ask at a time.
+    pub answers: Arc<Answers>,
+}
+
+/// The answers that cost a listing of the table, and the engines a call each.
+#[derive(Debug, Default)]
+pub struct Answers {
+    metrics: Shared<Result<Bytes, String>>,
+    pods: Shared<Bytes>,
+    /// Without what the engines have to be asked for.
+    known: Shared<Bytes>,
 }
 
 /// Metrics and health, for `metrics_listen`.
@@ -92,10 +105,14 @@ pub async fn serve(listener: TcpListener, routes: Router) {
 }
 
 async fn metrics(State(web): State<Web>) -> Response {
-    let listing = web.table.list().await;
-    match scrape(&web.counters, listing).await {
+    let made = async {
+        let listing = web.table.list().await;
+        scrape(&web.counters, listing).await.map(Bytes::from).map_err(|e| e.to_string())
+    };
+    match &*web.answers.metrics.get(made).await {
         Ok(text) => {
-            ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+            let kind = "text/plain; version=0.0.4; charset=utf-8";
+            ([(header::CONTENT_TYPE, kind)], text.clone()).into_response()
         }
         Err(e) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{e}\n")).into_response(),
     }
@@ -115,11 +132,19 @@ struct PodsQuery {
     peers: Option<bool>,
 }
 
-async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Json<Vec<PodReport>> {
-    let listing = web.table.list().await;
-    if query.peers == Some(false) {
-        return Json(listing.pods);
-    }
+async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Response {
+    let text = |pods: &[PodReport]| Bytes::from(serde_json::to_vec(pods).unwrap_or_default());
+    let answers = &web.answers;
+    let answer = if query.peers == Some(false) {
+        answers.known.get(async { text(&web.table.list().await.pods) }).await
+    } else {
+        answers.pods.get(async { text(&with_peers(&web.table).await) }).await
+    };
+    ([(header::CONTENT_TYPE, "application/json")], (*answer).clone()).into_response()
+}
+
+async fn with_peers(table: &Handle) -> Vec<PodReport> {
+    let listing = table.list().await;
     let peers = join_all(listing.clients.into_iter().map(|client| async move {
         match client {
             Some(client) => client.peers(within(PEERS_WITHIN)).await.unwrap_or_default(),
@@ -131,5 +156,5 @@ async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Json<Ve
     for (pod, peers) in pods.iter_mut().zip(peers) {
         pod.peers = peers;
     }
-    Json(pods)
+    pods
 }

@@ -28,6 +28,7 @@ pub mod refused;
 pub mod restart;
 pub mod routing;
 pub mod sandbox;
+pub mod shared;
 pub mod spawn;
 pub mod table;
 pub mod trace;

@@ -2,6 +2,7 @@
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
@@ -11,6 +12,10 @@ use tracing_subscriber::EnvFilter;
 
 /// Exit code for a configuration that cannot be used.
 const BAD_CONFIG: u8 = 78;
+/// Threads for work on disks.
+const DISK_THREADS: usize = 8;
+/// For as long as a supervisor lives.
+const DISK_THREADS_STAY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 fn main() -> ExitCode {
     let matches = config::arguments().get_matches();
@@ -35,7 +40,11 @@ fn main() -> ExitCode {
     }
     // One thread: engines are its children, and their parent-death signal is tied to the thread that
     // made them.
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    // Threads for the disk stay: on a node whose pids are used up there are no new ones to be had.
+    let builder =
+        builder.enable_all().max_blocking_threads(DISK_THREADS).thread_keep_alive(DISK_THREADS_STAY);
+    let runtime = match builder.build() {
         Ok(runtime) => runtime,
         Err(e) => {
             tracing::error!("cannot start: {e}");

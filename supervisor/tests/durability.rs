@@ -203,3 +203,196 @@ fn without_descriptors_or_with_a_read_only_disk_pods_that_run_go_on() {
         });
     });
 }
+
+/// Uses up every pid of this test's own pid namespace but those that live, until it is dropped.
+struct FullPidSpace {
+    threads: Vec<std::thread::JoinHandle<()>>,
+    end: Option<std::sync::mpsc::Sender<()>>,
+    before: String,
+}
+
+const PID_MAX: &str = "/proc/sys/kernel/pid_max";
+
+impl FullPidSpace {
+    /// `None` where a pid namespace has no limit of its own, before Linux 6.14.
+    fn make() -> Option<Self> {
+        let before = std::fs::read_to_string(PID_MAX).unwrap();
+        let pids = std::fs::read_dir("/proc").unwrap();
+        let highest: u32 =
+            pids.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok()).max().unwrap();
+        // The kernel takes none below 301.
+        std::fs::write(PID_MAX, (highest + 64).max(400).to_string()).ok()?;
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let ended = std::sync::Arc::new(std::sync::Mutex::new(ended));
+        let mut threads = Vec::new();
+        loop {
+            let ended = std::sync::Arc::clone(&ended);
+            let body = move || {
+                let _ = ended.lock().unwrap().recv();
+            };
+            match std::thread::Builder::new().stack_size(64 << 10).spawn(body) {
+                Ok(thread) => threads.push(thread),
+                Err(e) => {
+                    assert_eq!(e.raw_os_error(), Some(libc::EAGAIN), "{e}");
+                    break;
+                }
+            }
+        }
+        println!("{} threads use the pids up", threads.len());
+        Some(Self { threads, end: Some(end), before })
+    }
+}
+
+impl Drop for FullPidSpace {
+    fn drop(&mut self) {
+        self.end.take();
+        for thread in self.threads.drain(..) {
+            thread.join().unwrap();
+        }
+        std::fs::write(PID_MAX, &self.before).unwrap();
+    }
+}
+
+#[test]
+fn without_pids_pods_that_run_go_on_and_others_start_when_there_is_room() {
+    in_namespaces("without_pids_pods_that_run_go_on_and_others_start_when_there_is_room", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            rig.netns("c").await;
+            let (_, second) = (rig.add("a").await.unwrap(), rig.add("b").await.unwrap());
+            echo(&b, 7);
+            let to = SocketAddr::new(v4(&second), 7);
+            reachable(&a, to);
+            let pinger = Pinger::start(&a, to, Duration::from_millis(10));
+            let Some(full) = FullPidSpace::make() else {
+                println!("SKIPPED: this kernel has one pid_max for all pid namespaces");
+                return;
+            };
+            let mut request = rig.request("c");
+            request.timeout_ms = 3000;
+            let client = rig.client().await;
+            let error = client.add(within(TIMEOUT), request).await.unwrap().unwrap_err();
+            println!("without pids: {error}");
+            let text = error.to_string();
+            assert!(text.contains("default/c") && text.contains("temporarily unavailable"), "{text}");
+            let back = pinger.finish();
+            let lost = back.iter().filter(|b| b.is_none()).count();
+            println!("{} sent, {lost} lost", back.len());
+            assert_eq!(lost, 0, "of {}", back.len());
+
+            // An engine that dies leaves one pid free, if anybody reaps it.
+            let before = rig.pod("a");
+            let died = u32::try_from(before["enginePid"].as_u64().unwrap()).unwrap();
+            signal(died, libc::SIGKILL);
+            let gone = |p: &Value| p["enginePid"] != before["enginePid"];
+            rig.until("a", "noticed", gone).await;
+            drop(full);
+            let other = |p: &Value| p["state"] == "running" && p["enginePid"] != before["enginePid"];
+            rig.until("a", "running again", other).await;
+            reachable(&a, to);
+            rig.add("c").await.unwrap();
+            for name in ["a", "b", "c"] {
+                rig.del(name).await.unwrap();
+            }
+            nothing_left(&rig, &devnet, "at the end").await;
+        });
+    });
+}
+
+#[test]
+fn files_that_are_cut_or_altered_cost_their_own_pod_at_most_a_restart() {
+    in_namespaces("files_that_are_cut_or_altered_cost_their_own_pod_at_most_a_restart", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = Rig::oauth(dir, &devnet);
+        rig.start();
+        block_on(async {
+            let (a, b) = (rig.netns("a").await, rig.netns("b").await);
+            rig.add("b").await.unwrap();
+            let bystander = rig.until("b", "running", |p| p["state"] == "running").await;
+            let first = rig.add("a").await.unwrap();
+            echo(&a, 7);
+            let to = SocketAddr::new(v4(&first), 7);
+            let record = std::fs::read_dir(dir.join("state/attachments"))
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .find(|path| std::fs::read_to_string(path).unwrap().contains("\"name\":\"a\""))
+                .unwrap();
+            let home = dir.join("run/engines").join(record.file_stem().unwrap());
+            let seed: u64 =
+                std::env::var("SEED").ok().and_then(|text| text.parse().ok()).unwrap_or(20_261_121);
+            println!("SEED={seed}");
+            let mut random = seed;
+            let mut next = move |below: usize| {
+                random =
+                    random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                usize::try_from(random >> 33).unwrap() % below.max(1)
+            };
+            for (name, may_restart) in
+                [("process", true), ("intercepting", false), ("snapshot", false), ("reason", false)]
+            {
+                for harm in ["empty", "cut", "flipped", "flipped", "digit", "noise", "missing"] {
+                    let before = rig
+                        .until("a", "running", |p| p["state"] == "running" && p["controlConnected"] == true)
+                        .await;
+                    rig.kill();
+                    let path = home.join(name);
+                    let mut bytes = std::fs::read(&path).unwrap_or_default();
+                    match harm {
+                        "empty" => bytes.clear(),
+                        "cut" => bytes.truncate(next(bytes.len())),
+                        "flipped" => {
+                            let (at, bit) = (next(bytes.len()), next(8));
+                            if let Some(byte) = bytes.get_mut(at) {
+                                *byte ^= 1 << bit;
+                            }
+                        }
+                        // The start time, in a trace: as if the pid were another process's by now.
+                        "digit" => {
+                            let at = String::from_utf8_lossy(&bytes)
+                                .match_indices(' ')
+                                .nth(20)
+                                .map(|(at, _)| at + 1);
+                            if let Some(byte) = at.and_then(|at| bytes.get_mut(at)) {
+                                *byte = if *byte == b'1' { b'2' } else { b'1' };
+                            }
+                        }
+                        _ => bytes = (0..5000).map(|_| u8::try_from(next(256)).unwrap()).collect(),
+                    }
+                    if harm == "missing" {
+                        let _ = std::fs::remove_file(&path);
+                    } else {
+                        // In place, as a torn write would: engines hold some of these open.
+                        std::fs::write(&path, &bytes).unwrap();
+                    }
+                    rig.start();
+                    rig.client().await;
+                    let after =
+                        rig.until("a", "running", |p| p["state"] == "running" && p["ifindex"] != 0).await;
+                    let what = format!("{name} {harm}: {}", after["lastExit"]);
+                    println!("{what}");
+                    assert!(may_restart || after["enginePid"] == before["enginePid"], "{what}");
+                    assert_eq!(after["addresses"], before["addresses"], "{what}");
+                    let other =
+                        rig.until("b", "running", |p| p["state"] == "running" && p["ifindex"] != 0).await;
+                    assert_eq!(other["enginePid"], bystander["enginePid"], "{what}");
+                    let engines = engines();
+                    assert_eq!(engines.len(), 2, "{what}: {engines:?}");
+                }
+                // The next engine has to live with what it finds.
+                let before = rig.until("a", "running", |p| p["controlConnected"] == true).await;
+                signal(u32::try_from(before["enginePid"].as_u64().unwrap()).unwrap(), libc::SIGKILL);
+                rig.until("a", "running", |p| {
+                    p["state"] == "running" && p["enginePid"] != before["enginePid"]
+                })
+                .await;
+            }
+            reachable(&b, to);
+            rig.del("a").await.unwrap();
+            rig.del("b").await.unwrap();
+            nothing_left(&rig, &devnet, "at the end").await;
+        });
+    });
+}

@@ -1,7 +1,7 @@
 //! The identities of this node's pods: devices in tailnets, apart from the attachments that use them.
 
 use std::collections::HashMap;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use podtether_core::key::{MachinePrivate, NodePrivate};
 use podtether_proto::engine::PodRef;
@@ -26,6 +26,8 @@ pub(super) struct Identity {
     /// The reaper's.
     pub(super) reaping: bool,
     pub(super) reap_after: Option<Instant>,
+    /// When the time is over that the record names, and that time.
+    pub(super) kept: Option<(u64, Instant)>,
     pub(super) reap_failures: u32,
 }
 
@@ -42,6 +44,7 @@ impl Identity {
             frozen: false,
             reaping: false,
             reap_after: None,
+            kept: None,
             reap_failures: 0,
         }
     }
@@ -99,12 +102,80 @@ impl Identity {
         }
     }
 
+    /// Whether it stays without an attachment for now. The record's time is looked at once: a clock that is set
+    /// neither ends nor prolongs what this supervisor has begun to wait for.
+    pub(super) fn is_kept(&mut self, now: Instant, unix_now: u64, longest: Duration) -> bool {
+        let Some(until) = self.record.keep_until_unix_s else {
+            self.kept = None;
+            return true;
+        };
+        let fresh = || (until, now + remaining(until, unix_now, longest));
+        let kept = self.kept.filter(|(of, _)| *of == until).unwrap_or_else(fresh);
+        self.kept = Some(kept);
+        now < kept.1
+    }
+
     pub(super) fn changed(&mut self) {
         self.version += 1;
     }
 }
 
+/// How long until `until`, which nobody sets further away than `longest`: a clock that was ahead when it was
+/// set does not keep a device for years.
+fn remaining(until: u64, unix_now: u64, longest: Duration) -> Duration {
+    Duration::from_secs(until.saturating_sub(unix_now)).min(longest)
+}
+
 /// Seconds since the epoch.
 pub(super) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const YEAR: u64 = 365 * 24 * 3600;
+    const LONGEST: Duration = Duration::from_secs(600);
+
+    fn identity(keep_until: Option<u64>) -> Identity {
+        let key = IdentityKey { tailnet: "t".into(), pod_uid: "u".into(), ifname: "ts0".into() };
+        let pod = PodRef { uid: "u".into(), namespace: "ns".into(), name: "p".into() };
+        let mut identity = Identity::new(key, pod, "p".into()).unwrap();
+        identity.record.keep_until_unix_s = keep_until;
+        identity
+    }
+
+    #[test]
+    fn a_clock_that_jumps_neither_ends_nor_prolongs_the_wait() {
+        let (start, wall) = (Instant::now(), 1_800_000_000);
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        for jump in [0, YEAR.cast_signed(), -YEAR.cast_signed()] {
+            let mut identity = identity(Some(wall + 300));
+            assert!(identity.is_kept(start, wall, LONGEST));
+            let jumped = wall.saturating_add_signed(jump);
+            assert!(identity.is_kept(at(299), jumped + 299, LONGEST), "{jump}");
+            assert!(!identity.is_kept(at(300), jumped + 300, LONGEST), "{jump}");
+            // A later wish counts from the clock as it is by then.
+            identity.record.keep_until_unix_s = Some(jumped + 400 + 60);
+            assert!(identity.is_kept(at(400), jumped + 400, LONGEST), "{jump}");
+            assert!(identity.is_kept(at(459), jumped, LONGEST), "{jump}");
+            assert!(!identity.is_kept(at(460), jumped, LONGEST), "{jump}");
+            identity.record.keep_until_unix_s = None;
+            assert!(identity.is_kept(at(10_000), jumped, LONGEST), "in use");
+        }
+        // Set by a supervisor whose clock was a year ahead.
+        let mut identity = identity(Some(wall + YEAR));
+        assert!(identity.is_kept(at(0), wall, LONGEST));
+        assert!(!identity.is_kept(at(600), wall, LONGEST));
+    }
+
+    #[test]
+    fn remaining_times() {
+        for (until, now, left) in
+            [(10, 0, 10), (10, 10, 0), (10, 20, 0), (u64::MAX, 0, 600), (0, u64::MAX, 0)]
+        {
+            assert_eq!(remaining(until, now, LONGEST), Duration::from_secs(left), "{until} {now}");
+        }
+    }
 }

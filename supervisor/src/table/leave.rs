@@ -166,13 +166,14 @@ impl Table {
         let now = Instant::now();
         let in_use: std::collections::HashSet<&IdentityKey> =
             self.pods.values().map(|p| &p.identity).collect();
+        let longest = self.context.config.node.identity_grace.max(AFTER_VANISHING).max(FOR_A_PERSON);
         let mut due = Vec::new();
         for (key, identity) in &mut self.identities {
             let waits = identity.frozen || identity.reap_after.is_some_and(|at| at > now);
             if in_use.contains(key) || identity.reaping || waits {
                 continue;
             }
-            let kept = identity.record.keep_until_unix_s.is_none_or(|until| unix_now() < until);
+            let kept = identity.is_kept(now, unix_now(), longest);
             if kept && !identity.record.leaving {
                 continue;
             }
