@@ -3,7 +3,7 @@ build: ; cargo build --workspace --bins
 test: build ; cargo test --workspace
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.
-CHAOS = $(foreach o,seed minutes pods kills stops bombs supervisor-kills everything outages,$(call given,$(o)))
+CHAOS = $(foreach o,seed minutes pods kills stops bombs handovers supervisor-kills everything outages,$(call given,$(o)))
 given = $(if $($(call upper,$(1))),--$(1)=$($(call upper,$(1))))
 upper = $(shell echo $(1) | tr a-z- A-Z_)
 chaos: ; cargo build --release --workspace --bins && target/release/podtether-devnet chaos $(CHAOS)

@@ -34,6 +34,9 @@ pub(crate) struct Chaos {
     /// Engines whose cgroup is filled with memory. Needs root.
     #[arg(long)]
     bombs: Option<usize>,
+    /// Engines that are replaced on request.
+    #[arg(long)]
+    handovers: Option<usize>,
     /// Kills of the supervisor.
     #[arg(long)]
     supervisor_kills: Option<usize>,
@@ -50,8 +53,10 @@ pub(crate) struct Chaos {
 
 impl Chaos {
     fn options(&self, seed: u64) -> Options {
-        let Self { kills, stops, bombs, supervisor_kills, everything, outages, .. } = *self;
-        let given = [kills, stops, bombs, supervisor_kills, everything, outages].iter().any(Option::is_some);
+        let Self { kills, stops, bombs, handovers, supervisor_kills, everything, outages, .. } = *self;
+        let given = [kills, stops, bombs, handovers, supervisor_kills, everything, outages]
+            .iter()
+            .any(Option::is_some);
         let or = |count: Option<usize>, round: usize| count.unwrap_or(if given { 0 } else { round });
         Options {
             seed,
@@ -60,6 +65,7 @@ impl Chaos {
                 kills: or(kills, Counts::ROUND.kills),
                 stops: or(stops, Counts::ROUND.stops),
                 bombs: or(bombs, Counts::ROUND.bombs),
+                handovers: or(handovers, Counts::ROUND.handovers),
                 supervisor_kills: or(supervisor_kills, Counts::ROUND.supervisor_kills),
                 everything: or(everything, Counts::ROUND.everything),
                 outages: or(outages, Counts::ROUND.outages),
@@ -76,7 +82,9 @@ impl Chaos {
 
     /// As words for the process inside.
     fn arguments(&self, seed: u64, cgroup_root: &str) -> Vec<String> {
-        let Self { minutes, pods, kills, stops, bombs, supervisor_kills, everything, outages, .. } = self;
+        let Self {
+            minutes, pods, kills, stops, bombs, handovers, supervisor_kills, everything, outages, ..
+        } = self;
         let mut words = vec![
             "chaos".to_owned(),
             format!("--seed={seed}"),
@@ -88,6 +96,7 @@ impl Chaos {
             ("kills", kills),
             ("stops", stops),
             ("bombs", bombs),
+            ("handovers", handovers),
             ("supervisor-kills", supervisor_kills),
             ("everything", everything),
             ("outages", outages),

@@ -27,7 +27,7 @@ pub mod transport;
 ///
 /// Everything else is a new major: a field that goes, changes its type, its unit or its meaning, and also a
 /// further variant of an enum in an answer, which the other side could not read.
-pub const PROTO_VERSION: Version = Version { major: 3, minor: 0 };
+pub const PROTO_VERSION: Version = Version { major: 4, minor: 0 };
 
 /// A protocol version; see [`PROTO_VERSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

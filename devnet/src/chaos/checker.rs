@@ -114,7 +114,8 @@ pub fn may_lose(event: &Event, ends: [End; 2]) -> bool {
         }
         Event::KillEverything { .. } => ends.iter().any(home),
         Event::LinkDown { .. } => home(&ends[0]) != home(&ends[1]),
-        Event::SupervisorKill { .. }
+        Event::Handover { .. }
+        | Event::SupervisorKill { .. }
         | Event::ControlAway { .. }
         | Event::DerpAway { .. }
         | Event::DevnetAway { .. } => false,
@@ -124,9 +125,10 @@ pub fn may_lose(event: &Event, ends: [End; 2]) -> bool {
 /// Which of `pods` home pods have another engine after the event.
 fn replaces(event: &Event, pods: usize) -> BTreeSet<usize> {
     match event {
-        Event::EngineKill { victim } | Event::EngineStop { victim } | Event::MemoryBomb { victim } => {
-            BTreeSet::from([*victim])
-        }
+        Event::EngineKill { victim }
+        | Event::EngineStop { victim }
+        | Event::MemoryBomb { victim }
+        | Event::Handover { victim } => BTreeSet::from([*victim]),
         Event::KillEverything { .. } => (0..pods).collect(),
         Event::SupervisorKill { .. }
         | Event::ControlAway { .. }
@@ -177,6 +179,9 @@ fn bar(kind: Kind) -> (&'static str, &'static str, [Duration; 3]) {
         Kind::EngineKill => ("engine kill -9: gap", restart.0, restart.1),
         Kind::EngineStop => ("engine hangs: gap after its death", restart.0, restart.1),
         Kind::MemoryBomb => ("engine out of memory: gap", restart.0, restart.1),
+        Kind::Handover => {
+            ("planned handover: gap of 1 ms pings", "p50 10 ms, p99 200 ms", [MS(10), MS(200), Duration::MAX])
+        }
         Kind::SupervisorKill => ("supervisor kill -9: all engines taken up", "1 s", all(1000)),
         Kind::KillEverything => ("everything kill -9: all pods carry traffic", "3 s", all(3000)),
         Kind::ControlAway => ("control away: back in session", "5 s", all(5000)),
@@ -296,7 +301,7 @@ mod tests {
                 pair([End::Home(1), End::Home(2)]),
                 pair([End::Away(0), End::Away(1)]),
             ],
-            figure: Some(MS(40)),
+            figure: Some(MS(if event.kind() == Kind::Handover { 5 } else { 40 })),
             killed_after: (event.kind() == Kind::EngineStop).then(|| MS(5000)),
             looked_at: None,
             replaced: replaces(&event, PODS),
@@ -306,12 +311,13 @@ mod tests {
         }
     }
 
-    fn one_of_each() -> [Event; 9] {
+    fn one_of_each() -> [Event; 10] {
         let (down, away) = (MS(100), MS(100));
         [
             Event::EngineKill { victim: 0 },
             Event::EngineStop { victim: 0 },
             Event::MemoryBomb { victim: 0 },
+            Event::Handover { victim: 0 },
             Event::SupervisorKill { down },
             Event::KillEverything { down },
             Event::ControlAway { away },
@@ -330,7 +336,7 @@ mod tests {
         let report = run(one_of_each().map(good).into());
         assert_eq!(report.breaches, [""; 0]);
         assert!(report.passed(), "{}", report.table());
-        assert_eq!(report.rows.len(), 10, "a hang has two rows");
+        assert_eq!(report.rows.len(), 11, "a hang has two rows");
         assert!(!run(Vec::new()).passed(), "a run without events shows nothing");
     }
 
@@ -338,7 +344,7 @@ mod tests {
     fn who_may_lose() {
         // Per event: the pairs of `good` that may lose.
         let one = [1, 0, 0, 0];
-        let table = [one, one, one, [0; 4], [1, 1, 1, 0], [0; 4], [0; 4], [0; 4], [1, 1, 0, 0]];
+        let table = [one, one, one, [0; 4], [0; 4], [1, 1, 1, 0], [0; 4], [0; 4], [0; 4], [1, 1, 0, 0]];
         for (event, allowed) in one_of_each().into_iter().zip(table) {
             for (index, allowed) in allowed.into_iter().enumerate() {
                 let mut seen = good(event);

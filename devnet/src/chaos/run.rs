@@ -22,6 +22,8 @@ use crate::lab::Programs;
 
 /// Between pings to the pod that is hurt.
 const VICTIM_EVERY: Duration = Duration::from_millis(5);
+/// The same while its engine is replaced: what that costs is a few of them.
+const HANDOVER_EVERY: Duration = Duration::from_millis(1);
 /// Between other pings, for as many pairs as may go so fast.
 const BYSTANDER_EVERY: Duration = Duration::from_millis(20);
 const BYSTANDERS_FAST: usize = 12;
@@ -215,6 +217,7 @@ impl Shell {
             Event::EngineKill { victim } => self.kill_engine(victim),
             Event::EngineStop { victim } => self.stop_engine(victim),
             Event::MemoryBomb { victim } => self.bomb(victim),
+            Event::Handover { victim } => self.hand_over(victim),
             Event::SupervisorKill { down } => self.kill_supervisor(down),
             Event::KillEverything { down } => self.kill_everything(down),
             Event::ControlAway { away } => self.outage(away, true, false),
@@ -269,7 +272,8 @@ impl Shell {
             let waits = match event {
                 Event::EngineKill { victim }
                 | Event::EngineStop { victim }
-                | Event::MemoryBomb { victim } => old(victim),
+                | Event::MemoryBomb { victim }
+                | Event::Handover { victim } => old(victim),
                 Event::SupervisorKill { .. }
                 | Event::KillEverything { .. }
                 | Event::ControlAway { .. }
@@ -335,6 +339,16 @@ impl Shell {
         drop(hog);
         let figure = if dead { self.silence(victim, hurt, died) } else { None };
         Ok(Outcome { figure, ..Outcome::default() })
+    }
+
+    fn hand_over(&self, victim: usize) -> Result<Outcome> {
+        self.victim_ready(victim)?;
+        self.traffic.set_interval(victim, HANDOVER_EVERY);
+        let settled = self.traffic.wait_answered(&[victim], Instant::now(), REPLIES, EVENT_LIMIT);
+        anyhow::ensure!(settled, "pod-{victim} does not answer before its engine is replaced");
+        let begun = Instant::now();
+        self.world.home.operate(&["restart", "--engine", &self.world.pods[victim].name])?;
+        Ok(Outcome { figure: self.silence(victim, begun, Instant::now()), ..Outcome::default() })
     }
 
     fn kill_supervisor(&mut self, down: Duration) -> Result<Outcome> {

@@ -15,6 +15,11 @@ pub enum Event {
         /// Counted from 0.
         victim: usize,
     },
+    /// That engine is replaced on request, by another that is ready before it lets go.
+    Handover {
+        /// Counted from 0.
+        victim: usize,
+    },
     /// A process in that engine's cgroup takes more memory than the cgroup may have.
     MemoryBomb {
         /// Counted from 0.
@@ -59,6 +64,7 @@ pub enum Kind {
     EngineKill,
     EngineStop,
     MemoryBomb,
+    Handover,
     SupervisorKill,
     KillEverything,
     ControlAway,
@@ -69,10 +75,11 @@ pub enum Kind {
 
 impl Kind {
     /// In the order of the table.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::EngineKill,
         Self::EngineStop,
         Self::MemoryBomb,
+        Self::Handover,
         Self::SupervisorKill,
         Self::KillEverything,
         Self::ControlAway,
@@ -90,6 +97,7 @@ impl Event {
             Self::EngineKill { .. } => Kind::EngineKill,
             Self::EngineStop { .. } => Kind::EngineStop,
             Self::MemoryBomb { .. } => Kind::MemoryBomb,
+            Self::Handover { .. } => Kind::Handover,
             Self::SupervisorKill { .. } => Kind::SupervisorKill,
             Self::KillEverything { .. } => Kind::KillEverything,
             Self::ControlAway { .. } => Kind::ControlAway,
@@ -109,6 +117,8 @@ pub struct Counts {
     pub stops: usize,
     /// [`Event::MemoryBomb`].
     pub bombs: usize,
+    /// [`Event::Handover`].
+    pub handovers: usize,
     /// [`Event::SupervisorKill`].
     pub supervisor_kills: usize,
     /// [`Event::KillEverything`].
@@ -120,13 +130,14 @@ pub struct Counts {
 impl Counts {
     /// The proportions of a run that is bounded by time alone.
     pub const ROUND: Self =
-        Self { kills: 40, stops: 1, bombs: 1, supervisor_kills: 8, everything: 2, outages: 1 };
+        Self { kills: 40, stops: 1, bombs: 1, handovers: 4, supervisor_kills: 8, everything: 2, outages: 1 };
 
     fn kinds(&self) -> Vec<Kind> {
         let each = |kind| match kind {
             Kind::EngineKill => self.kills,
             Kind::EngineStop => self.stops,
             Kind::MemoryBomb => self.bombs,
+            Kind::Handover => self.handovers,
             Kind::SupervisorKill => self.supervisor_kills,
             Kind::KillEverything => self.everything,
             Kind::ControlAway | Kind::DerpAway | Kind::DevnetAway | Kind::LinkDown => self.outages,
@@ -223,6 +234,7 @@ impl Iterator for Schedule {
             Kind::EngineKill => Event::EngineKill { victim: self.victim() },
             Kind::EngineStop => Event::EngineStop { victim: self.victim() },
             Kind::MemoryBomb => Event::MemoryBomb { victim: self.victim() },
+            Kind::Handover => Event::Handover { victim: self.victim() },
             Kind::SupervisorKill => Event::SupervisorKill { down: self.random.between(0, 400) },
             Kind::KillEverything => Event::KillEverything { down: self.random.between(0, 400) },
             Kind::ControlAway => Event::ControlAway { away: self.random.between(300, 3000) },
@@ -243,9 +255,10 @@ mod tests {
 
     fn victim(event: &Event) -> Option<usize> {
         match event {
-            Event::EngineKill { victim } | Event::EngineStop { victim } | Event::MemoryBomb { victim } => {
-                Some(*victim)
-            }
+            Event::EngineKill { victim }
+            | Event::EngineStop { victim }
+            | Event::MemoryBomb { victim }
+            | Event::Handover { victim } => Some(*victim),
             Event::SupervisorKill { .. }
             | Event::KillEverything { .. }
             | Event::ControlAway { .. }
@@ -259,9 +272,9 @@ mod tests {
         #[test]
         fn a_seed_is_a_schedule(
             seed: u64, pods in 1..120_usize, kills in 0..60_usize, stops in 0..4_usize,
-            bombs in 0..4_usize, supervisor_kills in 0..20_usize, everything in 0..9_usize, outages in 0..4_usize,
+            bombs in 0..4_usize, handovers in 0..4_usize, supervisor_kills in 0..20_usize, everything in 0..9_usize, outages in 0..4_usize,
         ) {
-            let counts = Counts { kills, stops, bombs, supervisor_kills, everything, outages };
+            let counts = Counts { kills, stops, bombs, handovers, supervisor_kills, everything, outages };
             let events: Vec<Event> = Schedule::new(seed, pods, counts, false).collect();
             let again: Vec<Event> = Schedule::new(seed, pods, counts, false).collect();
             prop_assert_eq!(&events, &again);
@@ -274,7 +287,7 @@ mod tests {
                 [of(Kind::EngineKill), of(Kind::EngineStop), of(Kind::SupervisorKill), of(Kind::KillEverything)],
                 [kills, stops, supervisor_kills, everything]
             );
-            prop_assert_eq!(of(Kind::MemoryBomb), bombs);
+            prop_assert_eq!([of(Kind::MemoryBomb), of(Kind::Handover)], [bombs, handovers]);
             for kind in [Kind::ControlAway, Kind::DerpAway, Kind::DevnetAway, Kind::LinkDown] {
                 prop_assert_eq!(of(kind), outages);
             }
@@ -299,7 +312,15 @@ mod tests {
         let of = |seed| Schedule::new(seed, 4, Counts::ROUND, true).take(500).collect::<Vec<_>>();
         assert_eq!(of(1).len(), 500);
         assert_ne!(of(1), of(2));
-        let none = Counts { kills: 0, stops: 0, bombs: 0, supervisor_kills: 0, everything: 0, outages: 0 };
+        let none = Counts {
+            kills: 0,
+            stops: 0,
+            bombs: 0,
+            handovers: 0,
+            supervisor_kills: 0,
+            everything: 0,
+            outages: 0,
+        };
         assert_eq!(Schedule::new(1, 4, none, true).next(), None);
     }
 }

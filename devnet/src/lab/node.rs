@@ -300,6 +300,21 @@ impl Node {
         Ok(())
     }
 
+    /// Asks the supervisor by one of its program's sub-commands; what it printed.
+    ///
+    /// # Errors
+    /// What it printed as an error.
+    pub fn operate(&self, arguments: &[&str]) -> Result<String> {
+        let program = &self.programs.supervisor;
+        let output = Command::new(program).args(arguments).arg("--socket").arg(self.socket()).output();
+        let output = output.with_context(|| format!("start {}", program.display()))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            bail!("podtether-supervisor {}: {}", arguments.join(" "), said.trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// The last `lines` of the supervisor's output.
     #[must_use]
     pub fn log_end(&self, lines: usize) -> String {
