@@ -15,6 +15,7 @@
 
 mod display;
 pub(crate) mod inside;
+pub(crate) mod orphans;
 pub(crate) mod outer;
 mod reach;
 mod trouble;

@@ -8,7 +8,7 @@ use clap::Args;
 use podtether_devnet::chaos::{self, Cgroups, Counts, Options};
 use podtether_net::isolate;
 
-use crate::demo::{inside, outer};
+use crate::demo::{inside, orphans, outer};
 
 /// Beyond the time for events: everything starts, comes to rest and leaves.
 const AROUND: Duration = Duration::from_secs(600);
@@ -134,6 +134,7 @@ fn here(chaos: &Chaos) -> Result<ExitCode> {
     // Interrupts from the terminal go to the process outside, not to supervisors and engines.
     nix::unistd::setsid().context("start a session")?;
     let _lifeline = inside::lifeline(|| (), chaos.limit() + AROUND)?;
+    orphans::reap_engines()?;
     inside::require_tun()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let dir = runtime.block_on(isolate::settle())?;

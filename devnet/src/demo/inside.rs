@@ -27,6 +27,7 @@ pub(super) fn run(keep: bool) -> Result<ExitCode> {
     nix::unistd::setsid().context("start a session")?;
     let mut display = Display::new();
     let (pid, lifeline) = lifeline(display.clearer(), LONGEST)?;
+    super::orphans::reap_engines()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let dir = runtime.block_on(isolate::settle())?;
     drop(runtime);
