@@ -219,22 +219,7 @@ impl<'a> Node<'a> {
     /// The power goes, and comes back: every process of the node ends, mounts and everything in memory with them.
     pub(crate) fn restart(&mut self) {
         let kept: Vec<u32> = self.control_plane.iter().map(Child::id).chain([std::process::id()]).collect();
-        let begun = Instant::now();
-        // Twice or more: a shim may be about to start something.
-        loop {
-            let doomed: Vec<i32> = others(&kept);
-            if doomed.is_empty() {
-                break;
-            }
-            assert!(begun.elapsed() < PATIENCE, "{doomed:?} do not end");
-            for pid in doomed {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        assert!(end_all_but(&kept), "processes do not end");
         if let Some(mut kubelet) = self.kubelet.take() {
             let _ = kubelet.wait();
         }
@@ -268,6 +253,36 @@ impl<'a> Node<'a> {
         self.runtime = Some(Runtime::start(Path::new(FILES)));
         self.start_kubelet();
     }
+}
+
+/// Ends every process but these, and removes the cgroups of containers, which nobody does who ends so.
+fn end_all_but(kept: &[u32]) -> bool {
+    let tasks = fs::read_dir(file("ctd/state/io.containerd.runtime.v2.task/k8s.io"));
+    let ids = tasks.into_iter().flatten().flatten().map(|e| e.file_name().to_string_lossy().into_owned());
+    // Where containerd puts a container for which the kubelet names no cgroup.
+    let cgroups: Vec<PathBuf> = ids.flat_map(|id| cgroups_named(&format!("k8s.io/{id}"))).collect();
+    let begun = Instant::now();
+    // Twice or more: a shim may be about to start something.
+    loop {
+        let doomed = others(kept);
+        if doomed.is_empty() {
+            break;
+        }
+        if begun.elapsed() > PATIENCE {
+            return false;
+        }
+        for pid in doomed {
+            let pid = nix::unistd::Pid::from_raw(pid);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for dir in &cgroups {
+        remove_below(dir);
+        // The one above, for whoever is last.
+        let _ = dir.parent().map(fs::remove_dir);
+    }
+    true
 }
 
 /// Living processes but `kept` and what the kernel has yet to bury.
@@ -324,5 +339,6 @@ impl Drop for Node<'_> {
             let _ = child.kill();
             let _ = child.wait();
         }
+        end_all_but(&[std::process::id()]);
     }
 }
