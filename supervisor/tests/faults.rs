@@ -88,7 +88,7 @@ fn a_newer_sandbox_takes_the_identity_over() {
             // One that fails on its way leaves the device as it was.
             let mut failing = newer.clone();
             failing.attachment.container_id = "c-a3".into();
-            failing.netns = "/run/no/such/netns".into();
+            failing.netns = rig.netns_path("nobodys").display().to_string();
             let error = client.add(within(TIMEOUT), failing).await.unwrap().unwrap_err();
             assert_eq!(error.code, code::UNKNOWN_CONTAINER);
             assert_eq!(devnet.nodes().len(), 1);
