@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use podtether_net::Netns;
 use podtether_net::testing::{block_on, in_namespaces};
 use podtether_proto::node::{CniError, PodSelector, Renewal, Renewed};
+use podtether_supervisor::restart::HEALTHY_AFTER;
 use rig::*;
 use serde_json::Value;
 
@@ -256,8 +257,10 @@ fn whoever_dies_in_the_middle_one_engine_is_in_charge_in_the_end() {
                 SupervisorAndSuccessor,
                 Everybody,
             ] {
-                for after_ms in [0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 30, 300] {
+                for after_ms in [0, 1, 2, 4, 8, 12, 30, 300] {
                     let before = rig.until("a", "settled", settled).await;
+                    // One that dies younger is started again with a back-off, which is not what is looked at here.
+                    tokio::time::sleep(HEALTHY_AFTER + Duration::from_millis(100)).await;
                     let bystanders = engines();
                     let call = begin(&rig, "a", Renewal::Handover).await;
                     let begun = Instant::now();
