@@ -203,15 +203,15 @@ fn a_planned_restart_loses_no_packet() {
                 tokio::time::sleep(Duration::from_millis(500)).await;
                 crashes.push(cost(pinger).1);
             }
-            let (of_handovers, of_kills, unread) = (median(slowest), median(crashes), median(gaps));
+            let (of_handovers, of_kills) = (median(slowest), median(crashes));
             println!(
                 "slowest answer, median: {of_handovers:?} by handover, {of_kills:?} by --kill, {:?} in peace; nobody \
-                 read for {unread:?}; done after {:?}; the stream once waited {longest:?}",
+                 read for {:?}; done after {:?}; the stream once waited {longest:?}",
                 median(quiet),
+                median(gaps),
                 median(took)
             );
-            // The slowest answers are the machine's as well: beside enough other programs they are all alike.
-            assert!(unread < of_kills, "a handover costs less than a restart");
+            assert!(of_handovers < of_kills, "a handover costs less than a restart");
             let metrics = http("/metrics");
             assert!(metrics.contains("podtether_handovers_total{outcome=\"done\"} 12"), "{metrics}");
             rig.del("a").await.unwrap();

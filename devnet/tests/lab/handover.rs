@@ -173,9 +173,8 @@ fn a_peer_by_relay_alone_waits_for_a_dial() {
         for run in pings {
             let report = run.stop(PATIENCE).unwrap();
             println!("{} sent, {} lost", report.sent, report.lost());
-            // What a relay had for the old connection when the new one came; a handshake that is lost with it is tried again
-            // after half a second, which is as much again as a round on a quiet machine.
-            assert!(report.lost() * 4 < report.sent, "a quarter at most");
+            // What a relay had for the old connection when the new one came.
+            assert!(report.lost() * 20 < report.sent, "a twentieth at most");
         }
         let pings = [Pinging::start(&near.netns, far.v4().unwrap(), INTERVAL, None).unwrap()];
         let crash = gaps(&pings, || {
