@@ -83,6 +83,17 @@ impl<M> Batch<M> {
         })
     }
 
+    /// Packet number `index`.
+    #[must_use]
+    pub fn get(&self, index: usize) -> Option<&[u8]> {
+        self.items.get(index).map(|(_, range)| &self.buf[range.clone()])
+    }
+
+    /// Packet number `index`, writable.
+    pub fn get_mut(&mut self, index: usize) -> Option<&mut [u8]> {
+        self.items.get(index).map(|(_, range)| &mut self.buf[range.clone()])
+    }
+
     /// The packet appended last.
     #[must_use]
     pub fn last(&self) -> Option<&[u8]> {

@@ -9,7 +9,7 @@
 //! | the node as a whole | `engine`, `batch`, `snapshot`, `health` |
 //! | control protocol | `noise`, `map_stream`, `tailcfg`, `netmap`, `register`, `c2n`, `dial_plan`, `retry_after`, `backoff` |
 //! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp`, `routes` |
-//! | what flows | `wg`, `packet`, `nat`, `filter`, `dns` |
+//! | what flows | `wg`, `packet`, `offload`, `nat`, `filter`, `dns` |
 //! | names of things | `key` |
 
 pub mod backoff;
@@ -29,6 +29,7 @@ mod nat;
 mod netcheck;
 pub mod netmap;
 pub mod noise;
+pub mod offload;
 pub mod packet;
 mod path;
 mod peer;

@@ -8,6 +8,7 @@ use std::path::Path;
 use podtether_core::derp::{Frame, ServerInfo, client_greeting, server_info};
 use podtether_core::key::{DiscoPrivate, MachinePrivate, NodePrivate};
 use podtether_core::noise::ClientHandshake;
+use podtether_core::offload::{Gso, VnetHeader};
 use podtether_core::stun;
 use serde_json::{Value, json};
 
@@ -17,6 +18,7 @@ fn main() -> std::io::Result<()> {
     control(&mut seeds);
     wire(&mut seeds);
     packets(&mut seeds);
+    offload(&mut seeds);
     node(&mut seeds);
     for (target, name, bytes) in seeds {
         let dir = Path::new(&root).join(target);
@@ -219,6 +221,26 @@ fn packets(seeds: &mut Seeds) {
     }
     reverse.extend_from_slice(&[0, 0, 12, 0, 1]);
     seeds.push(("dns", "ptr", reverse));
+}
+
+/// One of each kind that a TUN has cut, in four pieces each, and one whole.
+fn offload(seeds: &mut Seeds) {
+    let tcp = [0, 80, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x18, 1, 0, 0, 0, 0, 0];
+    let udp = [0, 80, 0, 80, 0, 72, 0, 0];
+    let with_payload = |header: &[u8]| [header, &[7; 64]].concat();
+    let header = VnetHeader { needs_csum: true, gso_size: 16, ..VnetHeader::PLAIN };
+    let list = [
+        (Gso::TcpV4, 20, 16, ipv4(6, 1, 2, &with_payload(&tcp))),
+        (Gso::TcpV6, 40, 16, ipv6(6, 1, 2, &with_payload(&tcp))),
+        (Gso::Udp, 20, 6, ipv4(17, 1, 2, &with_payload(&udp))),
+        (Gso::Udp, 40, 6, ipv6(17, 1, 2, &with_payload(&udp))),
+        (Gso::None, 20, 16, ipv4(6, 1, 2, &with_payload(&tcp))),
+    ];
+    let list = list.map(|(gso, csum_start, csum_offset, packet)| {
+        [&VnetHeader { gso, csum_start, csum_offset, ..header }.to_bytes()[..], &packet].concat()
+    });
+    seeds.push(("offload", "one_of_each", joined(&list)));
+    seeds.push(("offload", "tcp", joined(&list[..1])));
 }
 
 fn node(seeds: &mut Seeds) {

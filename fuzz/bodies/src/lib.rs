@@ -7,12 +7,14 @@
 mod control;
 mod frames;
 mod node;
+mod offload;
 mod packets;
 mod stored;
 
 pub use control::{map, register};
 pub use frames::{derp, disco, noise, stun};
 pub use node::{cni, rpc};
+pub use offload::offload;
 pub use packets::{dns, peer, tun, underlay};
 pub use stored::{record, snapshot};
 
@@ -27,6 +29,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("dns", dns),
     ("map", map),
     ("noise", noise),
+    ("offload", offload),
     ("peer", peer),
     ("record", record),
     ("register", register),
