@@ -4,15 +4,20 @@
 //! Lines longer than `PIPE_BUF` may be cut by a nearly full pipe; the rest is kept and goes out
 //! before the next line, so that the reader always sees whole lines.
 
-use std::io::{self, Write};
+use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::MakeWriter;
+use podtether_core::tailcfg::UnixTime;
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::span;
+use tracing::subscriber::Interest;
+use tracing::{Event, Level, Metadata};
 
 static DROPPED: AtomicU64 = AtomicU64::new(0);
 
@@ -26,21 +31,126 @@ const DEFAULT_FILTER: &str = "info,boringtun=off,tarpc=error";
 
 /// Installs the subscriber. `PODTETHER_LOG` holds a filter; the default is `info` of our own.
 pub(crate) fn init() {
-    let filter = std::env::var("PODTETHER_LOG")
-        .ok()
-        .and_then(|text| EnvFilter::try_new(text).ok())
-        .unwrap_or_else(|| EnvFilter::new(DEFAULT_FILTER));
+    let filter = std::env::var("PODTETHER_LOG").ok().and_then(|text| Filter::parse(&text));
+    let Some(filter) = filter.or_else(|| Filter::parse(DEFAULT_FILTER)) else { return };
     keep_stderr();
     let Ok(out) = Output::stdout() else { return };
     // A second call (tests) keeps the first subscriber.
-    let _ = tracing_subscriber::fmt()
-        .json()
-        .flatten_event(true)
-        .with_current_span(false)
-        .with_span_list(false)
-        .with_env_filter(filter)
-        .with_writer(Lines(Mutex::new(out)))
-        .try_init();
+    let _ = tracing::subscriber::set_global_default(Log { filter, out: Mutex::new(out) });
+}
+
+/// What is told: `level` or `target=level`, with commas between; of several that fit the longest target counts.
+#[derive(Debug, PartialEq, Eq)]
+struct Filter(Vec<(String, LevelFilter)>);
+
+impl Filter {
+    /// `None` when a part of it is neither.
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = Vec::new();
+        for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+            let (target, level) = part.split_once('=').unwrap_or(("", part));
+            parts.push((target.to_owned(), level.parse().ok()?));
+        }
+        parts.sort_by_key(|(target, _)| std::cmp::Reverse(target.len()));
+        Some(Self(parts))
+    }
+
+    fn passes(&self, level: Level, target: &str) -> bool {
+        let most = self.0.iter().find(|(start, _)| {
+            target
+                .strip_prefix(start.as_str())
+                .is_some_and(|rest| start.is_empty() || rest.is_empty() || rest.starts_with("::"))
+        });
+        most.is_some_and(|(_, most)| level <= *most)
+    }
+}
+
+/// Writes events as lines. Spans are not kept: no line of an engine is told apart by one.
+struct Log {
+    filter: Filter,
+    out: Mutex<Output>,
+}
+
+impl tracing::Subscriber for Log {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
+        if self.enabled(metadata) { Interest::always() } else { Interest::never() }
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event() && self.filter.passes(*metadata.level(), metadata.target())
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        self.filter.0.iter().map(|(_, level)| *level).max()
+    }
+
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let line = line(event, UnixTime::from_millis(i64::try_from(now.as_millis()).unwrap_or(i64::MAX)));
+        self.out.lock().unwrap_or_else(PoisonError::into_inner).line(&line);
+    }
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+/// One JSON object and a line feed.
+fn line(event: &Event<'_>, at: UnixTime) -> Vec<u8> {
+    let metadata = event.metadata();
+    let mut line = Line(Vec::with_capacity(256));
+    line.0
+        .extend_from_slice(format!("{{\"timestamp\":\"{at}\",\"level\":\"{}\"", metadata.level()).as_bytes());
+    event.record(&mut line);
+    line.put("target", metadata.target());
+    line.0.extend_from_slice(b"}\n");
+    line.0
+}
+
+struct Line(Vec<u8>);
+
+impl Line {
+    fn put(&mut self, name: &str, value: impl serde::Serialize) {
+        self.0.push(b',');
+        // Neither names nor values of these kinds can fail, and a Vec takes everything.
+        let _ = serde_json::to_writer(&mut self.0, name.strip_prefix("r#").unwrap_or(name));
+        self.0.push(b':');
+        let _ = serde_json::to_writer(&mut self.0, &value);
+    }
+}
+
+impl Visit for Line {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.put(field.name(), format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.put(field.name(), value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.put(field.name(), value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.put(field.name(), value);
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.put(field.name(), value);
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.put(field.name(), value);
+    }
 }
 
 /// Says the same complaint once and then ever more rarely, so that a long outage does not fill the logs
@@ -141,33 +251,6 @@ fn reader_of(pipe: &OwnedFd) -> Option<OwnedFd> {
     Some(file.into())
 }
 
-struct Lines(Mutex<Output>);
-
-struct Line<'a>(&'a Lines);
-
-impl<'a> MakeWriter<'a> for Lines {
-    type Writer = Line<'a>;
-
-    fn make_writer(&'a self) -> Line<'a> {
-        Line(self)
-    }
-}
-
-impl Write for Line<'_> {
-    /// The subscriber hands over one whole line at a time.
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        match self.0.0.lock() {
-            Ok(mut output) => output.line(line),
-            Err(poisoned) => poisoned.into_inner().line(line),
-        }
-        Ok(line.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -181,6 +264,53 @@ mod tests {
             complaints.say(reason, Duration::ZERO, |_, _| said.push(number));
         }
         assert_eq!(said, [0, 8, 16, 32, 64, 100, 101]);
+    }
+
+    #[test]
+    fn the_longest_target_of_a_filter_counts() {
+        let filter = Filter::parse("info, a::b=off,a=debug,boringtun=off").unwrap();
+        for (level, target, passes) in [
+            (Level::INFO, "podtether_engine::driver", true),
+            (Level::DEBUG, "podtether_engine::driver", false),
+            (Level::DEBUG, "a", true),
+            (Level::DEBUG, "a::c", true),
+            (Level::DEBUG, "ab", false),
+            (Level::TRACE, "a", false),
+            (Level::ERROR, "a::b", false),
+            (Level::ERROR, "a::b::c", false),
+            (Level::ERROR, "boringtun::noise", false),
+        ] {
+            assert_eq!(filter.passes(level, target), passes, "{level} {target}");
+        }
+        assert!(!Filter::parse("a=info").unwrap().passes(Level::ERROR, "b"), "nothing is said of others");
+        for bad in ["loud", "a=b=info"] {
+            assert_eq!(Filter::parse(bad), None, "{bad}");
+        }
+        assert!(Filter::parse(DEFAULT_FILTER).is_some());
+    }
+
+    #[test]
+    fn an_event_is_a_line_of_json() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let filter = Filter::parse("info").unwrap();
+        let log = Log { filter, out: Mutex::new(Output::new(writer.into()).unwrap()) };
+        tracing::subscriber::with_default(log, || {
+            let _span = tracing::info_span!("nobody sees it").entered();
+            let error = std::io::Error::other("a \"b\"\n\u{1b}c");
+            tracing::warn!(target: "t", %error, n = 7, less = -1, yes = true, half = 0.5, r#in = ?[1], "it {}", "failed");
+            tracing::debug!("unsaid");
+        });
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text.matches('\n').count(), 1, "{text}");
+        let mut said: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let at = said["timestamp"].take();
+        assert!(at.as_str().unwrap().parse::<UnixTime>().is_ok(), "{at}");
+        let wanted = serde_json::json!({
+            "timestamp": null, "level": "WARN", "target": "t", "message": "it failed", "error": "a \"b\"\n\u{1b}c",
+            "n": 7, "less": -1, "yes": true, "half": 0.5, "in": "[1]",
+        });
+        assert_eq!(said, wanted);
     }
 
     #[test]
