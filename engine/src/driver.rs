@@ -10,6 +10,7 @@ mod fence;
 mod handover;
 mod partner;
 mod report;
+mod rest;
 mod shield;
 mod start;
 mod tun;
@@ -44,6 +45,7 @@ pub(crate) use drops::Drops;
 use fence::Fence;
 use handover::{Handover, Next};
 use report::Membership;
+use rest::Rest;
 use tun::Tun;
 use udp::Udp;
 
@@ -164,6 +166,7 @@ struct Driver {
     passed: Batch<Origin>,
     drops: Drops,
     intake: Intake,
+    rest: Rest,
     dialer: Dialer,
     /// The node alone has one.
     control: Option<Control>,
@@ -247,7 +250,7 @@ impl Driver {
         let refused = self.refused.deadline(self.refused_sum());
         let handover = self.handover.deadline();
         let core = self.engine.poll_timeout().filter(|_| self.handover.role != Role::LetGo);
-        let deadline = [core, snapshot, refused, handover].into_iter().flatten().min();
+        let deadline = [core, snapshot, refused, handover, self.rest.deadline()].into_iter().flatten().min();
         let reads = self.handover.reads();
         tokio::select! {
             read = self.tun.read(&mut self.from_tun, &mut self.drops), if reads => match read {
@@ -324,6 +327,9 @@ impl Driver {
             Wake::LoggedOut(outcome) => self.logged_out(outcome),
             Wake::Time => {}
             Wake::Ended(ending) => self.ending = Some(ending),
+        }
+        if self.rest.look(self.intake.inputs(), now) {
+            self.give_back();
         }
         self.tell_refused(now);
         self.look_after_handover(now);

@@ -18,6 +18,7 @@ use super::fence::Fence;
 use super::handover::{Handover, Pending};
 use super::partner::Partner;
 use super::report::Membership;
+use super::rest::Rest;
 use super::tun::Tun;
 use super::udp::Udp;
 use super::{Driver, Link};
@@ -179,6 +180,7 @@ impl Checked {
             passed: Batch::new(),
             drops: Drops::default(),
             intake: Intake::default(),
+            rest: Rest::default(),
             dialer: self.dialer,
             control: None,
             derp,

@@ -23,6 +23,11 @@ use podtether_proto::{fds, transport};
 use tarpc::{client, context};
 
 pub const ENGINE: &str = env!("CARGO_BIN_EXE_podtether-engine");
+
+/// The engine of this build, or the one that `PODTETHER_TEST_ENGINE` names: a release is tested like that.
+fn engine() -> PathBuf {
+    std::env::var_os("PODTETHER_TEST_ENGINE").map_or_else(|| ENGINE.into(), PathBuf::from)
+}
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A pod with its link, and the engine of now.
@@ -193,7 +198,7 @@ impl Pod {
         named.extend(self.udp6.as_ref().map(|s| (fds::UDP6, s.as_fd())));
         named.extend(self.dns.iter().map(|s| (fds::DNS, s.udp.as_fd())));
         named.extend(self.dns.iter().map(|s| (fds::DNS_TCP, s.tcp.as_fd())));
-        let child = spawn(Path::new(ENGINE), &named, self.node.as_ref(), self.ids);
+        let child = spawn(&engine(), &named, self.node.as_ref(), self.ids);
         let deadline = Instant::now() + PATIENCE;
         let transport = loop {
             match transport::connect(&path).await {

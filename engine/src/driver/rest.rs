@@ -1,0 +1,86 @@
+//! What an engine holds after a burst of work goes back to the system when the work has ended.
+//!
+//! It costs one wake-up per burst, and none for what an idle engine does: keepalives, a delta, a question.
+
+use std::time::{Duration, Instant};
+
+use super::Driver;
+
+/// Work has ended when nothing came for this long.
+const QUIET: Duration = Duration::from_secs(5);
+/// Inputs that are worth a look, see [`Intake`](crate::intake::Intake::inputs).
+const WORTH: u64 = 256;
+/// Batches keep this much: a few packets.
+const KEPT_BYTES: usize = 8 << 10;
+
+/// When memory is given back.
+#[derive(Debug, Default)]
+pub(super) struct Rest {
+    /// Inputs when that was done last.
+    given_back: u64,
+    inputs: u64,
+    last_work: Option<Instant>,
+}
+
+impl Rest {
+    /// Notes how much work there has been by now; whether its end has come.
+    pub(super) fn look(&mut self, inputs: u64, now: Instant) -> bool {
+        if std::mem::replace(&mut self.inputs, inputs) != inputs {
+            self.last_work = Some(now);
+        }
+        let ended = self.deadline().is_some_and(|at| at <= now);
+        if ended {
+            self.given_back = inputs;
+        }
+        ended
+    }
+
+    /// When to look again.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.last_work.filter(|_| self.inputs - self.given_back >= WORTH).map(|at| at + QUIET)
+    }
+}
+
+impl Driver {
+    /// Gives back what only a burst of work needs.
+    pub(super) fn give_back(&mut self) {
+        self.from_tun.shrink_to(KEPT_BYTES);
+        self.from_udp.shrink_to(KEPT_BYTES);
+        self.passed.shrink_to(KEPT_BYTES);
+        self.outbox.udp.shrink_to(KEPT_BYTES);
+        self.outbox.tun.shrink_to(KEPT_BYTES);
+        self.outbox.derp.shrink_to(KEPT_BYTES);
+        self.outbox.passed.shrink_to(KEPT_BYTES);
+        trim_heap();
+    }
+}
+
+/// Pages of the heap that nothing is in any more.
+fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes a number; the allocator locks itself.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_given_back_once_after_each_burst() {
+        let start = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut rest = Rest::default();
+        // A burst for four seconds, then a keepalive every ten, then another burst.
+        let inputs = |second: u32| match second {
+            0..=3 => u64::from(second) * 1000,
+            4..60 => 3000 + u64::from(second) / 10,
+            _ => 5000,
+        };
+        let at: Vec<u32> = (0..100).filter(|n| rest.look(inputs(*n), start + *n * second)).collect();
+        assert_eq!(at, [8, 65]);
+        assert_eq!(rest.deadline(), None, "nothing to wake up for");
+    }
+}
