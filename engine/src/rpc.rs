@@ -4,12 +4,12 @@
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use podtether_proto::engine::{
     Engine, EngineMetrics, EngineStatus, Flow, Hello, PeerStatus, PingKind, Pong, Routing, StartRequest,
-    TakenOver, Underlay, Verdict, WATCH_MAX,
+    TakenOver, Underlay, Verdict, WATCH_MARGIN, WATCH_MAX,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -146,8 +146,9 @@ impl Engine for Service {
         self.ask(|answer| Command::Start(request, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
     }
 
-    async fn watch(self, _: Context, after: u64) -> EngineStatus {
-        self.board.wait(after, WATCH_MAX).await
+    async fn watch(self, call: Context, after: u64) -> EngineStatus {
+        let left = call.deadline.saturating_duration_since(Instant::now());
+        self.board.wait(after, left.saturating_sub(WATCH_MARGIN).min(WATCH_MAX)).await
     }
 
     async fn set_underlay(self, _: Context, underlay: Underlay) {

@@ -18,7 +18,7 @@ pub trait Engine {
     /// Gives the engine its identity and starts the node. Once per process; a second call is refused.
     async fn start(request: StartRequest) -> Result<(), String>;
     /// Long poll: the status as soon as its `seq` is greater than `after`, at the latest after
-    /// [`WATCH_MAX`]. `watch(0)` answers at once.
+    /// [`WATCH_MAX`] and [`WATCH_MARGIN`] before the call's deadline. `watch(0)` answers at once.
     async fn watch(after: u64) -> EngineStatus;
     /// The node's own addresses or resolvers changed.
     async fn set_underlay(underlay: Underlay);
@@ -55,7 +55,11 @@ pub trait Engine {
 }
 
 /// The longest that [`Engine::watch`] waits before it answers with an unchanged status.
-pub const WATCH_MAX: std::time::Duration = std::time::Duration::from_secs(20);
+pub const WATCH_MAX: std::time::Duration = std::time::Duration::from_secs(300);
+
+/// How long before its deadline [`Engine::watch`] answers at the latest, so that the deadline tells that an engine
+/// hangs.
+pub const WATCH_MARGIN: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// The longest that [`Engine::ping`] waits for an answer.
 pub const PING_MAX: std::time::Duration = std::time::Duration::from_secs(5);

@@ -9,11 +9,11 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
-use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MAX};
+use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MARGIN, WATCH_MAX};
 use podtether_proto::exit::ExitReason;
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -22,12 +22,19 @@ use tokio::process::Child;
 use tokio::sync::mpsc;
 
 use crate::distrust::{self, Pace};
+use crate::guard::Used;
 use crate::output;
 use crate::restart::{Cause, Ended};
 use crate::spawn::Process;
 
-/// How often an engine has to answer.
+/// How often an engine that has run meanwhile has to answer. One that has not run since it answered is as it was
+/// then and is left asleep: to wake a hundred of them for nothing would cost more than all else they do at rest.
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often one has to answer that seems asleep.
+pub const SLOW_HEARTBEAT: Duration = Duration::from_secs(30);
+/// Heartbeats of all engines share this many moments of a second, so that the supervisor wakes no more often for
+/// a hundred of them, nor all of them at once.
+const BEATS_APART: u32 = 10;
 /// An engine that does not answer this long is killed.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 /// The same for a heartbeat, less what passes before the next one: an engine that hangs right after it
@@ -47,7 +54,14 @@ const MAX_REASON_BYTES: u64 = 4096;
 #[derive(Debug)]
 pub enum Event {
     /// It has taken its start request; calls may go to the client from now on.
-    Started(Hello, EngineClient),
+    Started {
+        /// Its first answer.
+        hello: Hello,
+        /// To it.
+        client: EngineClient,
+        /// From the fork to that answer: the program was executed and confined itself.
+        ready: Duration,
+    },
     /// Its state.
     Status(Box<EngineStatus>),
     /// The process is gone.
@@ -301,7 +315,7 @@ pub async fn attend<M>(
     tokio::spawn(output::relay(child, start.pod.clone(), Arc::clone(&process)));
     let mut first_answer = None;
     let verdict = {
-        let session = session(&home, start, &mut first_answer, &reports);
+        let session = session(&process, &home, start, &mut first_answer, &reports);
         tokio::select! {
             biased;
             ended = process.ended() => Verdict::Died(ended),
@@ -322,7 +336,7 @@ pub async fn attend_adopted<M>(
     let verdict = tokio::select! {
         biased;
         ended = process.ended() => Verdict::Died(ended),
-        verdict = follow(&client, &reports) => verdict,
+        verdict = follow(&process, &client, &reports) => verdict,
     };
     conclude(&process, &home, verdict, Some(since), &reports).await;
 }
@@ -421,6 +435,7 @@ fn killed_because(cause: Cause) -> &'static str {
 }
 
 async fn session<M>(
+    process: &Process,
     home: &Home,
     start: StartRequest,
     first_answer: &mut Option<Instant>,
@@ -435,6 +450,7 @@ async fn session<M>(
         Ok(hello) => hello,
         Err(e) => return broken("hello", &e),
     };
+    let ready = process.age();
     *first_answer = Some(Instant::now());
     if !PROTO_VERSION.accepts(hello.version) {
         return Verdict::Refused(format!(
@@ -447,14 +463,14 @@ async fn session<M>(
         Ok(Err(why)) => return Verdict::Refused(why),
         Err(e) => return broken("start", &e),
     }
-    reports.send(Event::Started(hello, client.clone())).await;
-    follow(&client, reports).await
+    reports.send(Event::Started { hello, client: client.clone(), ready }).await;
+    follow(process, &client, reports).await
 }
 
-async fn follow<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
+async fn follow<M>(process: &Process, client: &EngineClient, reports: &Reports<M>) -> Verdict {
     tokio::select! {
         verdict = watch(client, reports) => verdict,
-        verdict = heartbeat(client) => verdict,
+        verdict = heartbeat(process, client) => verdict,
     }
 }
 
@@ -463,7 +479,7 @@ async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
     let mut pace = Pace::new(STATUS_EVERY, STATUS_BURST);
     loop {
         tokio::time::sleep(pace.wait(Instant::now())).await;
-        match client.watch(within(WATCH_MAX + ANSWER_WITHIN), seq).await {
+        match client.watch(within(WATCH_MAX + WATCH_MARGIN), seq).await {
             Ok(status) => {
                 if status.seq != seq || seq == 0 {
                     seq = status.seq;
@@ -475,13 +491,31 @@ async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
     }
 }
 
-async fn heartbeat(client: &EngineClient) -> Verdict {
+async fn heartbeat(process: &Process, client: &EngineClient) -> Verdict {
+    let phase = HEARTBEAT / BEATS_APART * (process.pid() % BEATS_APART);
+    let mut answered: Option<(Instant, Used)> = None;
     loop {
-        tokio::time::sleep(HEARTBEAT).await;
+        tokio::time::sleep_until(next_beat(Instant::now(), phase).into()).await;
+        let used = process.used().ok();
+        let rests = answered
+            .zip(used)
+            .is_some_and(|((at, then), now)| at.elapsed() < SLOW_HEARTBEAT && now.is_still(&then));
+        if rests {
+            continue;
+        }
         if let Err(e) = client.hello(within(BEAT_ANSWERED_WITHIN)).await {
             return broken("hello", &e);
         }
+        answered = process.used().ok().map(|used| (Instant::now(), used));
     }
+}
+
+/// The next moment of a whole second and `phase` by a clock that all engines share.
+fn next_beat(now: Instant, phase: Duration) -> Instant {
+    static BEGAN: OnceLock<Instant> = OnceLock::new();
+    let since = now.saturating_duration_since(*BEGAN.get_or_init(|| now));
+    let into = (since + HEARTBEAT).saturating_sub(phase).as_nanos() % HEARTBEAT.as_nanos();
+    now + HEARTBEAT - Duration::from_nanos(u64::try_from(into).unwrap_or(0))
 }
 
 fn broken(call: &str, e: &client::RpcError) -> Verdict {

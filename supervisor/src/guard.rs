@@ -36,9 +36,18 @@ pub struct Used {
     pub ran: Duration,
     /// Time that it was ready to run and waited for one; zero where the kernel does not count that.
     pub waited: Duration,
+    /// How often it came to run; zero where the kernel does not count that.
+    pub times: u64,
 }
 
 impl Used {
+    /// Whether the process has not run since `before` was read, so that nothing about it can be different:
+    /// also who is stopped or frozen runs for a moment first. False where the kernel does not tell.
+    #[must_use]
+    pub fn is_still(&self, before: &Self) -> bool {
+        self.times > 0 && self == before
+    }
+
     /// Of the first thread of `pid`: an engine has one.
     ///
     /// # Errors
@@ -60,7 +69,8 @@ impl Used {
     pub fn of_schedstat(text: &str) -> Option<Self> {
         let mut fields = text.split_whitespace().map(str::parse);
         let (ran, waited) = (fields.next()?.ok()?, fields.next()?.ok()?);
-        Some(Self { ran: Duration::from_nanos(ran), waited: Duration::from_nanos(waited) })
+        let times = fields.next().and_then(Result::ok).unwrap_or(0);
+        Some(Self { ran: Duration::from_nanos(ran), waited: Duration::from_nanos(waited), times })
     }
 
     /// Fields 14 and 15 of `/proc/PID/stat`, which every kernel has, in hundredths of a second.
@@ -69,7 +79,7 @@ impl Used {
         let (_, fields) = text.rsplit_once(") ")?;
         let mut fields = fields.split(' ').skip(14 - 3).map(str::parse::<u64>);
         let ticks = fields.next()?.ok()?.checked_add(fields.next()?.ok()?)?;
-        Some(Self { ran: Duration::from_millis(ticks.checked_mul(10)?), waited: Duration::ZERO })
+        Some(Self { ran: Duration::from_millis(ticks.checked_mul(10)?), ..Self::default() })
     }
 }
 
@@ -227,8 +237,8 @@ mod tests {
         let mut processor = Processor::default();
         for second in (0..=seconds).step_by(10) {
             let n = u64::from(second);
-            let used =
-                Used { ran: Duration::from_millis(ran * n), waited: Duration::from_millis(waited * n) };
+            let (ran, waited) = (Duration::from_millis(ran * n), Duration::from_millis(waited * n));
+            let used = Used { ran, waited, times: n };
             let work = Work { inputs: inputs * n, handshakes: handshakes * n };
             if processor.look(start + second * SECOND, used) && processor.judge(work).is_some() {
                 return Some(second);
@@ -266,7 +276,7 @@ mod tests {
         for look in 0..60 {
             // Two hot looks, then a cool one: a map of thousands of peers that comes again and again.
             ran += if look % 3 == 2 { SECOND } else { 10 * SECOND };
-            let used = Used { ran, waited: Duration::ZERO };
+            let used = Used { ran, ..Used::default() };
             if processor.look(start + look * 10 * SECOND, used) {
                 assert_eq!(processor.judge(Work::default()), None, "look {look}");
             }
@@ -275,20 +285,38 @@ mod tests {
 
     #[test]
     fn what_the_kernel_says_is_read() {
-        let used = Used { ran: Duration::from_nanos(977_682), waited: Duration::from_nanos(5_726_494) };
+        let (ran, waited) = (Duration::from_nanos(977_682), Duration::from_nanos(5_726_494));
+        let used = Used { ran, waited, times: 2 };
         assert_eq!(Used::of_schedstat("977682 5726494 2\n"), Some(used));
         assert_eq!(Used::of_schedstat("0 0 0"), Some(Used::default()));
         for bad in ["", "1", "x 1 1"] {
             assert_eq!(Used::of_schedstat(bad), None, "{bad}");
         }
         let stat = "43 (a) b) S 1 43 43 0 -1 4194560 10 0 0 0 150 50 0 0 20 0 1 0 987654 1 2 3\n";
-        assert_eq!(Used::of_stat(stat), Some(Used { ran: 2 * SECOND, waited: Duration::ZERO }));
+        assert_eq!(Used::of_stat(stat), Some(Used { ran: 2 * SECOND, ..Used::default() }));
         assert_eq!(Used::of_stat("43 (a) S 1"), None);
         let own = Used::read(std::process::id()).unwrap();
         let spin = Instant::now();
         while spin.elapsed() < Duration::from_millis(30) {}
         assert!(Used::read(std::process::id()).unwrap().ran >= own.ran);
         assert!(Used::read(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn who_did_not_run_is_as_it_was() {
+        let read = |text| Used::of_schedstat(text).unwrap();
+        let before = read("977682 5726494 2");
+        for (after, still) in [
+            ("977682 5726494 2", true),
+            ("977682 5726494 3", false),
+            ("977683 5726494 2", false),
+            ("977682 5726495 2", false),
+        ] {
+            assert_eq!(read(after).is_still(&before), still, "{after}");
+        }
+        let unknown = read("0 0 0");
+        assert!(!unknown.is_still(&unknown), "this kernel does not count");
+        assert!(!Used { ran: SECOND, ..unknown }.is_still(&Used { ran: SECOND, ..unknown }));
     }
 
     #[test]

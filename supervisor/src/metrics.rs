@@ -45,6 +45,8 @@ pub struct Counters {
     pub handover_gap_seconds: Histogram,
     /// Time from an engine's death to its successor's start.
     pub recovery_seconds: Histogram,
+    /// Time from an engine's fork to its first answer.
+    pub engine_ready_seconds: Histogram,
     /// What callers sent and files held that cannot be used.
     pub refused: Refused,
 }
@@ -79,6 +81,11 @@ impl Counters {
             "podtether_engine_recovery_seconds",
             "Time from an engine's death to the start of its successor.",
             &[0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0, 30.0],
+        )?;
+        let engine_ready_seconds = histogram(
+            "podtether_engine_ready_seconds",
+            "Time from an engine's fork to its first answer, from its sandbox.",
+            &[0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.5, 5.0],
         )?;
         let handover_gap_seconds = histogram(
             "podtether_handover_gap_seconds",
@@ -118,6 +125,7 @@ impl Counters {
             handovers,
             handover_gap_seconds,
             recovery_seconds,
+            engine_ready_seconds,
             refused,
         })
     }
@@ -157,6 +165,7 @@ struct Series {
     health: GaugeVec,
     sandbox: GaugeVec,
     restarts: IntCounterVec,
+    runs: IntCounterVec,
     limits: GaugeVec,
     control: GaugeVec,
     home_derp: GaugeVec,
@@ -194,6 +203,7 @@ impl Series {
             health: gauge("health_messages", "What is wrong, by severity.", &["severity"])?,
             sandbox: gauge("sandbox_step", "1 where a step of the engine's sandbox is in force.", &["step"])?,
             restarts: counter("engine_restarts_total", "Engine restarts since the supervisor started.", &[])?,
+            runs: counter("engine_runs_total", "How often the engine woke up and ran.", &[])?,
             limits: gauge(
                 "engine_limits",
                 "1 where the limit holds for the engine, 0 where not.",
@@ -245,6 +255,9 @@ impl Series {
             self.sandbox.with_label_values(&[own[0], own[1], own[2], &step.step]).set(held);
         }
         self.restarts.with_label_values(&own).inc_by(pod.restarts);
+        if let Some(runs) = pod.engine_runs {
+            self.runs.with_label_values(&own).inc_by(runs);
+        }
         if pod.engine_pid.is_some() {
             for hold in Hold::ALL {
                 let holds = pod.limits.contains(&hold.name());

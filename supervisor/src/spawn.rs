@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use podtether_proto::fds;
@@ -50,6 +51,10 @@ pub struct Process {
     ended: OnceLock<Ended>,
     /// Why this supervisor killed it.
     killed: OnceLock<Cause>,
+    /// Its `/proc/PID/schedstat`, open so that a look costs one call; `None` where the kernel has none.
+    schedstat: Option<std::fs::File>,
+    /// When this supervisor first had it: for its child, the moment after the fork.
+    since: Instant,
 }
 
 /// Starts an engine. The child carries the output pipes; [`Process`] tells how it ends.
@@ -181,7 +186,10 @@ impl Process {
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         let start_ticks = crate::trace::parse_stat(&stat).map(|(_, start_ticks)| start_ticks);
-        Ok(Process { pid, pidfd, child, start_ticks, ended: OnceLock::new(), killed: OnceLock::new() })
+        let schedstat = std::fs::File::open(format!("/proc/{pid}/schedstat")).ok();
+        let (ended, killed) = (OnceLock::new(), OnceLock::new());
+        let since = Instant::now();
+        Ok(Process { pid, pidfd, child, start_ticks, ended, killed, schedstat, since })
     }
 
     /// A duplicate of the process's descriptor `number`.
@@ -247,14 +255,34 @@ impl Process {
         exit_info(self.pidfd.get_ref().as_fd())
     }
 
+    /// How long this supervisor has had it.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
+    }
+
     /// The processor time it has used, and the time it could have run.
     ///
     /// # Errors
     /// It has ended.
     pub fn used(&self) -> io::Result<crate::guard::Used> {
+        use std::os::unix::fs::FileExt as _;
+        let mut text = [0; 64];
+        // An open file stays that process's, whoever gets its pid.
+        let read = self.schedstat.as_ref().map(|file| file.read_at(&mut text, 0)).transpose()?;
+        let text = read.and_then(|count| std::str::from_utf8(text.get(..count)?).ok());
+        if let Some(used) = text.and_then(crate::guard::Used::of_schedstat) {
+            return Ok(used);
+        }
         let used = crate::guard::Used::read(self.pid)?;
         // Only then was it this process that was read of.
         if self.has_ended() { Err(io::ErrorKind::NotFound.into()) } else { Ok(used) }
+    }
+
+    /// How often it has run, where the kernel counts that.
+    #[must_use]
+    pub fn runs(&self) -> Option<u64> {
+        self.used().ok().map(|used| used.times).filter(|times| *times > 0)
     }
 
     /// Tells how the process ended, from whoever reaped it.

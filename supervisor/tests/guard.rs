@@ -174,6 +174,45 @@ fn an_engine_that_spins_is_replaced_and_one_that_works_is_left_alone() {
     });
 }
 
+/// How often the threads of a process went to sleep.
+fn sleeps(pid: u64) -> u64 {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let of = |status: String| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        line.unwrap().trim().parse().unwrap()
+    };
+    tasks.map(|task| of(std::fs::read_to_string(task.path().join("status")).unwrap())).sum()
+}
+
+#[test]
+fn an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed() {
+    in_namespaces("an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = with_standins(dir, &devnet);
+        rig.start();
+        block_on(async {
+            rig.netns("calm").await;
+            rig.add("calm").await.unwrap();
+            let before = rig.until("calm", "running", running).await;
+            let pid = before["enginePid"].as_u64().unwrap();
+            // The beat that follows the last of the start's calls.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            let slept = sleeps(pid);
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            let slept = sleeps(pid) - slept;
+            println!("asleep again {slept} times in 10 s");
+            // One slow beat may fall into them.
+            assert!(slept <= 4, "{slept}");
+            // Stopped, it runs for as long as that takes, and is asked.
+            signal(u32::try_from(pid).unwrap(), libc::SIGSTOP);
+            let begun = Instant::now();
+            counted("podtether_engine_exits_total{kind=\"silent\"} 1", TIMEOUT).await;
+            println!("killed after {:?}", begun.elapsed());
+            assert!(begun.elapsed() < Duration::from_secs(9), "5.5 s, and what a busy machine adds");
+        });
+    });
+}
+
 #[test]
 fn an_engine_that_does_not_read_its_tun_is_replaced() {
     in_namespaces("an_engine_that_does_not_read_its_tun_is_replaced", |dir| {

@@ -1,12 +1,14 @@
 //! Looks at what answers and may not work all the same: links and their queues, and the processor.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use podtether_net::link::{self, Fault};
 use podtether_proto::engine::EngineMetrics;
 use podtether_proto::node::AttachmentId;
+use tarpc::client::RpcError;
 
 use super::pod::{Fds, Pod, Taken};
 use super::{Message, Table};
@@ -65,11 +67,17 @@ impl Table {
             let processor = used.is_some_and(|used| engine.processor.look(now, used));
             if queue || processor {
                 let (id, epoch, to) = (id.clone(), engine.epoch, self.to_self.clone());
+                let process = Arc::clone(&engine.process);
                 tokio::spawn(async move {
-                    // One that does not answer is the heartbeat's.
-                    if let Ok(metrics) = client.metrics(within(ANSWER_WITHIN)).await {
-                        let doubts = Doubts { processor, queue };
-                        let _ = to.send(Message::Worked(id, epoch, doubts, Box::new(metrics))).await;
+                    match client.metrics(within(ANSWER_WITHIN)).await {
+                        Ok(metrics) => {
+                            let doubts = Doubts { processor, queue };
+                            let _ = to.send(Message::Worked(id, epoch, doubts, Box::new(metrics))).await;
+                        }
+                        // Its heartbeat rests while it does not run.
+                        Err(RpcError::DeadlineExceeded) => process.kill(Cause::Silent),
+                        // It is ending.
+                        Err(_) => {}
                     }
                 });
             }

@@ -230,7 +230,8 @@ impl Table {
         let Some(pod) = self.pods.get_mut(id) else { return };
         let Some(running) = pod.engine.as_mut().filter(|e| e.epoch == epoch) else { return };
         match event {
-            Event::Started(hello, client) => {
+            Event::Started { hello, client, ready } => {
+                self.counters.engine_ready_seconds.observe(ready.as_secs_f64());
                 let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
                 let pid = running.process.pid();
                 running.client = Some(client);

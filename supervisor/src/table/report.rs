@@ -44,6 +44,8 @@ pub struct PodReport {
     pub reason: String,
     /// Pid of the engine, absent while there is none.
     pub engine_pid: Option<u32>,
+    /// How often the engine has run since it began, where the kernel counts that. Asking does not wake it.
+    pub engine_runs: Option<u64>,
     /// Engine restarts since the supervisor started.
     pub restarts: u64,
     /// How the engine before ended, absent while none has.
@@ -113,6 +115,7 @@ impl Table {
                 state: pod.state(now),
                 reason: pod.reason.clone(),
                 engine_pid: pod.engine.as_ref().map(|e| e.process.pid()),
+                engine_runs: pod.engine.as_ref().and_then(|e| e.process.runs()),
                 restarts: pod.restarts,
                 last_exit: pod.last_exit.as_ref().map(|exit| LastExit {
                     kind: exit.kind,
