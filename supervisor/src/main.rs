@@ -18,6 +18,7 @@ const DISK_THREADS: usize = 8;
 const DISK_THREADS_STAY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 fn main() -> ExitCode {
+    look_names_up_alone();
     let matches = config::arguments().get_matches();
     if let Some((name, matches)) = matches.subcommand() {
         return operate(name, matches);
@@ -56,6 +57,24 @@ fn main() -> ExitCode {
         Err(e) => {
             tracing::error!("cannot run: {}", sentence(&e));
             ExitCode::FAILURE
+        }
+    }
+}
+
+/// A static program's C library would load the node's modules for host names (`resolve`, `myhostname`), which are
+/// made for the node's own C library. Files and DNS are built in.
+fn look_names_up_alone() {
+    #[cfg(all(target_os = "linux", target_env = "gnu", target_feature = "crt-static"))]
+    {
+        unsafe extern "C" {
+            fn __nss_configure_lookup(
+                database: *const libc::c_char,
+                services: *const libc::c_char,
+            ) -> libc::c_int;
+        }
+        // SAFETY: both are strings that live for ever, and nothing else runs yet.
+        unsafe {
+            __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr());
         }
     }
 }
