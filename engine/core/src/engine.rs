@@ -166,9 +166,9 @@ impl Engine {
         let disco_key = config.snapshot.as_ref().map_or(config.disco_key, |s| s.disco.clone());
         let mut random = Random::new(config.random_seed);
         let load = load::Load::new(&mut random);
-        let mut watch = shield::Watch::new(&mut random);
+        let mut watch = shield::Watch::new(&mut random, now);
         while config.standby == Some(watch.marks.index) {
-            watch = shield::Watch::new(&mut random);
+            watch = shield::Watch::new(&mut random, now);
         }
         let netcheck = Netcheck::new(watch.marks.stun);
         let dns = Dns::new(random.bytes());

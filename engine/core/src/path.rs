@@ -42,6 +42,9 @@ const PATIENCE_SLACK: Duration = Duration::from_millis(20);
 const PATIENCE_MAX: Duration = Duration::from_secs(2);
 /// The same for a heartbeat while packets come in: a lost pong then says little.
 const HEARTBEAT_PATIENCE: Duration = Duration::from_millis(500);
+/// A pong that took longer was held up by a peer that stood still: it vouches for the path, and says nothing of
+/// its latency.
+const HELD_UP: Duration = Duration::from_secs(2);
 /// The longest pause between pings while the best address is in doubt.
 const DOUBT_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// An address that has not answered for so long after its trust ended is no longer sent to.
@@ -442,7 +445,11 @@ impl PathAgent {
         };
         if replace {
             let before = self.best.filter(|best| best.addr == pong.addr).map(|best| best.latency);
-            let latency = before.map_or(latency, |before| (before * 3 + latency) / 4);
+            let latency = match before {
+                Some(before) if latency > HELD_UP => before,
+                Some(before) => (before * 3 + latency) / 4,
+                None => latency,
+            };
             self.best = Some(Best { latency, ..pong });
             self.probe = None;
             self.doubt = false;

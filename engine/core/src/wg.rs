@@ -29,6 +29,8 @@ const FIRST_RETRIES: [Duration; 3] =
 const EAGER_RETRY: Duration = Duration::from_millis(200);
 /// The least time between two initiations: well above the 20 ms within which peers ignore the second.
 const MIN_SPACING: Duration = Duration::from_millis(100);
+/// A response that took longer was held up by a peer that stood still, and says nothing of the path.
+const HELD_UP: Duration = Duration::from_secs(2);
 /// News of paths that hasten one attempt; a peer that answers everything but WireGuard gains no more.
 const MAX_HASTENED: u8 = 16;
 const REKEY_ATTEMPT: Duration = Duration::from_secs(90);
@@ -380,8 +382,9 @@ impl Tunnel {
             return false;
         };
         let round_trip = now.duration_since(sent);
-        let patience = (round_trip * 3 / 2 + MIN_SPACING).min(REKEY_TIMEOUT);
-        attempt.retry_at = attempt.retry_at.max(attempt.sent + patience);
+        if round_trip <= HELD_UP {
+            attempt.retry_at = attempt.retry_at.max(attempt.sent + round_trip * 3 / 2 + MIN_SPACING);
+        }
         true
     }
 

@@ -98,13 +98,13 @@ impl Program {
         self.push(BPF_JMP | BPF_JA, 0);
     }
 
-    /// A message with a receiver index: one without our mark is for no session of ours.
-    fn session(&mut self, shield: &Shield) {
-        self.load(BPF_B, UDP_HEADER + 7);
+    /// A message with a receiver index at this offset: one without our mark is for no session of ours.
+    fn session(&mut self, shield: &Shield, receiver: u32) {
+        self.load(BPF_B, UDP_HEADER + receiver + 3);
         self.drop_unless(BPF_JEQ, u32::from(shield.mark));
         self.set_both(share(shield, Class::Session));
         // The index is little-endian, what is loaded big-endian: its last byte comes first.
-        self.load(BPF_W, UDP_HEADER + 4);
+        self.load(BPF_W, UDP_HEADER + receiver);
         self.push(BPF_ALU | BPF_AND | BPF_K, 0x00ff_ffff);
         for session in &shield.sessions {
             self.when(BPF_JEQ, (session << 8).swap_bytes(), |p| {
@@ -145,13 +145,14 @@ pub(super) fn program(shield: &Shield, v4: bool) -> Vec<sock_filter> {
     p.load_length();
     p.drop_unless(BPF_JGE, UDP_HEADER + 20);
     p.load(BPF_W, UDP_HEADER);
-    for (kind, comparison, length) in
-        [(0x0400_0000, BPF_JGE, 32), (0x0200_0000, BPF_JEQ, 92), (0x0300_0000, BPF_JEQ, 64)]
+    // A handshake response names its sender before its receiver.
+    for (kind, comparison, length, receiver) in
+        [(0x0400_0000, BPF_JGE, 32, 4), (0x0200_0000, BPF_JEQ, 92, 8), (0x0300_0000, BPF_JEQ, 64, 4)]
     {
         p.when(BPF_JEQ, kind, |p| {
             p.load_length();
             p.drop_unless(comparison, UDP_HEADER + length);
-            p.session(shield);
+            p.session(shield, receiver);
         });
     }
     p.when(BPF_JEQ, 0x0100_0000, |p| {
@@ -306,7 +307,9 @@ mod tests {
             }
             datagram
         };
-        let wireguard = |kind, length| make(length, &[(0, &[kind, 0, 0, 0]), (7, &[MARK])]);
+        // A response names its sender first, whose mark is its own.
+        let mark = |kind| if kind == 2 { 11 } else { 7 };
+        let wireguard = |kind, length| make(length, &[(0, &[kind, 0, 0, 0]), (mark(kind), &[MARK])]);
         let disco = |key: [u8; 4]| make(120, &[(0, "TS💬".as_bytes()), (6, &key)]);
         let mut proven = wireguard(1, 148);
         proven[132..].fill(0);

@@ -35,6 +35,8 @@ const ABUSE: u64 = 500;
 const ABUSE_RATIO: u64 = 3;
 /// For so long.
 const DISTRUST: Duration = Duration::from_secs(10);
+/// What waited in the sockets while no process read them is for sessions that are gone, and comes all at once.
+const FROM_BEFORE: Duration = Duration::from_millis(500);
 /// Known addresses and disco keys that the filter looks for; those used last come first.
 const MAX_KNOWN: usize = 64;
 
@@ -137,7 +139,9 @@ impl Marks {
         match (u32::from_be_bytes(kind), datagram.len()) {
             (0x0100_0000, 148) if datagram[132..136] == [0; 4] => Class::Initiation,
             (0x0100_0000, 148) => Class::ProvenInitiation,
-            (0x0200_0000, 92) | (0x0300_0000, 64) | (0x0400_0000, 32..) if rest[3] == self.index => {
+            (0x0200_0000, 92) | (0x0300_0000, 64) | (0x0400_0000, 32..)
+                if receiver(datagram)[3] == self.index =>
+            {
                 Class::Session
             }
             (0x5453_f09f, 78..) if rest[..2] == [0x92, 0xac] => Class::Disco,
@@ -151,10 +155,15 @@ impl Marks {
     }
 }
 
-/// The receiver index of a datagram that has one, without the last byte, in which the peer's sessions
-/// differ.
+/// The receiver index of a datagram that has one: a handshake response names its sender first.
+fn receiver(datagram: &[u8]) -> [u8; 4] {
+    let at = if datagram.first() == Some(&2) { 8 } else { 4 };
+    datagram.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default()
+}
+
+/// The receiver index without the last byte, in which the peer's sessions differ.
 fn session(datagram: &[u8]) -> u32 {
-    datagram.get(4..8).and_then(|index| index.try_into().ok()).map_or(0, u32::from_le_bytes) >> 8
+    u32::from_le_bytes(receiver(datagram)) >> 8
 }
 
 /// What became of a datagram.
@@ -193,6 +202,8 @@ struct Up {
 /// Counts what is refused, and decides when that is a flood.
 pub(super) struct Watch {
     pub(super) marks: Marks,
+    /// From when on what is refused may be a flood.
+    counts_from: Instant,
     began: Option<Instant>,
     refused: [u64; Class::COUNT],
     /// Authentic packets whose content was refused, ever.
@@ -203,9 +214,10 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new(random: &mut Random) -> Self {
-        let marks = Marks::new(random);
-        Self { marks, began: None, refused: [0; Class::COUNT], denied: 0, up: None, unable: false }
+    pub(super) fn new(random: &mut Random, now: Instant) -> Self {
+        let (marks, counts_from) = (Marks::new(random), now + FROM_BEFORE);
+        let refused = [0; Class::COUNT];
+        Self { marks, counts_from, began: None, refused, denied: 0, up: None, unable: false }
     }
 
     /// What a datagram that is about to be worked on is.
@@ -239,7 +251,7 @@ impl Watch {
             }
             return false;
         }
-        if !refused || self.unable {
+        if !refused || self.unable || now < self.counts_from {
             return false;
         }
         let began = *self.began.get_or_insert(now);
@@ -411,4 +423,32 @@ impl Engine {
 fn scaled(count: u64, elapsed: Duration) -> u64 {
     let windows = elapsed.as_millis() / WINDOW.as_millis();
     count.saturating_mul(u64::try_from(windows).unwrap_or(u64::MAX).max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wg::{Opened, Tunnel};
+
+    #[test]
+    fn what_peers_answer_and_send_is_told_by_our_index_and_not_by_theirs() {
+        let now = Instant::now();
+        let (a, b) = (Identity::new([7; 32]), Identity::new([9; 32]));
+        let key = |of: u8| *crate::key::NodePrivate::from_bytes([of; 32]).public().as_bytes();
+        let mut ours = Tunnel::new(&a, key(9), 0x9b_1234, 1, now);
+        let mut theirs = Tunnel::new(&b, key(7), 0x22_5678, 2, now);
+        let mut out = [0; 256];
+        let initiation = ours.initiate(now).expect("allowed");
+        let Opened::Response(length) = theirs.open(&initiation, &mut out, now) else { panic!("no response") };
+        let response = out[..length].to_vec();
+        let Opened::Established(length) = ours.open(&response, &mut out, now) else { panic!("no session") };
+        let theirs = theirs.open(&out[..length].to_vec(), &mut [0; 256], now);
+        assert_eq!(theirs, Opened::Keepalive);
+        let class = |index, datagram: &[u8]| Marks { index, stun: [0; 4] }.class(datagram);
+        for (datagram, index) in [(&response[..], 0x9b), (&out[..length], 0x22)] {
+            assert_eq!(class(index, datagram), Class::Session, "{index:x}");
+            assert_eq!(class(index ^ 0x9b ^ 0x22, datagram), Class::Junk, "{index:x}");
+        }
+        assert_eq!((session(&response), session(&out[..length])), (0x9b_1234, 0x22_5678));
+    }
 }

@@ -274,6 +274,16 @@ fn a_ping_says_that_the_peers_door_is_open_and_ours_is_sent_again() {
 }
 
 #[test]
+fn a_pong_that_was_held_up_vouches_for_the_path_and_leaves_its_latency() {
+    let mut bench = Bench::trusting(&[addr(1)]);
+    let (_, before) = bench.agent.trusted(bench.now).expect("trusted");
+    let actions = bench.advance();
+    assert_eq!(pinged(&actions), [addr(1)], "a heartbeat");
+    bench.pong(&actions, addr(1), Duration::from_millis(4900));
+    assert_eq!(bench.agent.trusted(bench.now), Some((addr(1), before)));
+}
+
+#[test]
 fn the_better_address_wins_and_small_differences_do_not_count() {
     let best = |text: &str, us| Best {
         addr: text.parse().expect("an address"),

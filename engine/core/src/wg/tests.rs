@@ -222,6 +222,26 @@ fn only_the_newest_initiations_response_counts_and_a_slow_path_gets_the_time_it_
 }
 
 #[test]
+fn a_response_that_was_held_up_puts_no_try_off() {
+    let Pair { mut a, mut b, now } = pair();
+    let first = a.initiate(now).expect("first");
+    let mut at = now;
+    for _ in 0..3 {
+        at = a.deadline();
+        assert!(a.initiate(at).is_some());
+    }
+    a.be_eager(at + Duration::from_secs(9));
+    at += Duration::from_millis(300);
+    assert!(a.hasten(at).is_some());
+    let due = a.deadline();
+    let mut out = [0; 256];
+    let Opened::Response(len) = b.open(&first, &mut out, at) else { panic!("no response") };
+    let response = out[..len].to_vec();
+    assert_eq!(a.open(&response, &mut [0; 256], at), Opened::Duplicate);
+    assert_eq!(a.deadline(), due, "a peer that stood still answers sooner from then on");
+}
+
+#[test]
 fn received_data_is_acknowledged_after_ten_seconds_and_silence_is_noticed_after_fifteen() {
     let Pair { mut a, mut b, now } = pair();
     handshake(&mut a, &mut b, now);

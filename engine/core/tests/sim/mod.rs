@@ -4,6 +4,7 @@
 #![allow(dead_code, unused_imports, reason = "each test program uses its part")]
 
 pub(crate) mod faults;
+mod frozen;
 mod nat;
 mod packets;
 mod relays;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, DerpDestination, Outbox, RegionId};
 use podtether_core::engine::{
-    Config, ControlEvent, DerpEvent, Engine, Event, PathView, Patience, PingId, PingKind,
+    Config, ControlEvent, DerpEvent, Engine, Event, PathView, Patience, PingId, PingKind, Shield,
 };
 use podtether_core::filter::Rule;
 use podtether_core::key::{DiscoPrivate, NodePrivate, NodePublic};
@@ -207,6 +208,10 @@ pub(crate) struct World {
     pub(crate) udp_data: u64,
     pub(crate) derp_data: u64,
     pub(crate) rules: Vec<Rule>,
+    /// Filters on nodes' sockets, and what they dropped since they were asked.
+    pub(crate) shields: BTreeMap<usize, (Shield, u64)>,
+    /// What waits in the kernel for nodes whose processes stand still.
+    frozen: BTreeMap<usize, frozen::Queues>,
     /// In each direction between these.
     pub(crate) blocked_pairs: BTreeSet<(usize, usize)>,
     pub(crate) net: Topology,
@@ -244,6 +249,8 @@ impl World {
             udp_data: 0,
             derp_data: 0,
             rules: allow_all(),
+            shields: BTreeMap::new(),
+            frozen: BTreeMap::new(),
             blocked_pairs: BTreeSet::new(),
             net: Topology::default(),
         }
@@ -385,6 +392,7 @@ impl World {
         node.connected.clear();
         node.wanted.clear();
         node.silent.clear();
+        self.shields.remove(&n);
     }
 
     /// The host moves to another network, with another address; the process stays. Its connections to
@@ -463,6 +471,9 @@ impl World {
     }
 
     pub(crate) fn send_raw(&mut self, from: usize, packet: &[u8]) {
+        if let Some(queues) = self.frozen.get_mut(&from) {
+            return queues.keep_packet(packet);
+        }
         let mut batch = Batch::new();
         assert!(batch.push((), packet));
         let mut out = Outbox::default();
@@ -490,6 +501,7 @@ impl World {
                 .nodes
                 .iter()
                 .enumerate()
+                .filter(|(n, _)| !self.frozen.contains_key(n))
                 .filter_map(|(n, node)| Some((node.engine.as_ref()?.poll_timeout()?, n)))
                 .min();
             let next = [packet, timer.map(|t| t.0)].into_iter().flatten().min();
@@ -631,20 +643,37 @@ impl World {
             | Event::DerpPreferred { .. }
             | Event::ControlAnswer(_)
             | Event::Pong(_)
-            | Event::KeyExpired
-            // There is no flood here.
-            | Event::ShieldChanged
-            | Event::CountShielded => {}
+            | Event::KeyExpired => {}
+            Event::ShieldChanged => {
+                let dropped = self.shields.remove(&n).map_or(0, |(_, dropped)| dropped);
+                if let Some(shield) = self.engine(n).shield().cloned() {
+                    self.shields.insert(n, (shield, dropped));
+                }
+            }
+            Event::CountShielded => {
+                let dropped = self.shields.get_mut(&n).map_or(0, |(_, dropped)| std::mem::take(dropped));
+                let now = self.now;
+                self.engine(n).handle_shielded(dropped, now);
+            }
         }
         self.nodes[n].events.push(event);
     }
 
     fn deliver(&mut self, what: What) {
+        let Some(what) = self.unless_frozen(what) else { return };
         let now = self.now;
         let mut out = Outbox::default();
         match what {
             What::Udp { to, from, datagram, .. } => {
                 if self.udp_blocked.contains(&to) {
+                    return;
+                }
+                let dice =
+                    f64::from(u32::try_from(self.rng.next() >> 32).expect("32 bits")) / f64::from(u32::MAX);
+                if let Some((shield, dropped)) = self.shields.get_mut(&to)
+                    && !shield.passes(from, &datagram, dice)
+                {
+                    *dropped += 1;
                     return;
                 }
                 let mut batch = Batch::new();

@@ -2,6 +2,7 @@
 //! `SIM_SEEDS=10000` plays that many random schedules.
 
 mod changes;
+mod hangs;
 mod regions;
 mod schedules;
 #[path = "../sim/mod.rs"]
