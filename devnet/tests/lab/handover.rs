@@ -148,8 +148,8 @@ fn direct_peers_lose_nothing_at_a_planned_restart() {
 }
 
 #[test]
-fn a_peer_by_relay_alone_waits_for_a_dial() {
-    lab_test("handover::a_peer_by_relay_alone_waits_for_a_dial", |dir| {
+fn a_peer_by_relay_alone_does_not_wait_for_a_dial() {
+    lab_test("handover::a_peer_by_relay_alone_does_not_wait_for_a_dial", |dir| {
         let mut rig = Rig::start(dir, 2, DevnetConfig::default());
         rig.lab.block_udp().unwrap();
         let pods = rig.join(&[(0, "near"), (1, "far")]);
@@ -173,8 +173,8 @@ fn a_peer_by_relay_alone_waits_for_a_dial() {
         for run in pings {
             let report = run.stop(PATIENCE).unwrap();
             println!("{} sent, {} lost", report.sent, report.lost());
-            // What a relay had for the old connection when the new one came.
-            assert!(report.lost() * 20 < report.sent, "a twentieth at most");
+            // What a relay had for the old connection when that was closed.
+            assert!(report.lost() * 100 < report.sent, "a hundredth at most");
         }
         let pings = [Pinging::start(&near.netns, far.v4().unwrap(), INTERVAL, None).unwrap()];
         let crash = gaps(&pings, || {

@@ -135,7 +135,7 @@ pub struct DerpDestination {
     pub peer: NodePublic,
 }
 
-/// Where a message came from that another process of the same node may know.
+/// Where a message came from that another process of the same node may know, or where that is to send it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Origin {
     /// From the underlay.
@@ -144,6 +144,8 @@ pub enum Origin {
     Relay(DerpDestination),
     /// From the pod: it waited for a handshake.
     Pod,
+    /// For a relay: the other process is connected and this one is not yet.
+    ToRelay(DerpDestination),
 }
 
 /// Everything one `handle_*` call wants sent. The shell sends it all, then clears it.

@@ -4,11 +4,13 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Origin, Outbox, RegionId};
-use podtether_core::engine::{Config, ControlEvent, Engine};
+use podtether_core::engine::{Config, ControlEvent, DerpEvent, Engine};
 use podtether_core::filter::Rule;
-use podtether_core::key::{DiscoPrivate, NodePrivate};
+use podtether_core::key::{DiscoPrivate, NodePrivate, NodePublic};
 use podtether_core::snapshot::Snapshot;
-use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
+use podtether_core::tailcfg::{
+    DerpMap, DerpRegion, FilterRule, MapResponse, NetPortRange, Node, NodeId, PeerChange, PortRange, UnixTime,
+};
 
 const WALL: UnixTime = UnixTime::from_secs(1_800_000_000);
 
@@ -249,4 +251,126 @@ fn a_peer_that_began_another_session_in_between_is_shown_a_new_one() {
     assert_eq!(again, [1], "an initiation");
     old.end_passing();
     new.end_passing();
+}
+
+const REGION: RegionId = RegionId(1);
+
+/// Hands the packets for relays to `to`, as the region's server would.
+fn relay(to: &mut Engine, from: NodePublic, sent: &Outbox, now: Instant) -> Outbox {
+    let mut out = Outbox::default();
+    for (_, packet) in sent.derp.iter() {
+        let mut packet = packet.to_vec();
+        let event = DerpEvent::Packet { source: from, payload: &mut packet };
+        to.handle_derp(REGION, event, now, &mut out);
+    }
+    out
+}
+
+/// What one process sends for the other, as its shell does it.
+fn lend(lender: &Engine, passed: &Outbox, now: Instant) -> Outbox {
+    let mut out = Outbox::default();
+    for (origin, packet) in passed.passed.iter() {
+        let Origin::ToRelay(to) = origin else { panic!("{origin:?}") };
+        out.derp.push(lender.lent_relay(*to, now), packet);
+    }
+    out
+}
+
+#[test]
+fn a_peer_by_relay_alone_is_reached_through_the_process_before_until_the_dial_is_done() {
+    let mut now = Instant::now();
+    let keys = [1, 2].map(|n| NodePrivate::from_bytes([n; 32]).public());
+    let map = MapResponse {
+        derp_map: Some(DerpMap {
+            regions: Some([(REGION, DerpRegion { region_id: REGION, ..DerpRegion::default() })].into()),
+            ..DerpMap::default()
+        }),
+        ..MapResponse::default()
+    };
+    let mut engines = pair(now);
+    for engine in &mut engines {
+        let mut out = Outbox::default();
+        engine.handle_control(ControlEvent::Map(Box::new(map.clone())), now, &mut out);
+        // Nobody has an address that others could send to.
+        engine.handle_underlay(&[], None, None, now, &mut out);
+        let homes = [1, 2].map(|n| PeerChange {
+            node_id: NodeId(n),
+            derp_region: REGION,
+            endpoints: Some(Vec::new()),
+            ..PeerChange::default()
+        });
+        let homes = MapResponse { peers_changed_patch: homes.into(), ..MapResponse::default() };
+        engine.handle_control(ControlEvent::Map(Box::new(homes)), now, &mut out);
+    }
+    let [mut old, mut peer] = engines;
+    // The first packet makes both dial.
+    send(&mut old, 1, 0, now);
+    let mut out = Outbox::default();
+    old.handle_derp(REGION, DerpEvent::Connected, now, &mut out);
+    send(&mut peer, 2, 0, now);
+    peer.handle_derp(REGION, DerpEvent::Connected, now, &mut Outbox::default());
+    for round in 0..20 {
+        std::thread::sleep(Duration::from_millis(2));
+        now += Duration::from_millis(100);
+        old.handle_timeout(now, &mut out);
+        let back = relay(&mut peer, keys[0], &out, now);
+        out = relay(&mut old, keys[1], &back, now);
+        let done = relay(&mut peer, keys[0], &out, now);
+        out = Outbox::default();
+        if !done.tun.is_empty() {
+            break;
+        }
+        assert!(round < 19, "no session by relay");
+    }
+
+    // A peer answers no second handshake at once.
+    now += Duration::from_millis(100);
+    let snapshot = old.snapshot(now);
+    old.begin_passing();
+    let config = Config {
+        node_key: NodePrivate::from_bytes([1; 32]),
+        disco_key: DiscoPrivate::from_bytes([11; 32]),
+        mtu: 1280,
+        random_seed: [1; 32],
+        standby: Some(old.index_mark()),
+        wall: WALL,
+        snapshot: Some(Snapshot::from_bytes(&snapshot).expect("our own")),
+    };
+    std::thread::sleep(Duration::from_millis(2));
+    let mut new = Engine::new(config, now);
+    new.begin_passing();
+    assert_eq!(new.unready(now), 1);
+    let mut out = Outbox::default();
+    new.handle_timeout(now, &mut out);
+    assert_eq!(
+        (out.udp.len(), out.derp.len(), out.passed.len()),
+        (0, 0, 1),
+        "a handshake to be lent a relay"
+    );
+    let response = relay(&mut peer, keys[0], &lend(&old, &out, now), now);
+    let handed = relay(&mut old, keys[1], &response, now);
+    assert_eq!(handed.passed.len(), 1, "of {} packets", response.derp.len());
+    assert!(passed(&mut new, &handed, now).is_empty(), "the peer does not learn of the session");
+    assert_eq!(new.unready(now), 0);
+
+    let flows = old.let_go(&mut Outbox::default());
+    let under_way = send(&mut peer, 2, 41, now);
+    let mut out = Outbox::default();
+    new.take_over(&flows, now, &mut out);
+    relay(&mut peer, keys[0], &lend(&old, &out, now), now);
+    assert_eq!(numbers(&relay(&mut old, keys[1], &under_way, now)), [41], "in the session before");
+    let out = send(&mut new, 1, 42, now);
+    assert_eq!(numbers(&relay(&mut peer, keys[0], &lend(&old, &out, now), now)), [42]);
+    let back = send(&mut peer, 2, 43, now);
+    let handed = relay(&mut old, keys[1], &back, now);
+    assert_eq!(numbers(&passed(&mut new, &handed, now)), [43], "in the new session, by the old connection");
+
+    new.handle_derp(REGION, DerpEvent::Connected, now, &mut Outbox::default());
+    let out = send(&mut new, 1, 44, now);
+    assert!(out.passed.is_empty());
+    assert_eq!(numbers(&relay(&mut peer, keys[0], &out, now)), [44], "by its own");
+    new.end_passing();
+    new.handle_derp(REGION, DerpEvent::Disconnected, now, &mut Outbox::default());
+    let out = send(&mut new, 1, 45, now);
+    assert!(out.passed.is_empty() && out.derp.is_empty(), "it waits");
 }

@@ -214,6 +214,7 @@ impl Driver {
         match message {
             Message::Passed => {
                 self.engine.handle_passed(&mut self.passed, now, &mut self.outbox);
+                self.lend_relays(now);
                 self.passed.clear();
                 if let Some(since) = self.handover.gone_since {
                     self.handover.until = Some((now + LINGERS_IDLE).min(since + LINGERS));
@@ -309,6 +310,17 @@ impl Driver {
         ));
         self.set_underlay(&underlay, Instant::now());
         Ok(())
+    }
+
+    /// Sends what the other process has for relays that it is not connected to yet.
+    fn lend_relays(&mut self, now: Instant) {
+        for (origin, packet) in self.passed.iter() {
+            let Origin::ToRelay(to) = origin else { continue };
+            let to = self.engine.lent_relay(*to, now);
+            if let Err(why) = self.derp.send(to.region, to.peer, packet) {
+                self.drops.count(why);
+            }
+        }
     }
 
     /// What a handover changes in what is sent: a standby sends handshakes alone, and who has let go nothing.

@@ -31,6 +31,7 @@ const FROM_V4: u8 = 4;
 const FROM_V6: u8 = 6;
 const FROM_RELAY: u8 = 7;
 const FROM_POD: u8 = 8;
+const TO_RELAY: u8 = 9;
 
 /// What the other process said.
 #[derive(Debug)]
@@ -147,13 +148,16 @@ fn put(origin: Origin, out: &mut Vec<u8>) {
             }
             out.extend_from_slice(&from.port().to_le_bytes());
         }
-        Origin::Relay(DerpDestination { region, peer }) => {
-            out.push(FROM_RELAY);
-            out.extend_from_slice(&region.0.to_le_bytes());
-            out.extend_from_slice(peer.as_bytes());
-        }
+        Origin::Relay(relay) => put_relay(FROM_RELAY, relay, out),
         Origin::Pod => out.push(FROM_POD),
+        Origin::ToRelay(relay) => put_relay(TO_RELAY, relay, out),
     }
+}
+
+fn put_relay(kind: u8, DerpDestination { region, peer }: DerpDestination, out: &mut Vec<u8>) {
+    out.push(kind);
+    out.extend_from_slice(&region.0.to_le_bytes());
+    out.extend_from_slice(peer.as_bytes());
 }
 
 fn parse(bytes: &[u8], passed: &mut Batch<Origin>) -> Option<Message> {
@@ -188,13 +192,16 @@ fn origin(rest: &mut &[u8]) -> Option<Origin> {
             let ip = IpAddr::from(take::<16>(rest)?);
             Origin::Udp(SocketAddr::new(ip, u16::from_le_bytes(take(rest)?)))
         }
-        FROM_RELAY => {
-            let region = RegionId(u32::from_le_bytes(take(rest)?));
-            Origin::Relay(DerpDestination { region, peer: NodePublic::from_bytes(take(rest)?) })
-        }
+        FROM_RELAY => Origin::Relay(relay(rest)?),
         FROM_POD => Origin::Pod,
+        TO_RELAY => Origin::ToRelay(relay(rest)?),
         _ => return None,
     })
+}
+
+fn relay(rest: &mut &[u8]) -> Option<DerpDestination> {
+    let region = RegionId(u32::from_le_bytes(take(rest)?));
+    Some(DerpDestination { region, peer: NodePublic::from_bytes(take(rest)?) })
 }
 
 fn take<const N: usize>(rest: &mut &[u8]) -> Option<[u8; N]> {
@@ -223,10 +230,11 @@ mod tests {
             Origin::Udp("[2001:db8::1]:7000".parse().unwrap()),
             Origin::Relay(relay),
             Origin::Pod,
+            Origin::ToRelay(relay),
         ];
         let mut sent = Batch::new();
         for n in 0..200_usize {
-            assert!(sent.push(origins[n % 4], &vec![u8::try_from(n).unwrap(); 10 * (n % 140)]));
+            assert!(sent.push(origins[n % 5], &vec![u8::try_from(n).unwrap(); 10 * (n % 140)]));
         }
         let receiver = tokio::spawn(async move {
             let mut got = Batch::new();

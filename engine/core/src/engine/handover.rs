@@ -6,6 +6,10 @@
 //! passes on what names a receiver index that is not its own. From the takeover on it is the other way round:
 //! what peers had sent before they heard of the new sessions goes back to the process that knows the old ones,
 //! for as long as that lives. The two have no index in common ([`Config::standby`](super::Config::standby)).
+//!
+//! A successor dials relays only when it is the node: a relay has one connection of a node that packets go to.
+//! Until it is connected itself, the process before lends it its connections: handshakes of a standby with peers
+//! by relay alone go that way, and so does everything for them from the takeover until the dial is done.
 
 use super::*;
 use crate::batch::{DerpDestination, Origin};
@@ -66,11 +70,13 @@ impl Engine {
         if self.handover.stage == Stage::InCharge {
             self.handover.stage = Stage::Succeeded;
         }
+        self.relays.set_lent(self.handover.stage == Stage::Standby);
     }
 
     /// The other process is gone.
     pub fn end_passing(&mut self) {
         self.handover.passing = false;
+        self.relays.set_lent(false);
         if self.handover.stage == Stage::Succeeded {
             self.handover.stage = Stage::InCharge;
         }
@@ -114,12 +120,26 @@ impl Engine {
         }
     }
 
-    /// Peers that a standby greets without a relay and has no session with yet.
+    /// Peers that a standby greets and has no session with yet.
     #[must_use]
     pub fn unready(&self, now: Instant) -> usize {
         let active = |slot: &Slot| self.peers.get(*slot)?.active.as_deref();
         let active = self.by_index.values().filter_map(active);
-        active.filter(|active| active.path.best().is_some() && !active.tunnel.ready(now)).count()
+        active.filter(|active| !active.tunnel.ready(now)).count()
+    }
+
+    /// The relay by which the other process's packet for `to` goes out ([`Origin::ToRelay`]): that, or where this
+    /// one reaches the peer.
+    #[must_use]
+    pub fn lent_relay(&self, to: DerpDestination, now: Instant) -> DerpDestination {
+        if self.relays.is_connected(to.region) {
+            return to;
+        }
+        let peer = self.peers.by_key(&to.peer).and_then(|slot| self.peers.get(slot));
+        let ours = peer.and_then(|peer| {
+            super::outbound::relay_for(peer.active.as_deref()?, peer.home, peer.key, &self.relays, now)
+        });
+        ours.unwrap_or(to)
     }
 
     /// What the other process passed. It is not passed back.
@@ -136,6 +156,8 @@ impl Engine {
                         self.counters.drop(reason, 1);
                     }
                 }
+                // The shell's, which has the connection.
+                Origin::ToRelay(_) => {}
             }
         }
         self.handover.passing = passing;

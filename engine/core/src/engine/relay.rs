@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::batch::{DerpDestination, Outbox, RegionId};
+use crate::batch::{DerpDestination, Origin, Outbox, RegionId};
 use crate::engine::api::Event;
 use crate::key::NodePublic;
 
@@ -71,6 +71,8 @@ pub(crate) struct Relays {
     /// When peers were last sent something or heard from, by any way, or a relay was connected.
     used: Option<Instant>,
     regions: BTreeMap<RegionId, Relay>,
+    /// Another process of this node sends for this one where that is not connected.
+    lent: bool,
 }
 
 impl Relays {
@@ -89,6 +91,11 @@ impl Relays {
 
     pub(crate) fn is_connected(&self, region: RegionId) -> bool {
         self.regions.get(&region).is_some_and(|r| r.connected)
+    }
+
+    /// Whether another process of this node sends what goes to regions that are not connected here.
+    pub(crate) fn set_lent(&mut self, lent: bool) {
+        self.lent = lent;
     }
 
     /// Whether the DERP map has the region.
@@ -211,6 +218,7 @@ impl Relays {
         out: &mut Outbox,
         events: &mut VecDeque<Event>,
     ) -> bool {
+        let lent = self.lent;
         let waiting: usize = if self.is_connected(to.region) {
             0
         } else {
@@ -226,6 +234,9 @@ impl Relays {
                 events.push_back(Event::DerpPing { region: to.region });
             }
             return out.derp.push(to, packet);
+        }
+        if lent && out.passed.push(Origin::ToRelay(to), packet) {
+            return true;
         }
         if crate::wg::is_initiation(packet) {
             // The newest is sent when the relay is connected; several at once would be taken for a flood.
