@@ -23,10 +23,12 @@
 //! | odd peers | `peers`, `control::kinds` |
 //! | relays | `derp`, `stun`, `regions`, `distance` |
 //! | what goes wrong on request | [`fault`] |
+//! | figures | [`bench`] |
 //! | seeded trouble under traffic, and its judge | [`chaos`] |
 
 pub mod acl;
 mod api;
+pub mod bench;
 pub mod ca;
 pub mod chaos;
 mod config;

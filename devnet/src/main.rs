@@ -1,8 +1,10 @@
 //! `podtether-devnet serve`: a tailnet to develop and test against. `podtether-devnet demo`: see [`demo`].
-//! `podtether-devnet chaos`: see [`podtether_devnet::chaos`].
+//! `podtether-devnet chaos`: see [`podtether_devnet::chaos`]. `podtether-devnet joins`: see
+//! [`podtether_devnet::bench::joins`].
 #![expect(clippy::print_stdout, reason = "a command line tool prints its answers")]
 
 mod demo;
+mod joins;
 mod trial;
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -30,6 +32,8 @@ enum Command {
     Demo(demo::Demo),
     /// Kill, stop and unplug things in a seeded order under traffic, and say what it cost.
     Chaos(trial::Chaos),
+    /// Let pods join alone and all at once, and say how long they wait and what they cost.
+    Joins(joins::Joins),
 }
 
 #[derive(Args)]
@@ -87,6 +91,7 @@ fn main() -> anyhow::Result<ExitCode> {
             .map(|()| ExitCode::SUCCESS),
         Command::Demo(arguments) => Ok(demo::run(&arguments)),
         Command::Chaos(arguments) => Ok(trial::run(&arguments)),
+        Command::Joins(arguments) => Ok(joins::run(&arguments)),
     }
 }
 
