@@ -442,7 +442,7 @@ mod tests {
         let Opened::Response(length) = theirs.open(&initiation, &mut out, now) else { panic!("no response") };
         let response = out[..length].to_vec();
         let Opened::Established(length) = ours.open(&response, &mut out, now) else { panic!("no session") };
-        let theirs = theirs.open(&out[..length].to_vec(), &mut [0; 256], now);
+        let theirs = theirs.open(&out[..length], &mut [0; 256], now);
         assert_eq!(theirs, Opened::Keepalive);
         let class = |index, datagram: &[u8]| Marks { index, stun: [0; 4] }.class(datagram);
         for (datagram, index) in [(&response[..], 0x9b), (&out[..length], 0x22)] {
