@@ -19,7 +19,7 @@ impl Sum {
     #[must_use]
     #[inline]
     pub fn bytes(self, bytes: &[u8]) -> Self {
-        let (steps, rest) = bytes.as_chunks::<STEP>();
+        let (steps, mut rest) = bytes.as_chunks::<STEP>();
         let mut lanes = [0u64; LANES];
         for step in steps {
             let (words, _) = step.as_chunks::<4>();
@@ -30,14 +30,14 @@ impl Sum {
         }
         // No lane can overflow below 16 GiB.
         let mut sum = self.0 + lanes.iter().sum::<u64>();
-        let (words, rest) = rest.as_chunks::<4>();
-        for word in words {
-            sum += u64::from(u32::from_ne_bytes(*word));
-        }
-        let mut last = [0; 4];
-        for (to, from) in last.iter_mut().zip(rest) {
-            *to = *from;
-        }
+        // Headers are as short as this, so it is no loop.
+        sum += take::<32>(&mut rest) + take::<16>(&mut rest) + take::<8>(&mut rest) + take::<4>(&mut rest);
+        let last = match *rest {
+            [a] => [a, 0, 0, 0],
+            [a, b] => [a, b, 0, 0],
+            [a, b, c] => [a, b, c, 0],
+            _ => [0; 4],
+        };
         Self(sum + u64::from(u32::from_ne_bytes(last)))
     }
 
@@ -74,6 +74,15 @@ impl Sum {
     pub fn holds(self) -> bool {
         self.fold() == 0xffff
     }
+}
+
+/// The sum of the first `N` bytes, which are taken off; of none when there are fewer.
+#[inline(always)]
+fn take<const N: usize>(bytes: &mut &[u8]) -> u64 {
+    let Some((first, rest)) = bytes.split_first_chunk::<N>() else { return 0 };
+    *bytes = rest;
+    let (words, _) = first.as_chunks::<4>();
+    words.iter().map(|word| u64::from(u32::from_ne_bytes(*word))).sum()
 }
 
 /// The pseudo header of RFC 9293, 3.1 and RFC 8200, 8.1. `addresses` are source and destination as they lie
