@@ -125,7 +125,7 @@ impl Default for Coalescer {
 }
 
 impl Coalescer {
-    /// One without memory; it takes some as packets come, about 40 bytes for each of a batch.
+    /// One without memory; it takes some as packets come, about 30 bytes for each of a batch.
     #[must_use]
     pub fn new() -> Self {
         Self { groups: Vec::new(), next: Vec::new(), open: [NONE; PLACES] }
