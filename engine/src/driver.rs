@@ -8,6 +8,7 @@
 mod drops;
 mod fence;
 mod handover;
+mod mmsg;
 mod partner;
 mod report;
 mod rest;
@@ -17,13 +18,14 @@ mod tun;
 mod udp;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use podtether_core::batch::{Batch, Origin, Outbox, RegionId};
 use podtether_core::dns::Action;
 use podtether_core::engine::{self, ControlEvent, DerpEvent, Engine, PingId};
+use podtether_core::offload::VnetHeader;
 use podtether_core::snapshot::SnapshotWriter;
 use podtether_proto::engine::{Pong, Role, Underlay};
 use podtether_proto::exit::EngineExit;
@@ -161,8 +163,7 @@ struct Driver {
     udp6: Option<Udp>,
     /// Those of the process before are in use as long as it is the node.
     names: Option<Names>,
-    from_tun: Batch<()>,
-    from_udp: Batch<SocketAddr>,
+    from_tun: Batch<VnetHeader>,
     passed: Batch<Origin>,
     drops: Drops,
     intake: Intake,
@@ -197,7 +198,7 @@ struct Driver {
 /// What woke the loop.
 enum Wake {
     Packets,
-    Datagrams,
+    Datagrams { v4: bool },
     Names(names::Event),
     Control(control::Event),
     Derp(derp::Message),
@@ -257,11 +258,8 @@ impl Driver {
                 Ok(()) => Wake::Packets,
                 Err(gone) => Wake::Ended(Ending::new(EngineExit::LinkLost, gone.to_string())),
             },
-            received = receive(self.udp4.as_mut(), self.udp6.as_mut(), &mut self.from_udp), if reads => match received {
-                Ok(unusable) => {
-                    self.drops.add(Drop::UdpTruncated, unusable);
-                    Wake::Datagrams
-                }
+            v4 = readable(self.udp4.as_ref(), self.udp6.as_ref()), if reads => match v4 {
+                Ok(v4) => Wake::Datagrams { v4 },
                 Err(error) => Wake::Ended(Ending::new(EngineExit::LinkLost, format!("a UDP socket failed: {error}"))),
             },
             event = asked(self.names.as_mut()) => Wake::Names(event),
@@ -289,14 +287,15 @@ impl Driver {
         let now = Instant::now();
         match wake {
             Wake::Packets => {
-                self.intake.tun_packets += u64::try_from(self.from_tun.len()).unwrap_or(0);
-                self.engine.handle_tun(&mut self.from_tun, now, &mut self.outbox);
+                self.intake.tun_packets += self.engine.handle_tun(&mut self.from_tun, now, &mut self.outbox);
                 self.from_tun.clear();
             }
-            Wake::Datagrams => {
-                self.intake.others += u64::try_from(self.from_udp.len()).unwrap_or(0);
-                self.engine.handle_udp(&mut self.from_udp, now, &mut self.outbox);
-                self.from_udp.clear();
+            Wake::Datagrams { v4 } => {
+                if let Some(udp) = if v4 { &mut self.udp4 } else { &mut self.udp6 } {
+                    self.drops.add(Drop::UdpTruncated, udp.receive());
+                    let datagrams = udp.datagrams().inspect(|_| self.intake.others += 1);
+                    self.engine.handle_udp(datagrams, now, &mut self.outbox);
+                }
             }
             Wake::Names(event) => {
                 self.intake.others += 1;
@@ -357,19 +356,15 @@ impl Driver {
                 names.act(action, &mut self.drops);
             }
         }
-        self.tun.write(&self.outbox.tun, &mut self.drops);
+        self.tun.write(&mut self.outbox.tun, &mut self.drops);
         self.pass_on().await;
         if !self.outbox.udp.is_empty() {
-            let (udp4, udp6) = (self.udp4.as_ref(), self.udp6.as_ref());
-            if udp4.is_none() || udp6.is_none() {
-                let lost = udp::without_socket(&self.outbox.udp, udp4.is_some(), udp6.is_some());
-                self.drops.add(Drop::UdpNoSocket, lost);
+            let (v4, v6) = (self.udp4.is_some(), self.udp6.is_some());
+            if !v4 || !v6 {
+                self.drops.add(Drop::UdpNoSocket, udp::without_socket(&self.outbox.udp, v4, v6));
             }
-            if let Some(udp) = udp4 {
-                udp.send(&self.outbox.udp, true, &mut self.drops).await;
-            }
-            if let Some(udp) = udp6 {
-                udp.send(&self.outbox.udp, false, &mut self.drops).await;
+            for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
+                udp.send(&self.outbox.udp, &mut self.drops).await;
             }
         }
         for (to, packet) in self.outbox.derp.iter() {
@@ -728,19 +723,11 @@ impl Driver {
     }
 }
 
-/// From whichever socket has something; how many datagrams were unusable.
-async fn receive(
-    udp4: Option<&mut Udp>,
-    udp6: Option<&mut Udp>,
-    batch: &mut Batch<SocketAddr>,
-) -> std::io::Result<u64> {
-    let first = tokio::select! {
-        result = datagrams(udp4.as_deref()) => result.map(|()| true),
-        result = datagrams(udp6.as_deref()) => result.map(|()| false),
-    }?;
-    match (first, udp4, udp6) {
-        (true, Some(udp), _) | (false, _, Some(udp)) => Ok(udp.receive(batch)),
-        _ => Ok(0),
+/// Waits for datagrams; whether they are the IPv4 socket's.
+async fn readable(udp4: Option<&Udp>, udp6: Option<&Udp>) -> std::io::Result<bool> {
+    tokio::select! {
+        result = datagrams(udp4) => result.map(|()| true),
+        result = datagrams(udp6) => result.map(|()| false),
     }
 }
 

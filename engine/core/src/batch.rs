@@ -10,6 +10,9 @@ pub use crate::tailcfg::RegionId;
 pub const MAX_ITEMS: usize = 1024;
 /// Most bytes a batch takes: room for several full receive calls, far below a pod's memory limit.
 pub const MAX_BYTES: usize = 4 << 20;
+/// What a batch takes at first. Allocated as zeroes and not yet touched, it is address space until packets
+/// come to lie in it; a size that allocators get from the kernel and give back to it.
+const FIRST_BYTES: usize = 256 << 10;
 
 /// A bounded list of packets, each with its `M` (where it came from or goes to).
 #[derive(Debug)]
@@ -47,22 +50,63 @@ impl<M> Batch<M> {
         max_len: usize,
         write: impl FnOnce(&mut [u8]) -> Option<usize>,
     ) -> bool {
-        let start = self.items.last().map_or(0, |(_, r)| r.end);
+        self.fill(max_len, |out| Some((meta, write(out)?)))
+    }
+
+    /// As [`Batch::push_with`], where `write` finds out the meta as well.
+    pub fn fill(&mut self, max_len: usize, write: impl FnOnce(&mut [u8]) -> Option<(M, usize)>) -> bool {
+        let start = self.bytes();
         let Some(end) = start.checked_add(max_len).filter(|end| *end <= MAX_BYTES) else { return false };
         if self.items.len() >= MAX_ITEMS {
             return false;
         }
         // Bytes past the last item stay initialised between uses: growing is the only time that is paid.
-        if self.buf.len() < end {
+        if self.buf.is_empty() {
+            self.buf = vec![0; end.max(FIRST_BYTES)];
+        } else if self.buf.len() < end {
             self.buf.resize(end, 0);
         }
         match write(&mut self.buf[start..end]) {
-            Some(len) if len <= max_len => {
+            Some((meta, len)) if len <= max_len => {
                 self.items.push((meta, start..start + len));
                 true
             }
             _ => false,
         }
+    }
+
+    /// Bytes of all packets together.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.items.last().map_or(0, |(_, range)| range.end)
+    }
+
+    /// Packets in order, in runs that one call can send: see [`Run`].
+    pub fn runs(&self) -> impl Iterator<Item = Run<'_, M>>
+    where
+        M: PartialEq,
+    {
+        let mut items = self.items.iter().peekable();
+        std::iter::from_fn(move || {
+            let (meta, first) = items.next()?;
+            let size = first.len();
+            let mut run = Run { meta, bytes: &[], size, packets: 1 };
+            let mut end = first.end;
+            let mut last = size;
+            while let Some((_, next)) = items.next_if(|(other, next)| {
+                run.packets < Run::<M>::MAX_PACKETS
+                    && last == size
+                    && (1..=size).contains(&next.len())
+                    && next.end - first.start <= Run::<M>::MAX_BYTES
+                    && other == meta
+            }) {
+                last = next.len();
+                end = next.end;
+                run.packets += 1;
+            }
+            run.bytes = &self.buf[first.start..end];
+            Some(run)
+        })
     }
 
     /// Packets in order.
@@ -72,15 +116,9 @@ impl<M> Batch<M> {
 
     /// Packets in order, writable.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (&M, &mut [u8])> {
-        let mut rest = self.buf.as_mut_slice();
-        let mut at = 0;
-        self.items.iter().map(move |(meta, range)| {
-            let (_, tail) = std::mem::take(&mut rest).split_at_mut(range.start - at);
-            let (packet, tail) = tail.split_at_mut(range.len());
-            at = range.end;
-            rest = tail;
-            (meta, packet)
-        })
+        let Self { buf, items } = self;
+        let mut rest = Rest { bytes: buf, at: 0 };
+        items.iter().map(move |(meta, range)| (meta, rest.take(range)))
     }
 
     /// Packet number `index`.
@@ -105,12 +143,11 @@ impl<M> Batch<M> {
         self.items.clear();
     }
 
-    /// Gives memory above `bytes` back; for after a burst.
-    pub fn shrink_to(&mut self, bytes: usize) {
-        let used = self.items.last().map_or(0, |(_, r)| r.end);
-        self.buf.truncate(bytes.max(used));
-        self.buf.shrink_to(bytes);
-        self.items.shrink_to(bytes / 1280);
+    /// Gives the memory of an empty batch back.
+    pub fn release(&mut self) {
+        if self.items.is_empty() {
+            *self = Self::default();
+        }
     }
 
     /// Whether there is no packet.
@@ -124,6 +161,69 @@ impl<M> Batch<M> {
     pub fn len(&self) -> usize {
         self.items.len()
     }
+}
+
+impl<'a, M: Copy> IntoIterator for &'a mut Batch<M> {
+    type Item = (M, &'a mut [u8]);
+    type IntoIter = IterMut<'a, M>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        IterMut { items: self.items.iter(), rest: Rest { bytes: &mut self.buf, at: 0 } }
+    }
+}
+
+/// See [`Batch::iter_mut`]; the metas are copies.
+#[derive(Debug)]
+pub struct IterMut<'a, M> {
+    items: std::slice::Iter<'a, (M, Range<usize>)>,
+    rest: Rest<'a>,
+}
+
+impl<'a, M: Copy> Iterator for IterMut<'a, M> {
+    type Item = (M, &'a mut [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (meta, range) = self.items.next()?;
+        Some((*meta, self.rest.take(range)))
+    }
+}
+
+/// The part of a buffer whose packets were not given out yet.
+#[derive(Debug)]
+struct Rest<'a> {
+    bytes: &'a mut [u8],
+    at: usize,
+}
+
+impl<'a> Rest<'a> {
+    fn take(&mut self, range: &Range<usize>) -> &'a mut [u8] {
+        let (_, tail) = std::mem::take(&mut self.bytes).split_at_mut(range.start - self.at);
+        let (packet, tail) = tail.split_at_mut(range.len());
+        self.at = range.end;
+        self.bytes = tail;
+        packet
+    }
+}
+
+/// Consecutive packets of one destination and one length, of which the last may be shorter, as they lie
+/// behind each other: what UDP segmentation offload sends by one call.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Run<'a, M> {
+    /// Where they go.
+    pub meta: &'a M,
+    /// All of them.
+    pub bytes: &'a [u8],
+    /// Length of each but the last.
+    pub size: usize,
+    /// How many.
+    pub packets: usize,
+}
+
+impl<M> Run<'_, M> {
+    /// Most packets: `UDP_MAX_SEGMENTS` of kernels before 6.9.
+    pub const MAX_PACKETS: usize = 64;
+    /// Most bytes, well below what a datagram's length field can say.
+    pub const MAX_BYTES: usize = 65_000;
 }
 
 /// Where a packet goes through a relay.
@@ -170,6 +270,14 @@ impl Outbox {
         self.passed.clear();
     }
 
+    /// Gives the memory of what is empty back.
+    pub fn release(&mut self) {
+        self.udp.release();
+        self.tun.release();
+        self.derp.release();
+        self.passed.release();
+    }
+
     /// Whether nothing is to be sent.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -212,8 +320,38 @@ mod tests {
         while batch.push((), &big) {}
         assert!(batch.iter().map(|(_, p)| p.len()).sum::<usize>() <= MAX_BYTES);
         assert!(!batch.push_with((), usize::MAX, |_| Some(0)));
+        batch.release();
+        assert!(!batch.is_empty(), "nothing is lost");
         batch.clear();
-        batch.shrink_to(2048);
+        batch.release();
         assert!(batch.push((), b"still works"));
+    }
+
+    #[test]
+    fn runs_are_what_segmentation_offload_can_send() {
+        let runs = |packets: &[(u8, usize)]| {
+            let mut batch = Batch::new();
+            for (n, (to, len)) in packets.iter().enumerate() {
+                assert!(batch.push(*to, &vec![u8::try_from(n % 251).unwrap(); *len]));
+            }
+            let mut seen = Vec::new();
+            for run in batch.runs() {
+                seen.push((*run.meta, run.size, run.packets));
+                assert!(run.bytes.len() <= run.size * run.packets);
+                assert!(run.bytes.len() > run.size * (run.packets - 1) || run.packets == 1);
+            }
+            let bytes: Vec<u8> = batch.runs().flat_map(|run| run.bytes.to_vec()).collect();
+            assert_eq!(bytes, batch.iter().flat_map(|(_, p)| p.to_vec()).collect::<Vec<_>>());
+            seen
+        };
+        assert_eq!(runs(&[]), []);
+        assert_eq!(runs(&[(1, 100)]), [(1, 100, 1)]);
+        // A shorter one closes its run, a longer one or another destination begins another.
+        assert_eq!(runs(&[(1, 100), (1, 100), (1, 60), (1, 60)]), [(1, 100, 3), (1, 60, 1)]);
+        assert_eq!(runs(&[(1, 60), (1, 100), (2, 100)]), [(1, 60, 1), (1, 100, 1), (2, 100, 1)]);
+        // Nothing in a segment is no datagram.
+        assert_eq!(runs(&[(1, 9), (1, 0), (1, 0)]), [(1, 9, 1), (1, 0, 1), (1, 0, 1)]);
+        assert_eq!(runs(&[(1, 10); 130]), [(1, 10, 64), (1, 10, 64), (1, 10, 2)]);
+        assert_eq!(runs(&[(1, 1312); 53]), [(1, 1312, 49), (1, 1312, 4)]);
     }
 }

@@ -11,6 +11,6 @@ mod headers;
 pub mod segment;
 pub mod vnet;
 
-pub use coalesce::{Coalescer, Write};
+pub use coalesce::{Coalescer, MAX_PIECES, Write};
 pub use segment::{SegmentError, Segments};
 pub use vnet::{BadHeader, Gso, VNET_HEADER_LEN, VnetHeader};

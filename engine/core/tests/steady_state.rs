@@ -1,4 +1,4 @@
-//! Carrying packets allocates nothing once buffers are warm.
+//! Carrying packets allocates nothing once buffers are warm, one by one and as the super-packets of the kernel.
 
 mod counting;
 
@@ -10,6 +10,7 @@ use podtether_core::batch::{Batch, Outbox, RegionId};
 use podtether_core::engine::{Config, ControlEvent, Engine, PathView};
 use podtether_core::filter::Rule;
 use podtether_core::key::{DiscoPrivate, NodePrivate};
+use podtether_core::offload::{Gso, VnetHeader, checksum};
 use podtether_core::tailcfg::{FilterRule, MapResponse, NetPortRange, Node, NodeId, PortRange, UnixTime};
 
 fn node(n: u8, key: &NodePrivate, disco: &DiscoPrivate) -> Node {
@@ -134,4 +135,98 @@ fn a_warm_data_path_allocates_nothing() {
     let allocations = ALLOCATIONS.get() - after_warm_up;
     assert_eq!(delivered, 200 * 64);
     assert_eq!(allocations, 0, "for {} packets", 180 * 64);
+}
+
+const HEADERS: usize = 40;
+
+/// A TCP super-packet that the kernel leaves to be cut into segments of `size` bytes each.
+fn super_packet(payload: usize, size: u16) -> (VnetHeader, Vec<u8>) {
+    let mut p = packet(1, 2)[..20].to_vec();
+    p[9] = 6;
+    p.extend([0, 80, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 1, 0, 0, 0, 0, 0]);
+    p.extend((0..payload).map(|n| u8::try_from(n % 251).expect("small")));
+    let length = u16::try_from(p.len()).expect("64 KiB at most");
+    p[2..4].copy_from_slice(&length.to_be_bytes());
+    let partial = checksum::pseudo(&p[12..20], 6, length - 20).fold();
+    p[36..38].copy_from_slice(&partial.to_be_bytes());
+    let header = VnetHeader {
+        needs_csum: true,
+        gso: Gso::TcpV4,
+        header_len: 40,
+        gso_size: size,
+        csum_start: 20,
+        csum_offset: 16,
+        ..VnetHeader::PLAIN
+    };
+    (header, p)
+}
+
+#[test]
+fn super_packets_go_out_cut_and_allocate_nothing() {
+    let mut now = Instant::now();
+    let mut engines = pair(now);
+    // The handshake.
+    let mut first = Batch::new();
+    assert!(first.push((), &packet(1, 2)));
+    for _ in 0..3 {
+        let mut out = Outbox::default();
+        assert_eq!(engines[0].handle_tun(&mut first, now, &mut out), 1);
+        settle(&mut engines, 0, out, now);
+        now += Duration::from_millis(10);
+    }
+    let (payload, size) = (60_000, 1240);
+    let (header, whole) = super_packet(payload, size);
+    let segments = payload.div_ceil(usize::from(size));
+    let mut from_tun = Batch::new();
+    let (mut sent, mut received) = (Outbox::default(), Outbox::default());
+    let mut wire = Batch::new();
+    let mut after_warm_up = 0;
+    for round in 0..50 {
+        if round == 5 {
+            after_warm_up = ALLOCATIONS.get();
+        }
+        sent.clear();
+        received.clear();
+        wire.clear();
+        from_tun.clear();
+        assert!(from_tun.push(header, &whole));
+        assert_eq!(engines[0].handle_tun(&mut from_tun, now, &mut sent), segments as u64);
+        // One call sends them all.
+        assert_eq!(sent.udp.runs().map(|run| run.packets).sum::<usize>(), segments);
+        assert!(sent.udp.runs().count() <= 2);
+        for (_, datagram) in sent.udp.iter() {
+            assert!(wire.push(endpoint(1), datagram));
+        }
+        engines[1].handle_udp(&mut wire, now, &mut received);
+        assert_eq!(received.tun.len(), segments);
+        let mut at = HEADERS;
+        for (_, packet) in received.tun.iter() {
+            assert!(packet.len() <= 1280);
+            let length = u16::try_from(packet.len() - 20).expect("small");
+            assert!(checksum::pseudo(&packet[12..20], 6, length).bytes(&packet[20..]).holds());
+            assert_eq!(packet[HEADERS..], whole[at..at + packet.len() - HEADERS]);
+            at += packet.len() - HEADERS;
+        }
+        assert_eq!(at, whole.len());
+        now += Duration::from_millis(1);
+    }
+    assert_eq!(ALLOCATIONS.get() - after_warm_up, 0, "for {} super-packets", 45);
+}
+
+#[test]
+fn super_packets_that_nobody_can_send_are_counted_as_what_they_would_have_been() {
+    let now = Instant::now();
+    let mut engine = pair(now).into_iter().next().expect("two");
+    let mut batch = Batch::new();
+    // Segments longer than the TUN's MTU.
+    let (header, whole) = super_packet(5000, 1250);
+    assert!(batch.push(header, &whole));
+    // Segments of no bytes.
+    assert!(batch.push(VnetHeader { gso_size: 0, ..header }, &whole));
+    let mut out = Outbox::default();
+    assert_eq!(engine.handle_tun(&mut batch, now, &mut out), 4 + 1);
+    assert!(out.udp.is_empty());
+    let drops: Vec<_> =
+        engine.counters().drops().filter(|(_, n)| *n > 0).map(|(r, n)| (r.name(), n)).collect();
+    assert_eq!(drops, [("malformed", 1), ("too_big", 4)]);
 }

@@ -291,6 +291,7 @@ impl Driver {
     pub(super) fn begin(&mut self) -> Result<(), String> {
         let Some(pending) = self.handover.pending.take() else { return Ok(()) };
         let Pending { identity, names, name_servers, underlay } = *pending;
+        self.tun.begin();
         for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
             udp.begin().map_err(|e| format!("a UDP descriptor is unusable: {e}"))?;
         }

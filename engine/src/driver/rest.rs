@@ -9,9 +9,7 @@ use super::Driver;
 /// Work has ended when nothing came for this long.
 const QUIET: Duration = Duration::from_secs(5);
 /// Inputs that are worth a look, see [`Intake`](crate::intake::Intake::inputs).
-const WORTH: u64 = 256;
-/// Batches keep this much: a few packets.
-const KEPT_BYTES: usize = 8 << 10;
+const WORTH: u64 = 64;
 
 /// When memory is given back.
 #[derive(Debug, Default)]
@@ -44,13 +42,12 @@ impl Rest {
 impl Driver {
     /// Gives back what only a burst of work needs.
     pub(super) fn give_back(&mut self) {
-        self.from_tun.shrink_to(KEPT_BYTES);
-        self.from_udp.shrink_to(KEPT_BYTES);
-        self.passed.shrink_to(KEPT_BYTES);
-        self.outbox.udp.shrink_to(KEPT_BYTES);
-        self.outbox.tun.shrink_to(KEPT_BYTES);
-        self.outbox.derp.shrink_to(KEPT_BYTES);
-        self.outbox.passed.shrink_to(KEPT_BYTES);
+        self.from_tun.release();
+        self.passed.release();
+        self.outbox.release();
+        for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
+            udp.release();
+        }
         trim_heap();
     }
 }

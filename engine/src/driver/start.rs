@@ -110,7 +110,7 @@ impl Checked {
 
     fn start(self, link: Link, request: &StartRequest, board: Board) -> Result<Driver, String> {
         let tun = link.tun.ok_or("this engine has no TUN descriptor")?;
-        let tun = Tun::new(tun, request.mtu).map_err(|e| format!("the TUN descriptor is unusable: {e}"))?;
+        let tun = Tun::new(tun).map_err(|e| format!("the TUN descriptor is unusable: {e}"))?;
         let udp = |fd: Option<_>| {
             fd.map(Udp::new).transpose().map_err(|e| format!("a UDP descriptor is unusable: {e}"))
         };
@@ -176,7 +176,6 @@ impl Checked {
             udp6,
             names: None,
             from_tun: Batch::new(),
-            from_udp: Batch::new(),
             passed: Batch::new(),
             drops: Drops::default(),
             intake: Intake::default(),

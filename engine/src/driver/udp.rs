@@ -1,24 +1,31 @@
-//! The underlay sockets: datagrams in batches, one system call per batch each way.
+//! The underlay sockets: datagrams in batches, one system call per batch each way, and those of one peer
+//! as one message where the kernel cuts and joins them.
 
 use std::io::IoSliceMut;
-use std::net::{Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrLike as _, SockaddrStorage, recvmmsg};
-use podtether_core::batch::Batch;
+use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
+use podtether_core::batch::{Batch, Run};
 use podtether_core::engine::Shield;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::drops::{Drop, Drops};
+use super::mmsg::{self, Message, Received, Receiver, SENDS};
 use super::shield;
 use super::tun::pollable;
 
-/// Datagrams per system call.
-const BATCH: usize = 64;
+/// Messages per system call, each of which may be a train of datagrams.
+const SLOTS: usize = 32;
+/// Longest message: datagrams of one peer that the kernel joined.
+const SLOT: usize = 64 << 10;
+/// Bytes that one call should bring at most, so that they are still in the processor's cache when they
+/// are handed on.
+const BYTES: usize = 128 << 10;
 /// Longest datagram: WireGuard over the tunnel's MTU is about 1360 bytes, disco less.
-const SLOT: usize = 2048;
+const LONGEST: usize = 2048;
 /// How long a full socket is waited for.
 const FULL_WAIT: std::time::Duration = std::time::Duration::from_millis(5);
 
@@ -27,8 +34,15 @@ const FULL_WAIT: std::time::Duration = std::time::Duration::from_millis(5);
 pub(crate) struct Udp {
     fd: AsyncFd<OwnedFd>,
     port: u16,
-    headers: MultiHeaders<SockaddrStorage>,
+    receiver: Receiver,
+    /// [`SLOTS`] times [`SLOT`] bytes, of which those are memory that datagrams came to lie in; empty while
+    /// there is no traffic.
     slots: Vec<u8>,
+    received: Vec<(usize, Received)>,
+    /// Messages that the next call asks for.
+    ask: usize,
+    /// Whether the kernel cuts trains of datagrams on this socket.
+    cuts: bool,
     v4: bool,
     shielded: bool,
     /// The kernel's count of drops at the last look.
@@ -38,21 +52,36 @@ pub(crate) struct Udp {
 impl Udp {
     pub(crate) fn new(fd: OwnedFd) -> std::io::Result<Self> {
         let address: SockaddrStorage = nix::sys::socket::getsockname(fd.as_raw_fd())?;
-        let port = socket_addr(&address).map_or(0, |a| a.port());
-        if port == 0 {
+        let v4 = address.as_sockaddr_in();
+        let port = v4.map(|a| a.port()).or_else(|| address.as_sockaddr_in6().map(|a| a.port()));
+        let Some(port) = port.filter(|port| *port != 0) else {
             return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "the UDP socket is not bound"));
-        }
-        let v4 = address.as_sockaddr_in().is_some();
+        };
+        let v4 = v4.is_some();
         let seen = shield::drops(fd.as_fd()).unwrap_or_default();
         let fd = pollable(fd, Interest::READABLE.add(Interest::WRITABLE))?;
-        let headers = MultiHeaders::preallocate(BATCH, None);
-        Ok(Self { fd, port, headers, slots: vec![0; BATCH * SLOT], v4, shielded: false, seen })
+        Ok(Self {
+            fd,
+            port,
+            receiver: Receiver::new(SLOTS),
+            slots: Vec::new(),
+            received: Vec::with_capacity(SLOTS),
+            ask: SLOTS,
+            cuts: true,
+            v4,
+            shielded: false,
+            seen,
+        })
     }
 
     /// This process reads it from now on. The socket outlives engines; a filter of the one before has its marks.
     pub(crate) fn begin(&mut self) -> nix::Result<()> {
         shield::detach(self.fd.get_ref().as_fd())?;
         self.lost();
+        // Without it every datagram comes alone.
+        if let Err(error) = setsockopt(self.fd.get_ref(), sockopt::UdpGroSegment, &true) {
+            tracing::warn!(%error, "the kernel joins no datagrams: throughput will be lower");
+        }
         Ok(())
     }
 
@@ -83,136 +112,180 @@ impl Udp {
         self.port
     }
 
+    /// Gives back the memory that a burst took.
+    pub(crate) fn release(&mut self) {
+        if self.received.is_empty() {
+            self.slots = Vec::new();
+        }
+    }
+
     /// Waits until there may be datagrams.
     pub(crate) async fn ready(&self) -> std::io::Result<()> {
         self.fd.readable().await?.retain_ready();
         Ok(())
     }
 
-    /// Adds what has arrived to `batch`, with the sources; how many were too long to be ours.
-    pub(crate) fn receive(&mut self, batch: &mut Batch<SocketAddr>) -> u64 {
-        let Self { fd, headers, slots, .. } = self;
-        let mut received = [(0_usize, None, false); BATCH];
+    /// Takes what has arrived, for [`Udp::datagrams`]; how many were too long to be ours.
+    pub(crate) fn receive(&mut self) -> u64 {
+        let Self { fd, receiver, slots, received, ask, .. } = self;
+        received.clear();
+        if slots.is_empty() {
+            // Zeroes that nobody has touched are address space, not memory.
+            *slots = vec![0; SLOTS * SLOT];
+        }
+        let mut bytes = 0;
+        let mut unusable = 0;
+        let mut messages = 0;
         let result = fd.try_io(Interest::READABLE, |fd| {
             let mut chunks = slots.chunks_exact_mut(SLOT);
-            let mut pieces: [[IoSliceMut<'_>; 1]; BATCH] =
-                std::array::from_fn(|_| [IoSliceMut::new(chunks.next().unwrap_or_default())]);
-            let messages = recvmmsg(fd.as_raw_fd(), headers, &mut pieces, MsgFlags::MSG_DONTWAIT, None)?;
-            let mut count = 0;
-            for (message, entry) in messages.zip(&mut received) {
-                let truncated = message.flags.contains(MsgFlags::MSG_TRUNC);
-                *entry = (message.bytes, message.address.as_ref().and_then(socket_addr), truncated);
-                count += 1;
+            let mut pieces: [IoSliceMut<'_>; SLOTS] =
+                std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
+            let pieces = pieces.get_mut(..*ask).unwrap_or_default();
+            for (slot, message) in receiver.receive(fd.as_fd(), pieces)?.enumerate() {
+                messages += 1;
+                match message {
+                    Some(message) if !message.truncated && message.segment <= LONGEST => {
+                        bytes += message.length;
+                        received.push((slot, message));
+                    }
+                    _ => unusable += 1,
+                }
             }
-            Ok(count)
+            Ok(())
         });
         // Other than "nothing there" it is EINTR or an ICMP error that an earlier datagram caused: the
         // next call goes on.
-        let count = result.unwrap_or(0);
-        let mut unusable = 0;
-        for ((length, source, truncated), slot) in
-            received.into_iter().take(count).zip(slots.chunks_exact(SLOT))
-        {
-            match (source, slot.get(..length)) {
-                (Some(source), Some(datagram)) if !truncated => {
-                    batch.push(source, datagram);
-                }
-                _ => unusable += 1,
-            }
+        if result.is_ok() && messages > 0 {
+            *ask = (BYTES * messages).checked_div(bytes).map_or(SLOTS, |ask| ask.clamp(1, SLOTS));
         }
         unusable
     }
 
+    /// What [`Udp::receive`] took, with the sources.
+    pub(crate) fn datagrams(&mut self) -> impl Iterator<Item = (SocketAddr, &mut [u8])> {
+        let mut slots = self.slots.chunks_exact_mut(SLOT);
+        let mut passed = 0;
+        self.received.drain(..).flat_map(move |(slot, message)| {
+            let chunk = slots.nth(slot - passed).unwrap_or_default();
+            passed = slot + 1;
+            let bytes = chunk.get_mut(..message.length).unwrap_or_default();
+            // An empty datagram is none.
+            bytes.chunks_mut(message.segment.max(1)).map(move |datagram| (message.from, datagram))
+        })
+    }
+
     /// Sends the datagrams of `batch` that are of this socket's family. A full socket is waited for
     /// once per call; what it still does not take is dropped and counted.
-    pub(crate) async fn send(&self, batch: &Batch<SocketAddr>, v4: bool, drops: &mut Drops) {
-        let mut queue = batch.iter().filter_map(|(to, data)| Some((family(*to, v4)?, data)));
+    pub(crate) async fn send(&mut self, batch: &Batch<SocketAddr>, drops: &mut Drops) {
+        let mut queue = messages(batch, self.v4, self.cuts);
         let mut may_wait = true;
         loop {
-            let mut chunk = Chunk::default();
-            chunk.fill(&mut queue);
-            if chunk.length == 0 {
+            let mut chunk = Chunk::new(&mut queue);
+            if chunk.is_empty() {
                 return;
             }
-            let mut from = 0;
-            while from < chunk.length {
-                match chunk.send(self.fd.as_raw_fd(), from) {
-                    Ok(sent) => from += sent.max(1),
+            while !chunk.is_empty() {
+                match mmsg::send(self.fd.get_ref().as_fd(), chunk.left()) {
+                    Ok(sent) => chunk.sent(sent.max(1)),
                     Err(Errno::EINTR) => {}
                     Err(Errno::EAGAIN) if may_wait => {
                         may_wait = false;
-                        let again = |_: &OwnedFd| chunk.send(self.fd.as_raw_fd(), from).map_err(Into::into);
+                        let again = |fd: &OwnedFd| mmsg::send(fd.as_fd(), chunk.left()).map_err(Into::into);
                         let wait = self.fd.async_io(Interest::WRITABLE, again);
                         // Any failure shows again in the next round, where it is counted.
                         if let Ok(Ok(sent)) = tokio::time::timeout(FULL_WAIT, wait).await {
-                            from += sent;
+                            chunk.sent(sent);
                         }
                     }
                     Err(Errno::EAGAIN | Errno::ENOBUFS) => {
-                        let rest = chunk.length - from + queue.by_ref().count();
-                        drops.add(Drop::UdpFull, u64::try_from(rest).unwrap_or(u64::MAX));
+                        let rest: u64 =
+                            chunk.left().iter().copied().chain(queue).map(|m| datagrams_of(&m)).sum();
+                        drops.add(Drop::UdpFull, rest);
                         return;
                     }
+                    // EIO: the device computes no checksums. EINVAL: the datagrams are longer than this path takes
+                    // at once.
+                    Err(error @ (Errno::EIO | Errno::EINVAL | Errno::EMSGSIZE)) if chunk.first_is_train() => {
+                        self.cuts &= error != Errno::EIO;
+                        self.send_alone(chunk.first(), drops);
+                        chunk.sent(1);
+                    }
                     Err(_) => {
-                        // Unreachable, forbidden, too long: this datagram's fault, not the others'.
-                        drops.count(Drop::UdpError);
-                        from += 1;
+                        // Unreachable, forbidden, too long: this message's fault, not the others'.
+                        drops.add(Drop::UdpError, chunk.first().map_or(0, |message| datagrams_of(&message)));
+                        chunk.sent(1);
                     }
                 }
             }
         }
     }
-}
 
-/// Up to [`BATCH`] datagrams in the form that sendmmsg takes.
-struct Chunk<'a> {
-    addresses: [Option<SockaddrStorage>; BATCH],
-    data: [&'a [u8]; BATCH],
-    length: usize,
-}
-
-impl Default for Chunk<'_> {
-    fn default() -> Self {
-        Self { addresses: [None; BATCH], data: [&[]; BATCH], length: 0 }
+    /// Sends the datagrams of a train that the kernel does not cut here one by one.
+    fn send_alone(&self, train: Option<Message<'_>>, drops: &mut Drops) {
+        let Some(Message { to, bytes, segment: Some(segment) }) = train else { return };
+        for bytes in bytes.chunks(usize::from(segment).max(1)) {
+            match mmsg::send(self.fd.get_ref().as_fd(), &[Message { to, bytes, segment: None }]) {
+                Ok(_) => {}
+                Err(Errno::EAGAIN | Errno::ENOBUFS) => drops.count(Drop::UdpFull),
+                Err(_) => drops.count(Drop::UdpError),
+            }
+        }
     }
+}
+
+fn datagrams_of(message: &Message<'_>) -> u64 {
+    let datagrams =
+        message.segment.map_or(1, |segment| message.bytes.len().div_ceil(usize::from(segment).max(1)));
+    u64::try_from(datagrams).unwrap_or(u64::MAX)
+}
+
+/// The batch's datagrams of one family as messages, trains of them where the kernel cuts those.
+fn messages(batch: &Batch<SocketAddr>, v4: bool, cuts: bool) -> impl Iterator<Item = Message<'_>> {
+    let ours = batch.runs().filter_map(move |run| Some((SockaddrStorage::from(family(*run.meta, v4)?), run)));
+    ours.flat_map(move |(to, Run { bytes, size, packets, .. })| {
+        let segment = u16::try_from(size).ok().filter(|_| cuts && packets > 1);
+        let length = if segment.is_some() { bytes.len() } else { size };
+        bytes.chunks(length.max(1)).map(move |bytes| Message { to, bytes, segment })
+    })
+}
+
+/// Up to [`SENDS`] messages, and how far they are sent.
+struct Chunk<'a> {
+    messages: [Message<'a>; SENDS],
+    from: usize,
+    until: usize,
 }
 
 impl<'a> Chunk<'a> {
-    fn fill(&mut self, queue: &mut impl Iterator<Item = (SocketAddr, &'a [u8])>) {
-        for ((to, data), (address, slot)) in
-            queue.take(BATCH).zip(self.addresses.iter_mut().zip(&mut self.data))
-        {
-            *address = Some(SockaddrStorage::from(to));
-            *slot = data;
-            self.length += 1;
+    fn new(queue: &mut impl Iterator<Item = Message<'a>>) -> Self {
+        let to = SockaddrStorage::from(SocketAddr::from(([0, 0, 0, 0], 0)));
+        let mut messages = [Message { to, bytes: &[], segment: None }; SENDS];
+        let mut until = 0;
+        for (slot, message) in messages.iter_mut().zip(queue) {
+            *slot = message;
+            until += 1;
         }
+        Self { messages, from: 0, until }
     }
 
-    /// Sends from number `from` on; how many the kernel took.
-    fn send(&self, fd: std::os::fd::RawFd, from: usize) -> nix::Result<usize> {
-        let mut pieces: [libc::iovec; BATCH] =
-            self.data.map(|d| libc::iovec { iov_base: d.as_ptr().cast_mut().cast(), iov_len: d.len() });
-        // SAFETY: all zero is a valid mmsghdr: null pointers with zero lengths.
-        let mut headers: [libc::mmsghdr; BATCH] = unsafe { std::mem::zeroed() };
-        let count = self.length.saturating_sub(from);
-        for (((header, piece), address), _) in headers
-            .iter_mut()
-            .zip(pieces.iter_mut().skip(from))
-            .zip(self.addresses.iter().skip(from))
-            .zip(0..count)
-        {
-            header.msg_hdr.msg_iov = piece;
-            header.msg_hdr.msg_iovlen = 1;
-            if let Some(address) = address {
-                header.msg_hdr.msg_name = address.as_ptr().cast_mut().cast();
-                header.msg_hdr.msg_namelen = address.len();
-            }
-        }
-        let count = libc::c_uint::try_from(count).map_err(|_| Errno::EINVAL)?;
-        // SAFETY: `count` headers are filled; what they point to (addresses, pieces, data) outlives the
-        // call, and sendmmsg only reads it.
-        let sent = unsafe { libc::sendmmsg(fd, headers.as_mut_ptr(), count, libc::MSG_DONTWAIT) };
-        Errno::result(sent).map(|sent| usize::try_from(sent).unwrap_or(0))
+    fn left(&self) -> &[Message<'a>] {
+        self.messages.get(self.from..self.until).unwrap_or_default()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.left().is_empty()
+    }
+
+    fn first(&self) -> Option<Message<'a>> {
+        self.left().first().copied()
+    }
+
+    fn first_is_train(&self) -> bool {
+        self.first().is_some_and(|message| message.segment.is_some())
+    }
+
+    fn sent(&mut self, messages: usize) {
+        self.from += messages;
     }
 }
 
@@ -228,16 +301,6 @@ fn family(to: SocketAddr, v4: bool) -> Option<SocketAddr> {
     (to.is_ipv4() == v4).then_some(to)
 }
 
-fn socket_addr(address: &SockaddrStorage) -> Option<SocketAddr> {
-    if let Some(four) = address.as_sockaddr_in() {
-        return Some(SocketAddr::V4(SocketAddrV4::new(four.ip(), four.port())));
-    }
-    let six = address.as_sockaddr_in6()?;
-    let ip: Ipv6Addr = six.ip();
-    // A link-local source is only reachable with its scope.
-    Some(SocketAddr::V6(SocketAddrV6::new(ip, six.port(), 0, six.scope_id())))
-}
-
 /// Datagrams of `batch` that no socket of their family can take.
 pub(crate) fn without_socket(batch: &Batch<SocketAddr>, has_v4: bool, has_v6: bool) -> u64 {
     let lost = batch.iter().filter(|(to, _)| match family(**to, true) {
@@ -248,61 +311,4 @@ pub(crate) fn without_socket(batch: &Batch<SocketAddr>, has_v4: bool, has_v6: bo
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn bound(address: &str) -> (Udp, SocketAddr) {
-        let socket = std::net::UdpSocket::bind(address).unwrap();
-        let local = socket.local_addr().unwrap();
-        (Udp::new(socket.into()).unwrap(), local)
-    }
-
-    #[tokio::test]
-    async fn batches_arrive_whole_with_their_source() {
-        for loopback in ["127.0.0.1:0", "[::1]:0"] {
-            let (sender, from) = bound(loopback);
-            let (mut receiver, to) = bound(loopback);
-            let mut out = Batch::new();
-            for n in 0..150_u8 {
-                assert!(out.push(to, &vec![n; usize::from(n) + 1]));
-            }
-            // Another family's datagram, and one that is too long for the receiver.
-            let other: SocketAddr = if to.is_ipv4() { "[::1]:9" } else { "127.0.0.1:9" }.parse().unwrap();
-            assert!(out.push(other, b"other"));
-            assert!(out.push(to, &[0; SLOT + 1]));
-            let mut drops = Drops::default();
-            sender.send(&out, to.is_ipv4(), &mut drops).await;
-            assert_eq!(drops.named().count(), 0);
-            let mut got = Batch::new();
-            let mut unusable = 0;
-            while unusable == 0 {
-                receiver.ready().await.unwrap();
-                unusable += receiver.receive(&mut got);
-            }
-            assert_eq!(unusable, 1);
-            let got: Vec<_> = got.iter().map(|(m, d)| (*m, d.to_vec())).collect();
-            let sent: Vec<_> = (0..150_u8).map(|n| (from, vec![n; usize::from(n) + 1])).collect();
-            assert_eq!(got, sent);
-            assert_eq!(without_socket(&out, false, true), if to.is_ipv4() { 151 } else { 1 });
-        }
-    }
-
-    #[tokio::test]
-    async fn one_bad_destination_does_not_cost_the_others() {
-        let (sender, _) = bound("127.0.0.1:0");
-        let (mut receiver, to) = bound("127.0.0.1:0");
-        let mut out = Batch::new();
-        // Port 0 is refused by the kernel.
-        for to in [to, "127.0.0.1:0".parse().unwrap(), to] {
-            assert!(out.push(to, b"x"));
-        }
-        let mut drops = Drops::default();
-        sender.send(&out, true, &mut drops).await;
-        assert_eq!(drops.named().collect::<Vec<_>>(), [("udp_send_error", 1)]);
-        let mut got = Batch::new();
-        while got.len() < 2 {
-            receiver.ready().await.unwrap();
-            assert_eq!(receiver.receive(&mut got), 0);
-        }
-    }
-}
+mod tests;

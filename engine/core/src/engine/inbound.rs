@@ -27,8 +27,13 @@ enum Inner {
 
 impl Engine {
     /// Datagrams from the underlay, with their sources.
-    pub fn handle_udp(&mut self, datagrams: &mut Batch<SocketAddr>, now: Instant, out: &mut Outbox) {
-        for (from, datagram) in datagrams.iter_mut() {
+    pub fn handle_udp<'a>(
+        &mut self,
+        datagrams: impl IntoIterator<Item = (SocketAddr, &'a mut [u8])>,
+        now: Instant,
+        out: &mut Outbox,
+    ) {
+        for (from, datagram) in datagrams {
             let from = SocketAddr::new(from.ip().to_canonical(), from.port());
             let (class, dropped) = (self.watch.class(from, datagram), self.counters.dropped);
             let denied = self.watch.denied;

@@ -3,6 +3,7 @@
 use super::*;
 use crate::batch::DerpDestination;
 use crate::nat::{self, Side};
+use crate::offload::{Segments, VnetHeader};
 use crate::packet::Parsed;
 use crate::path::{Context, Route};
 use crate::wg::{INITIATION_LEN, OVERHEAD};
@@ -15,25 +16,56 @@ enum Sent {
 }
 
 impl Engine {
-    /// IP packets from the pod.
-    pub fn handle_tun(&mut self, packets: &mut Batch<()>, now: Instant, out: &mut Outbox) {
-        for (_, packet) in packets.iter_mut() {
-            if let Err(reason) = self.route_packet(packet, now, out) {
-                self.counters.drop(reason, 1);
+    /// Packets from the pod, with what the kernel says of each ([`VnetHeader`]; `()`: plain ones). How many
+    /// packets for the wire they are.
+    pub fn handle_tun<H: Copy + Into<VnetHeader>>(
+        &mut self,
+        packets: &mut Batch<H>,
+        now: Instant,
+        out: &mut Outbox,
+    ) -> u64 {
+        let mut count = 0;
+        for (header, packet) in packets {
+            let mut packets = 1;
+            let cut = Segments::new(&header.into(), packet);
+            let result = match cut {
+                Ok(segments) => {
+                    packets = segments.remaining();
+                    self.route_packets(segments, now, out)
+                }
+                Err(_) => Err(DropReason::Malformed),
+            };
+            if let Err(reason) = result {
+                self.counters.drop(reason, packets);
             }
+            count += u64::try_from(packets).unwrap_or(0);
         }
+        count
     }
 
+    /// One packet that waited for a handshake in another process.
     pub(super) fn route_packet(
         &mut self,
         packet: &mut [u8],
         now: Instant,
         out: &mut Outbox,
     ) -> Result<(), DropReason> {
-        if packet.len() > self.mtu {
+        let segments = Segments::new(&VnetHeader::PLAIN, packet).map_err(|_| DropReason::Malformed)?;
+        self.route_packets(segments, now, out)
+    }
+
+    /// Packets of one flow, which goes where its first one goes.
+    fn route_packets(
+        &mut self,
+        mut segments: Segments<'_>,
+        now: Instant,
+        out: &mut Outbox,
+    ) -> Result<(), DropReason> {
+        if segments.longest() > self.mtu {
             return Err(DropReason::TooBig);
         }
-        let mut parsed = Parsed::parse(packet).map_err(super::inbound::unreadable)?;
+        let Some(packet) = segments.next() else { return Ok(()) };
+        let parsed = Parsed::parse(packet).map_err(super::inbound::unreadable)?;
         if !self.own.contains(&parsed.src) && !self.own_routes.iter().any(|net| net.contains(&parsed.src)) {
             return Err(DropReason::SourceNotOurs);
         }
@@ -52,10 +84,21 @@ impl Engine {
             return Err(self.obstacle(slot, now).unwrap_or(DropReason::NoPeer));
         }
         self.filter.note_out(&parsed);
-        if let Some(mask) = self.mask(slot, parsed.src) {
-            nat::rewrite(packet, &mut parsed, Side::Source, mask);
+        let mask = self.mask(slot, parsed.src);
+        let mut next = Some(packet);
+        while let Some(packet) = next {
+            if let Some(mask) = mask
+                && let Ok(mut parsed) = Parsed::parse(packet)
+            {
+                nat::rewrite(packet, &mut parsed, Side::Source, mask);
+            }
+            if let Err(reason) = self.send_data(slot, packet, now, out) {
+                // Its own loss; those behind it may find room.
+                self.counters.drop(reason, 1);
+            }
+            next = segments.next();
         }
-        self.send_data(slot, packet, now, out)
+        Ok(())
     }
 
     /// What the peer at `slot` knows our address `own` as, if that is another.

@@ -57,6 +57,12 @@ pub enum BadHeader {
     Gso(u8),
 }
 
+impl From<()> for VnetHeader {
+    fn from((): ()) -> Self {
+        Self::PLAIN
+    }
+}
+
 impl VnetHeader {
     /// One whole packet, about which nothing is said.
     pub const PLAIN: Self = Self {
