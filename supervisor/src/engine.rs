@@ -32,6 +32,8 @@ use crate::spawn::Process;
 pub const HEARTBEAT: Duration = Duration::from_secs(1);
 /// How often one has to answer that seems asleep.
 pub const SLOW_HEARTBEAT: Duration = Duration::from_secs(30);
+/// From an answer until the engine is asleep again: that its answer was read wakes it once more.
+const BACK_TO_SLEEP: Duration = Duration::from_millis(50);
 /// Heartbeats of all engines share this many moments of a second, so that the supervisor wakes no more often for
 /// a hundred of them, nor all of them at once.
 const BEATS_APART: u32 = 10;
@@ -497,15 +499,20 @@ async fn heartbeat(process: &Process, client: &EngineClient) -> Verdict {
     loop {
         tokio::time::sleep_until(next_beat(Instant::now(), phase).into()).await;
         let used = process.used().ok();
-        let rests = answered
-            .zip(used)
-            .is_some_and(|((at, then), now)| at.elapsed() < SLOW_HEARTBEAT && now.is_still(&then));
-        if rests {
+        if let Some(((at, then), now)) = answered.zip(used)
+            && at.elapsed() < SLOW_HEARTBEAT
+            && now.is_still(&then)
+        {
+            answered = Some((at, now));
             continue;
         }
-        if let Err(e) = client.hello(within(BEAT_ANSWERED_WITHIN)).await {
-            return broken("hello", &e);
+        // A call's deadline wakes the engine when it comes, also long after the answer.
+        match tokio::time::timeout(BEAT_ANSWERED_WITHIN, client.hello(within(WATCH_MAX))).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(e)) => return broken("hello", &e),
+            Err(_) => return Verdict::Silent("hello".to_owned()),
         }
+        tokio::time::sleep(BACK_TO_SLEEP).await;
         answered = process.used().ok().map(|used| (Instant::now(), used));
     }
 }

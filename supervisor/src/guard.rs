@@ -29,6 +29,9 @@ pub const PER_HANDSHAKE: Duration = Duration::from_millis(2);
 /// Looks in a row at a queue that is not empty before the engine is asked, and again until it is judged.
 const LOOKS: u32 = 3;
 
+/// From an answer until who gave it is asleep. One that never sleeps has run for far longer by the next look.
+const TAIL: Duration = Duration::from_millis(10);
+
 /// What a process has used, and what the kernel kept from it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Used {
@@ -41,11 +44,13 @@ pub struct Used {
 }
 
 impl Used {
-    /// Whether the process has not run since `before` was read, so that nothing about it can be different:
+    /// Whether the process has not come to run since `before` was read, so that nothing about it can be different:
     /// also who is stopped or frozen runs for a moment first. False where the kernel does not tell.
+    ///
+    /// `before` may have been read while the process was on its way to sleep, so it may have run on for [`TAIL`].
     #[must_use]
     pub fn is_still(&self, before: &Self) -> bool {
-        self.times > 0 && self == before
+        self.times > 0 && self.times == before.times && self.ran.saturating_sub(before.ran) <= TAIL
     }
 
     /// Of the first thread of `pid`: an engine has one.
@@ -308,9 +313,9 @@ mod tests {
         let before = read("977682 5726494 2");
         for (after, still) in [
             ("977682 5726494 2", true),
+            ("10977682 5726494 2", true),
+            ("10977683 5726494 2", false),
             ("977682 5726494 3", false),
-            ("977683 5726494 2", false),
-            ("977682 5726495 2", false),
         ] {
             assert_eq!(read(after).is_still(&before), still, "{after}");
         }
