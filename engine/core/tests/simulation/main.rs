@@ -396,8 +396,9 @@ fn idle_nodes_are_silent() {
     world.run_for(secs(3600));
     for (n, before) in before.iter().enumerate() {
         let wakeups = world.nodes[n].wakeups - before;
-        // Beyond a ping to the relay every five seconds.
-        assert!(wakeups <= 720 + 40, "node {n}: {wakeups} wake-ups in an idle hour");
+        println!("node {n}: {wakeups} wake-ups in an idle hour");
+        // A full netcheck every five minutes takes a few; pings to the relay are not needed while it is heard.
+        assert!(wakeups <= 150, "node {n}: {wakeups} wake-ups in an idle hour");
         assert_eq!(world.path(n, 1 - n), PathView::Idle);
         let now = world.now;
         assert!(world.engine(n).peers(now)[0].handshake_age.is_none(), "taken down after 540 s");
