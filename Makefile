@@ -7,6 +7,10 @@ CHAOS = $(foreach o,seed minutes pods kills stops bombs handovers supervisor-kil
 given = $(if $($(call upper,$(1))),--$(1)=$($(call upper,$(1))))
 upper = $(shell echo $(1) | tr a-z- A-Z_)
 chaos: ; cargo build --release --workspace --bins && target/release/podtether-devnet chaos $(CHAOS)
-bench: ; cargo bench -p podtether-core
+# CHECK=1 fails when a bar is missed; ONLY="tcp1 ping" measures what has such names; PODS="10 50" are the joins at once.
+BENCH = $(foreach o,rounds seconds kills idle-seconds json,$(call given,$(o))) $(ONLY:%=--only=%) $(PODS:%=--pods=%)
+CORE = $(if $(ONLY),,cargo bench -p podtether-core)
+bench: ; cargo build --release --workspace --bins && target/release/podtether-devnet bench $(BENCH) $(if $(CHECK),--check)
+	$(CORE)
 lint: ; cargo fmt --all --check && cargo clippy --workspace --all-targets -- -D warnings
 fuzz: ; PROPTEST_CASES=$(or $(CASES),20000) cargo test -p podtether-core -p podtether-devnet -- fuzz_ && fuzz/run $(or $(SECONDS_EACH),30)

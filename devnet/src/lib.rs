@@ -23,8 +23,8 @@
 //! | odd peers | `peers`, `control::kinds` |
 //! | relays | `derp`, `stun`, `regions`, `distance` |
 //! | what goes wrong on request | [`fault`] |
-//! | figures | [`bench`] |
 //! | seeded trouble under traffic, and its judge | [`chaos`] |
+//! | what it all costs, beside its peers | [`bench`] |
 
 pub mod acl;
 mod api;

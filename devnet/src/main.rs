@@ -1,9 +1,10 @@
 //! `podtether-devnet serve`: a tailnet to develop and test against. `podtether-devnet demo`: see [`demo`].
 //! `podtether-devnet chaos`: see [`podtether_devnet::chaos`]. `podtether-devnet joins`: see
-//! [`podtether_devnet::bench::joins`].
+//! [`podtether_devnet::bench::joins`]. `podtether-devnet bench`: see [`podtether_devnet::bench`].
 #![expect(clippy::print_stdout, reason = "a command line tool prints its answers")]
 
 mod demo;
+mod gauge;
 mod joins;
 mod trial;
 
@@ -34,6 +35,8 @@ enum Command {
     Chaos(trial::Chaos),
     /// Let pods join alone and all at once, and say how long they wait and what they cost.
     Joins(joins::Joins),
+    /// Measure rates, latency, processor time and memory, beside the bare network and tailscaled.
+    Bench(gauge::Bench),
 }
 
 #[derive(Args)]
@@ -92,6 +95,7 @@ fn main() -> anyhow::Result<ExitCode> {
         Command::Demo(arguments) => Ok(demo::run(&arguments)),
         Command::Chaos(arguments) => Ok(trial::run(&arguments)),
         Command::Joins(arguments) => Ok(joins::run(&arguments)),
+        Command::Bench(arguments) => Ok(gauge::run(&arguments)),
     }
 }
 

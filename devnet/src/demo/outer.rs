@@ -6,7 +6,7 @@ use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -20,6 +20,14 @@ const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Runs this program inside with these arguments, and says what is left of it.
 pub(crate) fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
+    run_by(isolate::spawn, arguments)
+}
+
+/// The same by another of [`isolate`]'s ways to start it.
+pub(crate) fn run_by(
+    spawn: fn(Command) -> podtether_net::Result<Child>,
+    arguments: &[String],
+) -> anyhow::Result<ExitCode> {
     let before = Host::look();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on an interrupt no longer ends this process before it has cleaned up.
@@ -31,7 +39,7 @@ pub(crate) fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
     let mut command = Command::new(std::env::current_exe().context("own path")?);
     // The lifeline: the demo inside ends when its stdin does, so it never outlives this process.
     command.args(arguments).stdin(Stdio::piped());
-    let mut guard = isolate::spawn(command)?;
+    let mut guard = spawn(command)?;
     let mut lifeline = guard.stdin.take().context("no lifeline")?;
     let guard_pid = guard.id();
     let inside = namespaces(&PathBuf::from(format!("/proc/{guard_pid}/ns")));

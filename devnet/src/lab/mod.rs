@@ -51,6 +51,8 @@ pub struct Lab {
     devnets: u8,
     nodes: u8,
     gateways: u8,
+    /// See [`Lab::connect_pods`].
+    pods_connected: bool,
 }
 
 impl Lab {
@@ -64,7 +66,15 @@ impl Lab {
         router.run_blocking(|| {
             sysctl::write("net/ipv4/ip_forward", "1").and(sysctl::write("net/ipv6/conf/all/forwarding", "1"))
         })??;
-        Ok(Self { dir: dir.to_owned(), programs, router, devnets: 0, nodes: 0, gateways: 0 })
+        Ok(Self {
+            dir: dir.to_owned(),
+            programs,
+            router,
+            devnets: 0,
+            nodes: 0,
+            gateways: 0,
+            pods_connected: false,
+        })
     }
 
     /// Where the lab's files live.
@@ -149,6 +159,31 @@ impl Lab {
         })
         .with_context(|| format!("connect {name} to the router"))?;
         Node::new(name, n, ns, &self.dir, &self.programs)
+    }
+
+    /// Lets pods of these nodes reach each other by the addresses of their primary network.
+    ///
+    /// # Errors
+    /// As the kernel says.
+    pub fn connect_pods(&mut self, nodes: &[Node]) -> Result<()> {
+        block_on(async {
+            let router = Netlink::open(&self.router).await?;
+            for node in nodes {
+                let n = node.number();
+                let link = index_of(&router, &format!("node{n}")).await?;
+                for (dst, (_, uplink)) in node::pod_networks(n).into_iter().zip(uplink_addresses(n)) {
+                    let route = Route { dst, gateway: Some(uplink.addr()), link, onlink: false };
+                    router.add_route(route).await?;
+                }
+                // The kernel asks for a neighbour on somebody else's behalf from a link-local address.
+                let node = Netlink::open(&node.netns).await?;
+                let own = Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1), 64);
+                node.add_address(index_of(&node, "cni0").await?, own.into()).await?;
+            }
+            anyhow::Ok(())
+        })?;
+        self.pods_connected = true;
+        Ok(())
     }
 
     /// How many nodes there are: the number of the newest.
@@ -271,11 +306,17 @@ impl Lab {
     }
 
     fn udp_rules(&self) -> Vec<Blackhole> {
-        let nets = |n| uplink_addresses(n).map(|(_, address)| address.trunc());
+        let nets = |n| {
+            let uplink = uplink_addresses(n).map(|(_, address)| address.trunc());
+            let pods = node::pod_networks(n).into_iter().filter(|_| self.pods_connected);
+            uplink.into_iter().chain(pods)
+        };
         let mut rules = Vec::new();
         for (a, b) in (1..=self.nodes).flat_map(|a| (1..=self.nodes).map(move |b| (a, b))) {
             if a != b {
-                rules.extend(nets(a).into_iter().zip(nets(b)).map(|(src, dst)| Blackhole {
+                let pairs = nets(a).flat_map(|src| nets(b).map(move |dst| (src, dst)));
+                let pairs = pairs.filter(|(src, dst)| src.addr().is_ipv4() == dst.addr().is_ipv4());
+                rules.extend(pairs.map(|(src, dst)| Blackhole {
                     priority: BLACKHOLE_PRIORITY,
                     src,
                     dst,

@@ -176,11 +176,7 @@ impl Node {
 
     /// Addresses of host `p` of the node's pod network.
     fn pod_addresses(&self, p: u8) -> [IpNet; 2] {
-        let n = self.number;
-        [
-            Ipv4Net::new_assert(Ipv4Addr::new(10, 244, n, p), 24).into(),
-            Ipv6Net::new_assert(Ipv6Addr::new(0xfd44, n.into(), 0, 0, 0, 0, 0, p.into()), 64).into(),
-        ]
+        pod_addresses(self.number, p)
     }
 
     /// Where the node's files live.
@@ -425,6 +421,10 @@ impl Node {
         Ok(())
     }
 
+    pub(super) fn number(&self) -> u8 {
+        self.number
+    }
+
     pub(super) fn cni_program(&self) -> &Path {
         &self.programs.cni
     }
@@ -481,6 +481,19 @@ impl Node {
     pub fn host_state(&self) -> Result<HostState> {
         host_state(&self.netns, &[&self.dir])
     }
+}
+
+/// Addresses of host `p` of node `n`'s pod network.
+fn pod_addresses(n: u8, p: u8) -> [IpNet; 2] {
+    [
+        Ipv4Net::new_assert(Ipv4Addr::new(10, 244, n, p), 24).into(),
+        Ipv6Net::new_assert(Ipv6Addr::new(0xfd44, n.into(), 0, 0, 0, 0, 0, p.into()), 64).into(),
+    ]
+}
+
+/// The pod network of node `n`, IPv4 and IPv6.
+pub(super) fn pod_networks(n: u8) -> [IpNet; 2] {
+    pod_addresses(n, 0).map(|net| net.trunc())
 }
 
 impl Drop for Node {

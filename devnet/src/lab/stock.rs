@@ -120,6 +120,12 @@ impl Stock {
         Ok(())
     }
 
+    /// The daemon's process id, while it runs.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.daemon.as_ref().map(Child::id)
+    }
+
     /// Kills the daemon.
     pub fn stop(&mut self) {
         if let Some(mut daemon) = self.daemon.take() {

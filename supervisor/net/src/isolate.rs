@@ -27,20 +27,33 @@ const MARK: &str = "PODTETHER_ISOLATED";
 ///
 /// # Errors
 /// When namespaces cannot be made here, saying which switch forbids it.
-pub fn spawn(mut command: Command) -> Result<Child> {
+pub fn spawn(command: Command) -> Result<Child> {
+    start(command, true)
+}
+
+/// As [`spawn`], but root keeps its user namespace, and with it what the kernel grants in the first one alone:
+/// socket buffers beyond the system's limit, above all. For measurements; anybody else gets what [`spawn`] gives.
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_keeping_root(command: Command) -> Result<Child> {
+    start(command, !nix::unistd::geteuid().is_root())
+}
+
+fn start(mut command: Command, own_users: bool) -> Result<Child> {
     let step = || "start a process in namespaces of its own".to_owned();
-    let ids = IdMaps::read().step(step)?;
+    let ids = if own_users { Some(IdMaps::read().step(step)?) } else { None };
     let (mut pid_reader, pid_writer) = io::pipe().step(step)?;
     let (go_reader, go_writer) = io::pipe().step(step)?;
     command.env(MARK, "1");
     // SAFETY: `enter` makes plain system calls on memory that was prepared before the fork.
     unsafe {
-        command.pre_exec(move || enter(&pid_writer, &go_reader));
+        command.pre_exec(move || enter(&pid_writer, &go_reader, own_users));
     }
     // `Command::spawn` returns only after the exec, so the id maps are written from another thread.
     let mapper = std::thread::Builder::new()
         .name("id-maps".into())
-        .spawn(move || ids.write_for(&mut pid_reader, go_writer))
+        .spawn(move || write_maps(ids.as_ref(), &mut pid_reader, go_writer))
         .step(step)?;
     let child = command.spawn();
     // Closes this side's writer, so that the mapper ends when the child never asked.
@@ -108,20 +121,26 @@ impl IdMaps {
         Ok(Self { uids: own("/proc/self/uid_map")?, gids: own("/proc/self/gid_map")?, deny_setgroups: false })
     }
 
-    /// Waits for the child to say its pid, writes its maps and lets it go on.
-    fn write_for(&self, pid: &mut PipeReader, mut go: PipeWriter) -> io::Result<()> {
-        let mut raw = [0; 4];
-        if pid.read_exact(&mut raw).is_err() {
-            return Ok(());
-        }
-        let dir = PathBuf::from(format!("/proc/{}", i32::from_ne_bytes(raw)));
+    fn write(&self, pid: i32) -> io::Result<()> {
+        let dir = PathBuf::from(format!("/proc/{pid}"));
         if self.deny_setgroups {
             fs::write(dir.join("setgroups"), "deny")?;
         }
         fs::write(dir.join("uid_map"), &self.uids)?;
-        fs::write(dir.join("gid_map"), &self.gids)?;
-        go.write_all(&[1])
+        fs::write(dir.join("gid_map"), &self.gids)
     }
+}
+
+/// Waits for the child to say its pid, writes its maps if it needs any and lets it go on.
+fn write_maps(ids: Option<&IdMaps>, pid: &mut PipeReader, mut go: PipeWriter) -> io::Result<()> {
+    let mut raw = [0; 4];
+    if pid.read_exact(&mut raw).is_err() {
+        return Ok(());
+    }
+    if let Some(ids) = ids {
+        ids.write(i32::from_ne_bytes(raw))?;
+    }
+    go.write_all(&[1])
 }
 
 /// Every id that exists here, mapped to itself.
@@ -136,9 +155,9 @@ fn same_inside(map: &str) -> String {
 
 /// Between fork and exec. Two processes leave this function's middle: the guard, which never returns, and
 /// the init of the new PID namespace, which goes on to exec.
-fn enter(pid: &PipeWriter, go: &PipeReader) -> io::Result<()> {
+fn enter(pid: &PipeWriter, go: &PipeReader, own_users: bool) -> io::Result<()> {
     let own = std::process::id().to_ne_bytes();
-    let flags = libc::CLONE_NEWUSER
+    let flags = if own_users { libc::CLONE_NEWUSER } else { 0 }
         | libc::CLONE_NEWNS
         | libc::CLONE_NEWNET
         | libc::CLONE_NEWPID

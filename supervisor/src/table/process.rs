@@ -237,13 +237,16 @@ impl Table {
                 running.client = Some(client);
                 running.holds = self.context.cgroups.holds(&pod.record.id, pid);
                 let interception = running.interception.take();
+                let micros = |took: std::time::Duration| u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+                let ready_us = micros(ready);
                 if let Some(since) = running.replaces_since {
                     let took = since.elapsed();
                     self.counters.recovery_seconds.observe(took.as_secs_f64());
-                    let us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-                    tracing::info!(namespace, pod = name, pid, us, "engine restarted");
+                    let us = micros(took);
+                    tracing::info!(namespace, pod = name, pid, us, ready_us, "engine restarted");
                 } else {
-                    tracing::info!(namespace, pod = name, pid, build = hello.build, "engine started");
+                    let build = hello.build;
+                    tracing::info!(namespace, pod = name, pid, build, ready_us, "engine started");
                 }
                 if let Some(interception) = interception {
                     self.intercept(id, epoch, pid, interception);
