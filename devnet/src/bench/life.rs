@@ -49,8 +49,8 @@ pub(super) fn kills(world: &World, kills: usize, say: &mut dyn FnMut(&str)) -> R
     Ok(vec![gaps, Figure::of("recovery.p99", "the same, p99", "ms", p99)])
 }
 
-/// From the fork of an engine until it had given up its privileges and taken its start request, of all engines
-/// that the nodes have started so far.
+/// From the exec of an engine to its first answer, before which it gives up its privileges, of all engines that the
+/// nodes have started so far.
 pub(super) fn starts(world: &World) -> Result<Vec<Figure>> {
     let mut times = Vec::new();
     for node in &world.nodes {
