@@ -109,9 +109,7 @@ impl<'a> Segments<'a> {
             return Err(SegmentError::TooMany);
         }
         let mut template = [0; MAX_HEADERS];
-        for (to, from) in template.iter_mut().zip(&packet[..headers.payload]) {
-            *to = *from;
-        }
+        template[..headers.payload].copy_from_slice(&packet[..headers.payload]);
         let id = if headers.v6 { 0 } else { word(&template, 4) };
         let (sequence, flags) = match headers.kind {
             Transport::Tcp => (long(&template, headers.transport + 4), template[headers.transport + FLAGS]),
