@@ -1,6 +1,7 @@
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 
 use super::*;
@@ -48,14 +49,14 @@ fn pod_with_servers() -> Netns {
     pod
 }
 
-/// Answers everything with `who`.
+/// Answers everything with `who`, and by UDP with the question before it.
 fn serve(who: &'static str, udp: UdpSocket, tcp: TcpListener) {
     udp.set_nonblocking(false).unwrap();
     tcp.set_nonblocking(false).unwrap();
     thread::spawn(move || {
         let mut buffer = [0; 64];
-        while let Ok((_, from)) = udp.recv_from(&mut buffer) {
-            udp.send_to(who.as_bytes(), from).unwrap();
+        while let Ok((length, from)) = udp.recv_from(&mut buffer) {
+            udp.send_to(&[&buffer[..length], who.as_bytes()].concat(), from).unwrap();
         }
     });
     thread::spawn(move || {
@@ -70,13 +71,19 @@ fn serve(who: &'static str, udp: UdpSocket, tcp: TcpListener) {
 }
 
 fn ask_udp(socket: &UdpSocket) -> String {
+    static ASKED: AtomicU32 = AtomicU32::new(0);
     let mut buffer = [0; 64];
     for _ in 0..5 {
         // What a vanished listener's port answers is an error of the next call.
-        if socket.send(b"?").is_ok()
-            && let Ok(length) = socket.recv(&mut buffer)
-        {
-            return String::from_utf8_lossy(&buffer[..length]).into_owned();
+        let question = ASKED.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+        if socket.send(&question).is_err() {
+            continue;
+        }
+        while let Ok(length) = socket.recv(&mut buffer) {
+            // A first question may be answered late, after it was asked again: a new neighbour is looked for.
+            if let Some(who) = buffer[..length].strip_prefix(&question) {
+                return String::from_utf8_lossy(who).into_owned();
+            }
         }
     }
     "nobody".into()
