@@ -16,7 +16,7 @@ given = $(if $($(call upper,$(1))),--$(1)=$($(call upper,$(1))))
 upper = $(shell echo $(1) | tr a-z- A-Z_)
 chaos: ; cargo build --release --workspace --bins && target/release/podtether-devnet chaos $(CHAOS)
 # CHECK=1 fails when a bar is missed; ONLY="tcp1 ping" measures what has such names; PODS="10 50" are the joins at once.
-BENCH = $(foreach o,rounds seconds kills idle-seconds json,$(call given,$(o))) $(ONLY:%=--only=%) $(PODS:%=--pods=%)
+BENCH = $(foreach o,rounds seconds kills idle-seconds congestion json,$(call given,$(o))) $(ONLY:%=--only=%) $(PODS:%=--pods=%)
 CORE = $(if $(ONLY),,cargo bench -p podtether-core)
 bench: ; cargo build --release --workspace --bins && target/release/podtether-devnet bench $(BENCH) $(if $(CHECK),--check)
 	$(CORE)

@@ -35,6 +35,9 @@ pub(crate) struct Bench {
     /// How many engines are killed.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     kills: u16,
+    /// Congestion control of TCP in all that is measured; the system's own otherwise.
+    #[arg(long)]
+    congestion: Option<String>,
     /// Leave tailscaled out although it is on PATH.
     #[arg(long)]
     no_tailscaled: bool,
@@ -53,6 +56,7 @@ impl Bench {
             rounds: self.rounds.into(),
             time: Duration::from_secs(self.seconds.into()),
             stock: !self.no_tailscaled,
+            congestion: self.congestion.clone(),
             joins: self.pods.iter().copied().map(usize::from).collect(),
             idle: Duration::from_secs(self.idle_seconds.into()),
             kills: self.kills.into(),
@@ -61,12 +65,14 @@ impl Bench {
 
     /// As words for the process inside.
     fn arguments(&self) -> Vec<String> {
-        let Self { only, rounds, seconds, pods, idle_seconds, kills, no_tailscaled, check, json } = self;
+        let Self { only, rounds, seconds, pods, idle_seconds, kills, congestion, no_tailscaled, check, json } =
+            self;
         let mut words =
             vec!["bench".to_owned(), format!("--rounds={rounds}"), format!("--seconds={seconds}")];
         words.extend(only.iter().map(|name| format!("--only={name}")));
         words.extend(pods.iter().map(|count| format!("--pods={count}")));
         words.extend([format!("--idle-seconds={idle_seconds}"), format!("--kills={kills}")]);
+        words.extend(congestion.iter().map(|name| format!("--congestion={name}")));
         words.extend(no_tailscaled.then(|| "--no-tailscaled".to_owned()));
         words.extend(check.then(|| "--check".to_owned()));
         words.extend(json.as_ref().map(|path| format!("--json={}", path.display())));
@@ -129,7 +135,16 @@ mod tests {
         for words in [
             vec![],
             vec!["--only", "tcp", "udp", "--rounds=2", "--seconds=1", "--check", "--json=/x/y"],
-            vec!["--only=ping", "--no-tailscaled", "--pods", "7", "9", "--idle-seconds=300", "--kills=3"],
+            vec![
+                "--only=ping",
+                "--no-tailscaled",
+                "--pods",
+                "7",
+                "9",
+                "--idle-seconds=300",
+                "--kills=3",
+                "--congestion=cubic",
+            ],
         ] {
             let outside = Line::parse_from(["x"].into_iter().chain(words)).bench;
             let mut told = outside.arguments();

@@ -59,7 +59,11 @@ impl Flow {
 
 /// The program.
 #[derive(Debug, Clone)]
-pub struct Iperf(PathBuf);
+pub struct Iperf {
+    program: PathBuf,
+    /// Of TCP; the system's own when absent.
+    congestion: Option<String>,
+}
 
 /// Ends with its owner.
 struct Server(Child);
@@ -72,13 +76,13 @@ impl Drop for Server {
 }
 
 impl Iperf {
-    /// The one on PATH.
+    /// The one on PATH, whose TCP is to use this congestion control.
     ///
     /// # Errors
     /// When there is none, with what to install.
-    pub fn find() -> Result<Self> {
-        let path = on_path("iperf3").context("iperf3 is not on PATH: `apt-get install iperf3`")?;
-        Ok(Self(path))
+    pub fn find(congestion: Option<String>) -> Result<Self> {
+        let program = on_path("iperf3").context("iperf3 is not on PATH: `apt-get install iperf3`")?;
+        Ok(Self { program, congestion })
     }
 
     /// Sends from `from` to `to`, which has `target`, for `time`.
@@ -87,8 +91,12 @@ impl Iperf {
     /// In the program's own words.
     pub fn run(&self, from: &Netns, to: &Netns, target: IpAddr, load: Load, time: Duration) -> Result<Flow> {
         let _server = self.serve(to)?;
-        let mut command = inside(&self.0, from);
-        command.args(arguments(target, load, time)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut command = inside(&self.program, from);
+        command.args(arguments(target, load, time));
+        if let (Load::Tcp { .. }, Some(name)) = (load, &self.congestion) {
+            command.args(["-C", name]);
+        }
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut client = Server(command.spawn().context("start iperf3")?);
         let mut stdout = client.0.stdout.take().context("no output of iperf3")?;
         let reader = std::thread::spawn(move || {
@@ -106,7 +114,7 @@ impl Iperf {
 
     /// A server for one client that listens.
     fn serve(&self, to: &Netns) -> Result<Server> {
-        let mut command = inside(&self.0, to);
+        let mut command = inside(&self.program, to);
         command.args(["-s", "-1", "-i", "0", "--forceflush", "-p"]).arg(PORT.to_string());
         let mut server = Server(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?);
         let mut lines = BufReader::new(server.0.stdout.take().context("no output of iperf3")?).lines();

@@ -34,6 +34,8 @@ pub struct Options {
     pub time: Duration,
     /// Whether tailscaled is measured where it is found.
     pub stock: bool,
+    /// Congestion control of TCP; the system's own when absent.
+    pub congestion: Option<String>,
     /// How many pods join at once, each on a node that had none.
     pub joins: Vec<usize>,
     /// How long idle engines are watched.
@@ -68,7 +70,7 @@ pub fn run(dir: &Path, beside: &Path, options: &Options, say: &mut dyn FnMut(&st
             PARTS.join(", ")
         );
     }
-    let mut report = Report { machine: machine(), ..Report::default() };
+    let mut report = Report { machine: machine(options), ..Report::default() };
     let left_out: Vec<&str> = PARTS.iter().copied().filter(|part| !options.wants(part)).collect();
     if !left_out.is_empty() {
         report.skipped.push(format!("{}: not asked for", left_out.join(", ")));
@@ -78,7 +80,7 @@ pub fn run(dir: &Path, beside: &Path, options: &Options, say: &mut dyn FnMut(&st
     } else if stock_programs().is_none() {
         report.skipped.push("tailscaled: it and tailscale have to be on PATH to be measured".into());
     }
-    let iperf = Iperf::find()?;
+    let iperf = Iperf::find(options.congestion.clone())?;
     let mut world = World::start(dir, Programs::find(beside)?, options.stock)?;
     let measured = measure(&mut world, &iperf, beside, options, &mut report, say);
     if measured.is_err() {
@@ -220,14 +222,15 @@ fn courses(part: &str, what: &str, lanes: &[Lane], options: &Options, time: Dura
 }
 
 /// What the figures were measured on.
-fn machine() -> Vec<String> {
+fn machine(options: &Options) -> Vec<String> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let cpuinfo = read("/proc/cpuinfo");
     let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("an unnamed processor", |(_, name)| name);
     let count = std::thread::available_parallelism().map_or(0, usize::from);
     let kernel = read("/proc/sys/kernel/osrelease");
-    let congestion = read("/proc/sys/net/ipv4/tcp_congestion_control");
+    let system = || read("/proc/sys/net/ipv4/tcp_congestion_control");
+    let congestion = options.congestion.clone().unwrap_or_else(system);
     vec![format!(
         "{count} × {model}, Linux {}, TCP {}; both ends, iperf3 and the relay on them; load before {}",
         kernel.trim(),
@@ -253,6 +256,7 @@ mod tests {
             rounds: 5,
             time: Duration::from_secs(1),
             stock: true,
+            congestion: None,
             joins: Vec::new(),
             idle: Duration::ZERO,
             kills: 0,
