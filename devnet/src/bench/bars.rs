@@ -97,10 +97,12 @@ impl Bar {
     /// As in "≥ 1.8 × tailscaled".
     #[must_use]
     pub fn text(&self) -> String {
-        let limit = match self.limit {
-            Limit::AtLeast(least) => format!("≥ {least}"),
-            Limit::AtMost(most) => format!("≤ {most}"),
+        let (sign, limit) = match self.limit {
+            Limit::AtLeast(least) => ("≥", least),
+            Limit::AtMost(most) => ("≤", most),
         };
+        let digits = format!("{limit:.2}");
+        let limit = format!("{sign} {}", digits.trim_end_matches('0').trim_end_matches('.'));
         match self.of {
             Of::Value => limit,
             Of::OverBare => format!("{limit} × bare"),
