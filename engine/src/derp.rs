@@ -20,8 +20,8 @@ use crate::driver::Drop;
 use connection::Connection;
 pub(crate) use latency::measure;
 
-/// Packets for one region.
-const SEND_QUEUE: usize = 64;
+/// Packets for one region: several super-packets of the pod, some 330 KB at most.
+const SEND_QUEUE: usize = 256;
 /// Messages of all regions.
 const RECEIVE_QUEUE: usize = 128;
 /// Nothing that a tunnel of MTU 1280 carries is longer; with the queues it bounds what a relay can make
@@ -101,6 +101,11 @@ impl Regions {
             // Not reached: this struct holds a sender itself.
             None => std::future::pending().await,
         }
+    }
+
+    /// What has happened by now, if anything has.
+    pub(crate) fn waiting(&mut self) -> Option<Message> {
+        self.messages.try_recv().ok()
     }
 
     /// Connects, and stays connected until [`Regions::close`].

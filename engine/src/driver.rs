@@ -74,6 +74,9 @@ const SNAPSHOT_DELAY: Duration = Duration::from_secs(1);
 const FIRST_SNAPSHOT_DELAY: Duration = Duration::from_millis(20);
 /// At most so often.
 const SNAPSHOT_PAUSE: Duration = Duration::from_secs(3);
+/// Messages from relays that are handled before what came of them is sent, so that packets of one flow go to
+/// the pod together.
+const RELAYED: usize = 64;
 /// Names being looked up at a time.
 const MAX_LOOKUPS: usize = 16;
 
@@ -312,11 +315,17 @@ impl Driver {
                 self.handle_control(event, now);
             }
             Wake::Derp(message) => {
-                self.intake.others += 1;
-                if self.connected_while_the_other_is_there(&message) {
-                    self.tell_relay_up(message.region).await;
+                let mut next = Some(message);
+                let mut taken = 0;
+                while let Some(message) = next {
+                    self.intake.others += 1;
+                    if self.connected_while_the_other_is_there(&message) {
+                        self.tell_relay_up(message.region).await;
+                    }
+                    self.handle_derp(message, now);
+                    taken += 1;
+                    next = if taken < RELAYED { self.derp.waiting() } else { None };
                 }
-                self.handle_derp(message, now);
             }
             Wake::Resolved(host, addresses) => {
                 self.engine.handle_resolved(&host, &addresses, now, &mut self.outbox);
