@@ -6,36 +6,41 @@ use std::time::{Duration, Instant};
 
 use super::Driver;
 
-/// Work has ended when nothing came for this long.
+/// Work has ended when less than [`BUSY`] came for this long.
 const QUIET: Duration = Duration::from_secs(5);
-/// Inputs that are worth a look, see [`Intake`](crate::intake::Intake::inputs).
-const WORTH: u64 = 64;
+/// Inputs, see [`Intake`](crate::intake::Intake::inputs): more than the pings and keepalives that go on for most of
+/// a minute after traffic.
+const BUSY: u64 = 32;
+/// Inputs that are worth a look.
+const WORTH: u64 = 256;
 
 /// When memory is given back.
 #[derive(Debug, Default)]
 pub(super) struct Rest {
     /// Inputs when that was done last.
     given_back: u64,
-    inputs: u64,
+    /// Inputs when they were last seen to be many, and when.
+    busy: u64,
     last_work: Option<Instant>,
 }
 
 impl Rest {
     /// Notes how much work there has been by now; whether its end has come.
     pub(super) fn look(&mut self, inputs: u64, now: Instant) -> bool {
-        if std::mem::replace(&mut self.inputs, inputs) != inputs {
+        if inputs - self.busy >= BUSY {
+            self.busy = inputs;
             self.last_work = Some(now);
         }
         let ended = self.deadline().is_some_and(|at| at <= now);
         if ended {
-            self.given_back = inputs;
+            self.given_back = self.busy;
         }
         ended
     }
 
     /// When to look again.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.last_work.filter(|_| self.inputs - self.given_back >= WORTH).map(|at| at + QUIET)
+        self.last_work.filter(|_| self.busy - self.given_back >= WORTH).map(|at| at + QUIET)
     }
 }
 
@@ -70,10 +75,10 @@ mod tests {
         let start = Instant::now();
         let second = Duration::from_secs(1);
         let mut rest = Rest::default();
-        // A burst for four seconds, then a keepalive every ten, then another burst.
+        // A burst for four seconds, then a ping every second, then another burst.
         let inputs = |second: u32| match second {
             0..=3 => u64::from(second) * 1000,
-            4..60 => 3000 + u64::from(second) / 10,
+            4..60 => 3000 + u64::from(second),
             _ => 5000,
         };
         let at: Vec<u32> = (0..100).filter(|n| rest.look(inputs(*n), start + *n * second)).collect();
