@@ -81,8 +81,8 @@ impl<M> Batch<M> {
         self.items.last().map_or(0, |(_, range)| range.end)
     }
 
-    /// Packets in order, in runs that one call can send: see [`Run`].
-    pub fn runs(&self) -> impl Iterator<Item = Run<'_, M>>
+    /// Packets in order, in runs that one call can send: see [`Run`]. Those that `joins` denies go alone.
+    pub fn runs(&self, joins: impl Fn(&[u8]) -> bool) -> impl Iterator<Item = Run<'_, M>>
     where
         M: PartialEq,
     {
@@ -93,12 +93,15 @@ impl<M> Batch<M> {
             let mut run = Run { meta, bytes: &[], size, packets: 1 };
             let mut end = first.end;
             let mut last = size;
+            let joined = joins(&self.buf[first.clone()]);
             while let Some((_, next)) = items.next_if(|(other, next)| {
-                run.packets < Run::<M>::MAX_PACKETS
+                joined
+                    && run.packets < Run::<M>::MAX_PACKETS
                     && last == size
                     && (1..=size).contains(&next.len())
                     && next.end - first.start <= Run::<M>::MAX_BYTES
                     && other == meta
+                    && joins(&self.buf[next.clone()])
             }) {
                 last = next.len();
                 end = next.end;
@@ -335,12 +338,12 @@ mod tests {
                 assert!(batch.push(*to, &vec![u8::try_from(n % 251).unwrap(); *len]));
             }
             let mut seen = Vec::new();
-            for run in batch.runs() {
+            for run in batch.runs(|_| true) {
                 seen.push((*run.meta, run.size, run.packets));
                 assert!(run.bytes.len() <= run.size * run.packets);
                 assert!(run.bytes.len() > run.size * (run.packets - 1) || run.packets == 1);
             }
-            let bytes: Vec<u8> = batch.runs().flat_map(|run| run.bytes.to_vec()).collect();
+            let bytes: Vec<u8> = batch.runs(|_| true).flat_map(|run| run.bytes.to_vec()).collect();
             assert_eq!(bytes, batch.iter().flat_map(|(_, p)| p.to_vec()).collect::<Vec<_>>());
             seen
         };
@@ -353,5 +356,12 @@ mod tests {
         assert_eq!(runs(&[(1, 9), (1, 0), (1, 0)]), [(1, 9, 1), (1, 0, 1), (1, 0, 1)]);
         assert_eq!(runs(&[(1, 10); 130]), [(1, 10, 64), (1, 10, 64), (1, 10, 2)]);
         assert_eq!(runs(&[(1, 1312); 53]), [(1, 1312, 49), (1, 1312, 4)]);
+
+        let mut batch = Batch::new();
+        for first in [4, 4, 1, 4, 1, 1] {
+            assert!(batch.push((), &[first; 9]));
+        }
+        let alone: Vec<_> = batch.runs(|packet| packet[0] == 4).map(|run| run.packets).collect();
+        assert_eq!(alone, [2, 1, 1, 1, 1]);
     }
 }

@@ -239,9 +239,16 @@ fn datagrams_of(message: &Message<'_>) -> u64 {
     u64::try_from(datagrams).unwrap_or(u64::MAX)
 }
 
+/// Whether a datagram is a WireGuard data message. Others go alone: a receiver under flood tells handshakes and
+/// disco by their length before it cuts what its kernel joined.
+fn is_data(datagram: &[u8]) -> bool {
+    datagram.first() == Some(&4)
+}
+
 /// The batch's datagrams of one family as messages, trains of them where the kernel cuts those.
 fn messages(batch: &Batch<SocketAddr>, v4: bool, cuts: bool) -> impl Iterator<Item = Message<'_>> {
-    let ours = batch.runs().filter_map(move |run| Some((SockaddrStorage::from(family(*run.meta, v4)?), run)));
+    let ours =
+        batch.runs(is_data).filter_map(move |run| Some((SockaddrStorage::from(family(*run.meta, v4)?), run)));
     ours.flat_map(move |(to, Run { bytes, size, packets, .. })| {
         let segment = u16::try_from(size).ok().filter(|_| cuts && packets > 1);
         let length = if segment.is_some() { bytes.len() } else { size };

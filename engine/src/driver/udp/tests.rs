@@ -31,12 +31,15 @@ async fn batches_arrive_whole_with_their_source() {
         let mut sent = Vec::new();
         for n in 0..40_u8 {
             let length = if n % 7 == 6 { 40 } else { 1300 };
-            sent.push((from, vec![n; length]));
-            assert!(out.push(to, &vec![n; length]));
+            let kind = if n % 5 == 0 { n } else { 4 };
+            let datagram = [&[kind][..], &vec![n; length]].concat();
+            assert!(out.push(to, &datagram));
+            sent.push((from, datagram));
         }
         for n in 0..40_u8 {
-            sent.push((from, vec![n; 200 - usize::from(n)]));
-            assert!(out.push(to, &vec![n; 200 - usize::from(n)]));
+            let datagram = [&[4][..], &vec![n; 200 - usize::from(n)]].concat();
+            assert!(out.push(to, &datagram));
+            sent.push((from, datagram));
         }
         // Another family's datagram.
         let other: SocketAddr = if to.is_ipv4() { "[::1]:9" } else { "127.0.0.1:9" }.parse().unwrap();
@@ -78,13 +81,13 @@ async fn one_bad_destination_does_not_cost_the_others() {
     let mut out = Batch::new();
     // Port 0 is refused by the kernel, as a train and alone.
     let nowhere = "127.0.0.1:0".parse().unwrap();
-    for (to, data) in [(to, b"1"), (nowhere, b"2"), (nowhere, b"3"), (to, b"4"), (nowhere, b"5")] {
-        assert!(out.push(to, data));
+    for (to, data) in [(to, [4, 1]), (nowhere, [4, 2]), (nowhere, [4, 3]), (to, [4, 4]), (nowhere, [4, 5])] {
+        assert!(out.push(to, &data));
     }
     let mut drops = Drops::default();
     sender.send(&out, &mut drops).await;
     assert_eq!(drops.named().collect::<Vec<_>>(), [("udp_send_error", 3)]);
-    assert_eq!(arrived(&mut receiver, 2).await, [(from, b"1".to_vec()), (from, b"4".to_vec())]);
+    assert_eq!(arrived(&mut receiver, 2).await, [(from, vec![4, 1]), (from, vec![4, 4])]);
 }
 
 #[tokio::test]
@@ -94,7 +97,7 @@ async fn one_call_asks_for_no_more_than_stays_in_the_cache() {
     let mut trains = Batch::new();
     // Two trains: what a socket's default buffer holds.
     for _ in 0..48 * 2 {
-        assert!(trains.push(to, &[7; 1312]));
+        assert!(trains.push(to, &[4; 1312]));
     }
     sender.send(&trains, &mut Drops::default()).await;
     assert_eq!(arrived(&mut receiver, trains.len()).await.len(), trains.len());
