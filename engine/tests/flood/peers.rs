@@ -33,13 +33,31 @@ fn overheard(port: u16, count: usize) -> Vec<Vec<u8>> {
             && packet[22..24] == port.to_be_bytes()
             && packet[HEADERS..HEADERS + 4] == [4, 0, 0, 0]
         {
-            let mut copy = packet.to_vec();
-            // The checksum was left to a device; none is as good.
-            copy[26..28].fill(0);
-            found.push(copy);
+            found.extend(datagrams(packet));
         }
     }
+    found.truncate(count);
     found
+}
+
+/// The datagrams of a packet as a capture sees it: before the kernel cut the train that was sent. The next one
+/// begins with the same type and receiver and the next counter.
+fn datagrams(packet: &[u8]) -> Vec<Vec<u8>> {
+    let (headers, mut rest) = packet.split_at(HEADERS);
+    let mut cut = Vec::new();
+    while !rest.is_empty() {
+        let counter = u64::from_le_bytes(rest[8..16].try_into().unwrap());
+        let next = [&rest[..8], &(counter + 1).to_le_bytes()].concat();
+        let length = rest[16..].windows(16).position(|w| w == next).map_or(rest.len(), |at| at + 16);
+        let mut copy = [headers, &rest[..length]].concat();
+        // The kernel fills in the packet's length; the checksum was left to a device, and none is as good.
+        copy[24..26].copy_from_slice(&u16::try_from(8 + length).unwrap().to_be_bytes());
+        copy[26..28].fill(0);
+        assert!(length < 2048, "{length} bytes");
+        cut.push(copy);
+        rest = &rest[length..];
+    }
+    cut
 }
 
 /// A socket that sends what is given to it as IP packets.
