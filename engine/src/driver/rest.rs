@@ -50,6 +50,7 @@ impl Driver {
         self.from_tun.release();
         self.passed.release();
         self.outbox.release();
+        self.tun.release();
         for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
             udp.release();
         }

@@ -79,6 +79,11 @@ impl Tun {
         unsafe { ioctl::set_offload(self.fd.as_raw_fd(), flags) }.map(|_| ())
     }
 
+    /// Gives back the memory that a burst took.
+    pub(crate) fn release(&mut self) {
+        self.coalescer.shrink();
+    }
+
     /// Waits for packets and adds them to `batch`.
     pub(crate) async fn read(&self, batch: &mut Batch<VnetHeader>, drops: &mut Drops) -> Result<(), Gone> {
         let ready = self.fd.ready(Interest::READABLE.add(Interest::ERROR)).await;

@@ -17,8 +17,9 @@ use super::mmsg::{self, Message, Received, Receiver, SENDS};
 use super::shield;
 use super::tun::pollable;
 
-/// Messages per system call, each of which may be a train of datagrams.
-const SLOTS: usize = 32;
+/// Messages per system call, each of which may be a train of datagrams: together no more than a batch for the pod
+/// takes ([`MAX_ITEMS`](podtether_core::batch::MAX_ITEMS)).
+const SLOTS: usize = podtether_core::batch::MAX_ITEMS / Run::<SocketAddr>::MAX_PACKETS;
 /// Longest message: datagrams of one peer that the kernel joined.
 const SLOT: usize = 64 << 10;
 /// Bytes that one call should bring at most, so that they are still in the processor's cache when they
