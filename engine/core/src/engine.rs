@@ -102,6 +102,8 @@ pub struct Engine {
     mtu: usize,
     started: Instant,
     wall_at_start: UnixTime,
+    /// What initiations are stamped with at the start: the wall clock, unless that was set back since an earlier life.
+    stamped_at_start: UnixTime,
     random: Random,
 
     netmap: NetMap,
@@ -172,8 +174,11 @@ impl Engine {
         }
         let netcheck = Netcheck::new(watch.marks.stun);
         let dns = Dns::new(random.bytes());
+        let earlier = config.snapshot.as_ref().map(|snapshot| snapshot.body.stamped);
+        let stamped = warm::stamped(config.wall, earlier);
         let mut engine = Self {
-            identity: Identity::new(*config.node_key.expose()),
+            identity: Identity::new(*config.node_key.expose(), stamped, now),
+            stamped_at_start: stamped,
             node_key: config.node_key,
             disco_public: disco_key.public(),
             disco_key,

@@ -2,16 +2,17 @@
 //!
 //! Facts go in through `handle_*(…, now)`, results come out through [`batch::Outbox`] and `poll_*`, and
 //! `poll_timeout` says when to call again. Batches of packets cross the border, not packets, and the
-//! data path allocates nothing per packet. The one exception to "no clock" is `wg`: boringtun reads it.
+//! data path allocates nothing per packet. The one exception to "no clock" is `wg`: boringtun dates cookies by it.
 //!
 //! | part | modules |
 //! |---|---|
 //! | the node as a whole | `engine`, `batch`, `snapshot`, `health` |
 //! | control protocol | `noise`, `map_stream`, `tailcfg`, `netmap`, `register`, `c2n`, `dial_plan`, `retry_after`, `backoff` |
 //! | paths to peers | `path`, `disco`, `stun`, `netcheck`, `derp`, `routes` |
-//! | what flows | `wg`, `packet`, `offload`, `nat`, `filter`, `dns` |
+//! | what flows | `wg`, `aead`, `packet`, `offload`, `nat`, `filter`, `dns` |
 //! | names of things | `key` |
 
+mod aead;
 pub mod backoff;
 pub mod batch;
 mod budget;

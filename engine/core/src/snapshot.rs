@@ -71,6 +71,9 @@ impl std::fmt::Debug for Snapshot {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Body {
     pub(crate) wall: UnixTime,
+    /// What initiations are stamped with at `wall`.
+    #[serde(default)]
+    pub(crate) stamped: UnixTime,
     pub(crate) home: RegionId,
     pub(crate) active: Vec<ActivePeer>,
     pub(crate) resolved: Vec<(String, Vec<IpAddr>)>,

@@ -1,20 +1,25 @@
-//! WireGuard: one [`Tunnel`] per active peer around boringtun's `Tunn`, and the [`Identity`] they share.
+//! WireGuard: one [`Tunnel`] per active peer, and the [`Identity`] they share.
 //!
-//! `Tunn` reads the clock by itself, so nothing here asks it about time. The protocol's timers run on the
-//! `now` that is passed in, and a mirror of `Tunn`'s ring of sessions tells which session would encrypt and
-//! how old it is. `Tunn::update_timers` is called in one place, just before a handshake message, because
-//! the order in which sessions were made is kept in it and an old session must not replace a newer one.
+//! Snow makes the handshakes ([`handshake`]), the transport is our own ([`session`]) so that the cipher can be the
+//! fastest one the processor has; boringtun tells whose initiations those are that come, and makes and checks cookies
+//! ([`identity`]). Everything runs on the `now` that is passed in.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::{Packet, Tunn, TunnResult};
+use boringtun::noise::rate_limiter::RateLimiter;
+use snow::HandshakeState;
 use x25519_dalek::PublicKey;
 
 use crate::budget::{Bucket, Rate};
-pub(crate) use identity::{Identity, Proof, Timestamp};
+use clock::Clock;
+use handshake::{COOKIE_REPLY_LEN, Handshaker, Keys, RESPONSE_LEN};
+pub(crate) use identity::{Identity, Proof};
+use session::{Refused, Session};
+
+/// When an initiation was made, in its sender's words (TAI64N): grows with time.
+pub(crate) type Timestamp = [u8; 12];
 
 /// Age at which a session's initiator makes the next one.
 pub(crate) const REKEY_AFTER: Duration = Duration::from_secs(120);
@@ -46,6 +51,7 @@ pub(crate) const OVERHEAD: usize = 32;
 pub(crate) const INITIATION_LEN: usize = 148;
 const INITIATION: u8 = 1;
 const RESPONSE: u8 = 2;
+const COOKIE_REPLY: u8 = 3;
 const DATA: u8 = 4;
 const SLOTS: usize = 8;
 /// A peer that begins handshakes faster than this is not answered, as with other WireGuards.
@@ -67,13 +73,14 @@ pub(crate) enum Kind {
 
 /// Classifies a datagram without touching a key.
 pub(crate) fn classify(datagram: &[u8]) -> Kind {
-    match Tunn::parse_incoming_packet(datagram) {
-        Ok(Packet::HandshakeInit(_)) => Kind::Initiation,
-        Ok(Packet::HandshakeResponse(p)) => Kind::Indexed(p.receiver_idx),
-        Ok(Packet::PacketCookieReply(p)) => Kind::Indexed(p.receiver_idx),
-        Ok(Packet::PacketData(p)) => Kind::Indexed(p.receiver_idx),
-        Err(_) => Kind::Malformed,
-    }
+    let Some(([kind, 0, 0, 0], rest)) = datagram.split_first_chunk() else { return Kind::Malformed };
+    let at = match (*kind, datagram.len()) {
+        (INITIATION, INITIATION_LEN) => return Kind::Initiation,
+        (RESPONSE, RESPONSE_LEN) => 4,
+        (COOKIE_REPLY, COOKIE_REPLY_LEN) | (DATA, OVERHEAD..) => 0,
+        _ => return Kind::Malformed,
+    };
+    read_u32(rest, at).map_or(Kind::Malformed, Kind::Indexed)
 }
 
 /// Whether a datagram says that it is a handshake response.
@@ -91,14 +98,6 @@ pub(crate) fn is_initiation(datagram: &[u8]) -> bool {
     datagram.len() == INITIATION_LEN && datagram.first() == Some(&INITIATION)
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Session {
-    index: u32,
-    established: Instant,
-    initiator: bool,
-    epoch: u64,
-}
-
 struct Attempt {
     started: Instant,
     sent: Instant,
@@ -107,6 +106,8 @@ struct Attempt {
     tries: usize,
     hastened: u8,
     message: [u8; INITIATION_LEN],
+    /// Of `message`: what its answer is read in.
+    state: Box<HandshakeState>,
     /// Receiver indices of the initiations before this one, newest first, and when they were sent.
     earlier: [Option<(u32, Instant)>; 4],
 }
@@ -163,8 +164,13 @@ pub(crate) struct Sealed {
 
 /// One peer's WireGuard state.
 pub(crate) struct Tunnel {
-    tunn: Tunn,
-    sessions: [Option<Session>; SLOTS],
+    handshaker: Handshaker,
+    /// Checks the first MAC of what comes.
+    macs: Arc<RateLimiter>,
+    clock: Clock,
+    /// Receiver index of the session or handshake begun last: the tunnel's own 24 bits, then a number.
+    index: u32,
+    sessions: [Option<Box<Session>>; SLOTS],
     current: u32,
     epoch: u64,
     attempt: Option<Attempt>,
@@ -177,6 +183,8 @@ pub(crate) struct Tunnel {
     silence_at: Option<Instant>,
     last_used: Instant,
     established: Option<Instant>,
+    /// Of the peer's initiations that were answered.
+    newest_timestamp: Timestamp,
     /// When an initiation of the peer was last answered.
     last_consumed: Option<Instant>,
     responses: Bucket,
@@ -187,17 +195,12 @@ pub(crate) struct Tunnel {
 impl Tunnel {
     /// `index` is this tunnel's receiver index, 24 bits; `jitter` any random number.
     pub(crate) fn new(identity: &Identity, peer: [u8; 32], index: u32, jitter: u64, now: Instant) -> Self {
-        let tunn = Tunn::new(
-            identity.secret.clone(),
-            PublicKey::from(peer),
-            None,
-            None,
-            index & 0x00ff_ffff,
-            Some(Arc::clone(&identity.unlimited)),
-        );
         Self {
-            tunn,
-            sessions: [None; SLOTS],
+            handshaker: Handshaker::new(identity.secret.clone(), PublicKey::from(peer)),
+            macs: Arc::clone(&identity.unlimited),
+            clock: identity.clock,
+            index: index << 8,
+            sessions: [const { None }; SLOTS],
             current: 0,
             epoch: 0,
             attempt: None,
@@ -208,6 +211,7 @@ impl Tunnel {
             silence_at: None,
             last_used: now,
             established: None,
+            newest_timestamp: Timestamp::default(),
             last_consumed: None,
             responses: Bucket::default(),
             jitter: jitter | 1,
@@ -219,8 +223,18 @@ impl Tunnel {
         (index & 7) as usize
     }
 
-    fn live(&self, index: u32, now: Instant) -> Option<Session> {
-        self.sessions[Self::slot(index)].filter(|s| now.duration_since(s.established) < REJECT_AFTER)
+    fn live(&self, index: u32, now: Instant) -> Option<&Session> {
+        self.sessions[Self::slot(index)].as_deref().filter(|session| is_live(session, now))
+    }
+
+    fn live_mut(&mut self, index: u32, now: Instant) -> Option<&mut Session> {
+        self.sessions[Self::slot(index)].as_deref_mut().filter(|session| is_live(session, now))
+    }
+
+    /// An index that no session of the last [`SLOTS`] handshakes has.
+    fn next_index(&mut self) -> u32 {
+        self.index = (self.index & !0xff) | (self.index.wrapping_add(1) & 0xff);
+        self.index
     }
 
     /// Whether a packet can be encrypted now.
@@ -253,20 +267,11 @@ impl Tunnel {
         pause + Duration::from_millis(self.jitter % (most + 1))
     }
 
-    /// Encrypts `packet` into `out` (32 bytes longer, 148 at least). `None`: no session, see [`Tunnel::wait`].
+    /// Encrypts `packet` into `out`, which is [`OVERHEAD`] bytes longer at least. `None`: no session, see [`Tunnel::wait`].
     pub(crate) fn seal(&mut self, packet: &[u8], out: &mut [u8], now: Instant) -> Option<Sealed> {
-        let session = self.live(self.current, now)?;
-        let TunnResult::WriteToNetwork(sealed) = self.tunn.encapsulate(packet, out) else {
-            self.sessions[Self::slot(self.current)] = None;
-            return None;
-        };
-        if sealed[0] != DATA {
-            // boringtun dropped the session by its own clock (a suspended machine) and began a handshake
-            // that `initiate` supersedes.
-            self.sessions[Self::slot(self.current)] = None;
-            return None;
-        }
-        let len = sealed.len();
+        let session = self.live_mut(self.current, now)?;
+        let (len, initiator, established) =
+            (session.seal(packet, out)?, session.initiator, session.established);
         self.keepalive_at = None;
         if !packet.is_empty() {
             self.last_used = now;
@@ -275,7 +280,7 @@ impl Tunnel {
                 self.silence_at = Some(now + patience);
             }
         }
-        let rekey = session.initiator && now.duration_since(session.established) >= REKEY_AFTER;
+        let rekey = initiator && now.duration_since(established) >= REKEY_AFTER;
         Some(Sealed { len, rekey })
     }
 
@@ -337,12 +342,10 @@ impl Tunnel {
         if self.last_initiation.is_some_and(|last| now.duration_since(last) < MIN_SPACING) {
             return None;
         }
-        let mut out = [0; INITIATION_LEN];
-        if !self.pump(&mut out) {
-            let TunnResult::WriteToNetwork(_) = self.tunn.format_handshake_initiation(&mut out, true) else {
-                return None;
-            };
-        }
+        let mut message = [0; INITIATION_LEN];
+        let (index, timestamp) = (self.next_index(), self.clock.timestamp(now));
+        let state = self.handshaker.initiate(index, timestamp, now, &mut message)?;
+        self.epoch += 1;
         let tries = self.attempt.as_ref().map_or(0, |a| a.tries);
         let pause = if self.patient {
             REKEY_TIMEOUT
@@ -352,25 +355,29 @@ impl Tunnel {
             FIRST_RETRIES.get(tries).copied().unwrap_or(REKEY_TIMEOUT)
         };
         let retry_at = now + self.jittered(pause);
-        let attempt = self.attempt.get_or_insert(Attempt {
-            started: now,
-            sent: now,
-            retry_at,
-            tries: 0,
-            hastened: 0,
-            message: out,
-            earlier: [None; 4],
-        });
-        if attempt.message != out {
-            attempt.earlier.rotate_right(1);
-            attempt.earlier[0] = Some((attempt.index(), attempt.sent));
+        match &mut self.attempt {
+            Some(attempt) => {
+                attempt.earlier.rotate_right(1);
+                attempt.earlier[0] = Some((attempt.index(), attempt.sent));
+                attempt.tries = tries + usize::from(now >= self.eager_until);
+                (attempt.sent, attempt.retry_at) = (now, retry_at);
+                (attempt.message, attempt.state) = (message, state);
+            }
+            none => {
+                *none = Some(Attempt {
+                    started: now,
+                    sent: now,
+                    retry_at,
+                    tries: usize::from(now >= self.eager_until),
+                    hastened: 0,
+                    message,
+                    state,
+                    earlier: [None; 4],
+                });
+            }
         }
-        attempt.tries = tries + usize::from(now >= self.eager_until);
-        attempt.retry_at = retry_at;
-        attempt.sent = now;
-        attempt.message = out;
         self.last_initiation = Some(now);
-        Some(out)
+        Some(message)
     }
 
     /// Whether a response answers an initiation that a newer one has replaced. The peer forgets the
@@ -388,107 +395,106 @@ impl Tunnel {
         true
     }
 
-    /// Lets boringtun note the time, so that it can order sessions. True when it made an initiation in
-    /// `out` on this occasion.
-    fn pump(&mut self, out: &mut [u8; INITIATION_LEN]) -> bool {
-        self.epoch += 1;
-        match self.tunn.update_timers(out) {
-            TunnResult::WriteToNetwork(message) => message.len() == INITIATION_LEN && message[0] == 1,
-            TunnResult::Err(_) => {
-                self.sessions = [None; SLOTS];
-                false
-            }
-            TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => false,
-        }
-    }
-
     /// Takes a datagram; `out` is as long as the datagram and 148 bytes at least.
     pub(crate) fn open(&mut self, datagram: &[u8], out: &mut [u8], now: Instant) -> Opened {
-        match Tunn::parse_incoming_packet(datagram) {
-            Ok(Packet::PacketData(p)) => {
-                let index = p.receiver_idx;
-                if self.live(index, now).is_none_or(|s| s.index != index) {
-                    return Opened::Rejected;
-                }
-                let opened = match self.tunn.decapsulate(None, datagram, out) {
-                    TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                        Opened::Packet(packet.len())
-                    }
-                    TunnResult::Done => Opened::Keepalive,
-                    // Of a data message's content: it has been decrypted by then.
-                    TunnResult::Err(WireGuardError::InvalidPacket) => Opened::Unreadable,
-                    TunnResult::Err(error) => return rejected(&error),
-                    TunnResult::WriteToNetwork(_) => return Opened::Rejected,
-                };
-                self.note_received(index, matches!(opened, Opened::Packet(_)), now);
-                opened
+        match (datagram.first(), classify(datagram)) {
+            (Some(&DATA), Kind::Indexed(index)) => self.open_data(index, datagram, out, now),
+            (Some(&RESPONSE), Kind::Indexed(index)) => self.take_response(index, datagram, out, now),
+            (Some(&COOKIE_REPLY), Kind::Indexed(_)) => {
+                if self.handshaker.take_cookie(datagram, now) { Opened::Cookie } else { Opened::Rejected }
             }
-            Ok(Packet::HandshakeInit(_)) => {
-                if self.last_consumed.is_some_and(|last| now.duration_since(last) < CONSUME_SPACING) {
-                    return Opened::Duplicate;
-                }
-                self.pump(&mut [0; INITIATION_LEN]);
-                let response = match self.tunn.decapsulate(None, datagram, out) {
-                    TunnResult::WriteToNetwork(response) => response,
-                    TunnResult::Err(error) => return rejected(&error),
-                    TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                        return Opened::Rejected;
-                    }
-                };
-                let Some(index) = read_u32(response, 4) else { return Opened::Rejected };
-                let len = response.len();
-                self.last_consumed = Some(now);
-                self.add_session(index, false, now);
-                Opened::Response(len)
-            }
-            Ok(Packet::HandshakeResponse(p)) => {
-                let index = p.receiver_idx;
-                if self.superseded(index, now) {
-                    return Opened::Duplicate;
-                }
-                if !self.responses.take(RESPONSES, now) {
-                    return Opened::TooMany;
-                }
-                let keepalive = match self.tunn.decapsulate(None, datagram, out) {
-                    TunnResult::WriteToNetwork(keepalive) => keepalive,
-                    TunnResult::Err(error) => return rejected(&error),
-                    TunnResult::Done | TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                        return Opened::Rejected;
-                    }
-                };
-                let len = keepalive.len();
-                self.add_session(index, true, now);
-                self.set_current(index);
-                self.attempt = None;
-                Opened::Established(len)
-            }
-            Ok(Packet::PacketCookieReply(_)) => match self.tunn.decapsulate(None, datagram, out) {
-                TunnResult::Done => Opened::Cookie,
-                TunnResult::Err(_)
-                | TunnResult::WriteToNetwork(_)
-                | TunnResult::WriteToTunnelV4(..)
-                | TunnResult::WriteToTunnelV6(..) => Opened::Rejected,
-            },
-            Err(_) => Opened::Rejected,
+            (_, Kind::Initiation) => self.answer(datagram, out, now),
+            (_, Kind::Indexed(_) | Kind::Malformed) => Opened::Rejected,
         }
     }
 
-    fn add_session(&mut self, index: u32, initiator: bool, now: Instant) {
-        let epoch = self.epoch;
-        self.sessions[Self::slot(index)] = Some(Session { index, established: now, initiator, epoch });
+    fn open_data(&mut self, index: u32, datagram: &[u8], out: &mut [u8], now: Instant) -> Opened {
+        let Some(session) = self.live_mut(index, now).filter(|session| session.index == index) else {
+            return Opened::Rejected;
+        };
+        let length = match session.open(datagram, out) {
+            Ok(length) => length,
+            Err(Refused::Replayed) => return Opened::Duplicate,
+            Err(Refused::Forged) => return Opened::Rejected,
+        };
+        let opened = match out.get(..length).and_then(ip_length) {
+            _ if length == 0 => Opened::Keepalive,
+            Some(packet) => Opened::Packet(packet),
+            None => Opened::Unreadable,
+        };
+        self.note_received(index, matches!(opened, Opened::Packet(_)), now);
+        opened
+    }
+
+    fn answer(&mut self, initiation: &[u8], out: &mut [u8], now: Instant) -> Opened {
+        if self.last_consumed.is_some_and(|last| now.duration_since(last) < CONSUME_SPACING) {
+            return Opened::Duplicate;
+        }
+        let Some(out) = out.first_chunk_mut::<RESPONSE_LEN>() else { return Opened::Rejected };
+        if !self.is_addressed(initiation) {
+            return Opened::Rejected;
+        }
+        let Some(received) = self.handshaker.receive(initiation) else { return Opened::Rejected };
+        if received.timestamp <= self.newest_timestamp {
+            return Opened::Duplicate;
+        }
+        self.newest_timestamp = received.timestamp;
+        let index = self.next_index();
+        let Some(keys) = self.handshaker.respond(received, index, now, out) else { return Opened::Rejected };
+        self.epoch += 1;
+        self.last_consumed = Some(now);
+        self.add_session(index, false, keys, now);
+        Opened::Response(RESPONSE_LEN)
+    }
+
+    fn take_response(&mut self, index: u32, response: &[u8], out: &mut [u8], now: Instant) -> Opened {
+        if self.superseded(index, now) {
+            return Opened::Duplicate;
+        }
+        if !self.responses.take(RESPONSES, now) {
+            return Opened::TooMany;
+        }
+        if !self.is_addressed(response) {
+            return Opened::Rejected;
+        }
+        let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.index() == index) else {
+            // A response to no open initiation is nearly always the second copy of one.
+            return Opened::Duplicate;
+        };
+        let Some(keys) = Handshaker::finish(&mut attempt.state, response) else { return Opened::Rejected };
+        self.attempt = None;
+        self.add_session(index, true, keys, now);
+        self.set_current(index);
+        let keepalive = self.sessions[Self::slot(index)].as_deref_mut().and_then(|new| new.seal(&[], out));
+        keepalive.map_or(Opened::Rejected, Opened::Established)
+    }
+
+    /// Whether a handshake message was made by somebody who knows our public key.
+    fn is_addressed(&self, message: &[u8]) -> bool {
+        self.macs.verify_packet(None, message, &mut []).is_ok()
+    }
+
+    /// The newest of the peer's initiations that was answered.
+    pub(crate) fn newest_timestamp(&self) -> Timestamp {
+        self.newest_timestamp
+    }
+
+    fn add_session(&mut self, index: u32, initiator: bool, keys: Keys, now: Instant) {
+        for slot in &mut self.sessions {
+            slot.take_if(|session| !is_live(session, now));
+        }
+        let session = Session::new(index, initiator, self.epoch, keys, now);
+        self.sessions[Self::slot(index)] = Some(Box::new(session));
         self.established = Some(now);
         self.silence_at = None;
         self.last_used = now;
-        // What boringtun queued by itself waits here too.
-        let mut discard = [0; 2048];
-        while let TunnResult::WriteToNetwork(_) = self.tunn.decapsulate(None, &[], &mut discard) {}
     }
 
-    /// boringtun's rule for which session encrypts.
+    /// A session encrypts from when it is known that the peer has it, unless a newer one does.
     fn set_current(&mut self, index: u32) {
-        let old = self.sessions[Self::slot(self.current)];
-        let new = self.sessions[Self::slot(index)];
-        if old.is_none_or(|old| new.is_some_and(|new| new.epoch >= old.epoch)) {
+        let epoch = |index| self.sessions[Self::slot(index)].as_deref().map(|session| session.epoch);
+        let (old, new) = (epoch(self.current), epoch(index));
+        if old.is_none() || new >= old {
             self.current = index;
         }
     }
@@ -557,33 +563,29 @@ impl Tunnel {
     }
 }
 
-fn rejected(error: &WireGuardError) -> Opened {
-    match error {
-        // A response to no open initiation is nearly always the second copy of one.
-        WireGuardError::WrongTai64nTimestamp
-        | WireGuardError::InvalidCounter
-        | WireGuardError::DuplicateCounter
-        | WireGuardError::UnexpectedPacket => Opened::Duplicate,
-        WireGuardError::DestinationBufferTooSmall
-        | WireGuardError::IncorrectPacketLength
-        | WireGuardError::WrongPacketType
-        | WireGuardError::WrongIndex
-        | WireGuardError::WrongKey
-        | WireGuardError::InvalidTai64nTimestamp
-        | WireGuardError::InvalidMac
-        | WireGuardError::InvalidAeadTag
-        | WireGuardError::InvalidPacket
-        | WireGuardError::NoCurrentSession
-        | WireGuardError::LockFailed
-        | WireGuardError::ConnectionExpired
-        | WireGuardError::UnderLoad => Opened::Rejected,
-    }
+fn is_live(session: &Session, now: Instant) -> bool {
+    now.duration_since(session.established) < REJECT_AFTER
+}
+
+/// How long an IP packet says it is, without the padding behind it.
+fn ip_length(packet: &[u8]) -> Option<usize> {
+    let field = |at: usize| Some(usize::from(u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?)));
+    let (shortest, length) = match packet.first()? >> 4 {
+        4 => (20, field(2)?),
+        6 => (40, 40 + field(4)?),
+        _ => return None,
+    };
+    (packet.len() >= shortest && length <= packet.len()).then_some(length)
 }
 
 fn read_u32(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
+mod clock;
+mod handshake;
 mod identity;
+mod session;
 #[cfg(test)]
 mod tests;
+mod window;

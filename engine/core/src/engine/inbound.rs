@@ -161,7 +161,7 @@ impl Engine {
             let duplicate = opened == Opened::Duplicate;
             return Err(if duplicate { DropReason::Duplicate } else { DropReason::BadCrypto });
         };
-        let timestamp = self.identity.timestamp(datagram).unwrap_or_default();
+        let timestamp = active.tunnel.newest_timestamp();
         let newest = self.peers.get_mut(slot).map(|peer| &mut peer.newest_initiation);
         match newest {
             Some(newest) if *newest < timestamp => *newest = timestamp,

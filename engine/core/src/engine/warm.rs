@@ -14,6 +14,18 @@ const MAX_GREETED: usize = 1024;
 /// Places of the peer table written in one go: about a tenth of a millisecond.
 const SNAPSHOT_PORTION: usize = 256;
 
+/// By how much a life may have outlived its last snapshot, which follows every handshake within seconds.
+const UNRECORDED: Duration = Duration::from_hours(1);
+
+/// What the first initiation is stamped with, given the wall clock and an earlier life's last stamps: peers ignore what is
+/// not newer than those, so a clock that was set back must not be followed.
+pub(super) fn stamped(wall: UnixTime, earlier: Option<UnixTime>) -> UnixTime {
+    match earlier {
+        Some(earlier) if wall < earlier => earlier.saturating_add(UNRECORDED),
+        Some(_) | None => wall,
+    }
+}
+
 impl Engine {
     /// What the next life needs: all of it at once. It holds the disco private key.
     #[must_use]
@@ -65,7 +77,8 @@ impl Engine {
             let count = |rules: &Vec<Rule>| u32::try_from(rules.len()).unwrap_or_default();
             chunks.iter().map(|(name, rules)| (name.clone(), count(rules))).collect()
         });
-        let body = Body { wall, home: self.relays.home(), active, resolved, netmap, chunks };
+        let stamped = self.stamped_at_start.saturating_add(now.saturating_duration_since(self.started));
+        let body = Body { wall, stamped, home: self.relays.home(), active, resolved, netmap, chunks };
         SnapshotWriter::begin(&self.disco_key, &body, rules, first, out)
     }
 

@@ -2,20 +2,15 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Instant;
 
 use boringtun::noise::handshake::parse_handshake_anon;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult};
 use x25519_dalek::{PublicKey, StaticSecret};
 
-/// The handshake's name and prologue, as WireGuard has them.
-const NOISE: &str = "Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
-const PROLOGUE: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
-/// An initiation's part that is the Noise message, after type and index and before the MACs.
-const NOISE_MESSAGE: std::ops::Range<usize> = 8..116;
-
-/// When an initiation was made, in its sender's words: grows with time.
-pub(crate) type Timestamp = [u8; 12];
+use super::clock::Clock;
+use crate::tailcfg::UnixTime;
 
 /// What a handshake message says about its sender's address.
 #[derive(Debug, PartialEq, Eq)]
@@ -33,16 +28,20 @@ pub(crate) struct Identity {
     pub(super) secret: StaticSecret,
     pub(super) public: PublicKey,
     pub(super) unlimited: Arc<RateLimiter>,
+    pub(super) clock: Clock,
     strict: RateLimiter,
 }
 
 impl Identity {
-    pub(crate) fn new(secret: [u8; 32]) -> Self {
+    /// `wall` is the wall clock at `now`, or later where an earlier life of this node saw it so: peers ignore
+    /// initiations that are not newer than those they know.
+    pub(crate) fn new(secret: [u8; 32], wall: UnixTime, now: Instant) -> Self {
         let secret = StaticSecret::from(secret);
         let public = PublicKey::from(&secret);
         Self {
             unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
             strict: RateLimiter::new(&public, 0),
+            clock: Clock::new(wall, now),
             secret,
             public,
         }
@@ -71,17 +70,5 @@ impl Identity {
             }
             _ => None,
         }
-    }
-
-    /// The timestamp of an initiation that is authentic. Costs three Curve25519 operations.
-    pub(crate) fn timestamp(&self, datagram: &[u8]) -> Option<Timestamp> {
-        let builder = snow::Builder::new(NOISE.parse().ok()?)
-            .prologue(PROLOGUE)
-            .and_then(|b| b.psk(2, &[0; 32]))
-            .ok()?;
-        let mut state = builder.local_private_key(self.secret.as_bytes()).ok()?.build_responder().ok()?;
-        let mut timestamp = [0; 12];
-        let length = state.read_message(datagram.get(NOISE_MESSAGE)?, &mut timestamp).ok()?;
-        (length == timestamp.len()).then_some(timestamp)
     }
 }

@@ -1,12 +1,17 @@
 use std::net::IpAddr;
 
 use super::*;
+use crate::tailcfg::UnixTime;
 
 fn packet() -> Vec<u8> {
     let mut p = vec![0; 60];
     p[0] = 0x45;
     p[3] = 60;
     p
+}
+
+fn identity(secret: u8) -> Identity {
+    Identity::new([secret; 32], UnixTime::from_secs(1_800_000_000), Instant::now())
 }
 
 struct Pair {
@@ -16,7 +21,7 @@ struct Pair {
 }
 
 fn pair() -> Pair {
-    let (a, b) = (Identity::new([7; 32]), Identity::new([9; 32]));
+    let (a, b) = (identity(7), identity(9));
     let now = Instant::now();
     Pair {
         a: Tunnel::new(&a, b.public.to_bytes(), 0x0012_3456, 1, now),
@@ -255,8 +260,7 @@ fn received_data_is_acknowledged_after_ten_seconds_and_silence_is_noticed_after_
 
 #[test]
 fn a_replayed_initiation_is_rejected_and_a_flood_has_to_prove_its_address() {
-    let identity = Identity::new([9; 32]);
-    let peer = Identity::new([7; 32]);
+    let [identity, peer] = [9, 7].map(identity);
     let now = Instant::now();
     let mut a = Tunnel::new(&peer, identity.public.to_bytes(), 5, 3, now);
     let mut b = Tunnel::new(&identity, peer.public.to_bytes(), 6, 4, now);
