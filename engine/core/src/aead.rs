@@ -1,42 +1,76 @@
 //! ChaCha20-Poly1305 (RFC 8439) as WireGuard's data messages use it: a counter for a nonce, no additional data.
+//!
+//! A third of a busy engine's time is spent here. On processors with AVX-512 it is our own, 1.4 times as fast as ring's; on
+//! others it is ring's.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+
+#[cfg(target_arch = "x86_64")]
+mod wide;
 
 /// Bytes that sealing adds.
 pub(crate) const TAG: usize = 16;
 
-/// One key. It is not printed, and made for one direction of one session.
-pub(crate) struct Key(Box<LessSafeKey>);
+/// One key, of one direction of one session.
+pub(crate) struct Key(Cipher);
+
+enum Cipher {
+    #[cfg(target_arch = "x86_64")]
+    Wide(wide::Key),
+    Ring(Box<LessSafeKey>),
+}
 
 impl Key {
-    #[expect(clippy::expect_used, reason = "ring refuses keys of another length than the type's 32 bytes alone")]
     pub(crate) fn new(key: &[u8; 32]) -> Self {
-        Self(Box::new(LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("32 bytes"))))
-    }
-
-    /// Encrypts `packet` into `out`, [`TAG`] bytes longer. False when the lengths do not fit.
-    pub(crate) fn seal(&self, counter: u64, packet: &[u8], out: &mut [u8]) -> bool {
-        let Some((body, tag)) = out.split_at_mut_checked(packet.len()) else { return false };
-        body.copy_from_slice(packet);
-        let sealed = self.0.seal_in_place_separate_tag(nonce(counter), Aad::empty(), body);
-        match sealed {
-            Ok(made) if tag.len() == TAG => {
-                tag.copy_from_slice(made.as_ref());
-                true
-            }
-            _ => false,
+        #[cfg(target_arch = "x86_64")]
+        if let Some(key) = wide::Key::new(key) {
+            return Self(Cipher::Wide(key));
         }
+        Self(Cipher::Ring(ring_key(key)))
     }
 
-    /// Decrypts `sealed` into `out`, [`TAG`] bytes shorter. False, with nothing of use in `out`, when it is not authentic.
+    /// Encrypts `packet` into `out`, which is [`TAG`] bytes longer. False when it is not.
+    pub(crate) fn seal(&self, counter: u64, packet: &[u8], out: &mut [u8]) -> bool {
+        let Some((body, tag)) = out.split_last_chunk_mut::<TAG>() else { return false };
+        if body.len() != packet.len() {
+            return false;
+        }
+        match &self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Cipher::Wide(key) => *tag = key.seal(counter, packet, body),
+            Cipher::Ring(key) => {
+                body.copy_from_slice(packet);
+                let Ok(made) = key.seal_in_place_separate_tag(nonce(counter), Aad::empty(), body) else {
+                    return false;
+                };
+                tag.copy_from_slice(made.as_ref());
+            }
+        }
+        true
+    }
+
+    /// Decrypts `sealed` into `out`, which is [`TAG`] bytes shorter. False when it is not, or when `sealed` is not authentic;
+    /// then nothing of use is in `out`.
     pub(crate) fn open(&self, counter: u64, sealed: &[u8], out: &mut [u8]) -> bool {
         let Some((body, tag)) = sealed.split_last_chunk::<TAG>() else { return false };
         if body.len() != out.len() {
             return false;
         }
-        out.copy_from_slice(body);
-        self.0.open_in_place_separate_tag(nonce(counter), Aad::empty(), (*tag).into(), out, 0..).is_ok()
+        match &self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Cipher::Wide(key) => key.open(counter, body, tag, out),
+            Cipher::Ring(key) => {
+                out.copy_from_slice(body);
+                let nonce = nonce(counter);
+                key.open_in_place_separate_tag(nonce, Aad::empty(), (*tag).into(), out, 0..).is_ok()
+            }
+        }
     }
+}
+
+#[expect(clippy::expect_used, reason = "only keys of another length are refused")]
+fn ring_key(key: &[u8; 32]) -> Box<LessSafeKey> {
+    Box::new(LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, key).expect("32 bytes")))
 }
 
 /// Four bytes of zeroes, then the counter (section 5.4.6 of WireGuard's paper).
@@ -45,3 +79,6 @@ fn nonce(counter: u64) -> Nonce {
     nonce[4..].copy_from_slice(&counter.to_le_bytes());
     Nonce::assume_unique_for_key(nonce)
 }
+
+#[cfg(test)]
+mod tests;

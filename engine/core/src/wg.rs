@@ -223,17 +223,26 @@ impl Tunnel {
         (index & 7) as usize
     }
 
+    fn session(&self, index: u32) -> Option<&Session> {
+        self.sessions[Self::slot(index)].as_deref().filter(|session| session.index == index)
+    }
+
     fn live(&self, index: u32, now: Instant) -> Option<&Session> {
-        self.sessions[Self::slot(index)].as_deref().filter(|session| is_live(session, now))
+        self.session(index).filter(|session| is_live(session, now))
     }
 
     fn live_mut(&mut self, index: u32, now: Instant) -> Option<&mut Session> {
-        self.sessions[Self::slot(index)].as_deref_mut().filter(|session| is_live(session, now))
+        let session = self.sessions[Self::slot(index)].as_deref_mut();
+        session.filter(|session| session.index == index && is_live(session, now))
     }
 
-    /// An index that no session of the last [`SLOTS`] handshakes has.
+    /// An index for a new handshake: none of the last ones, and not in the place of the session that encrypts.
     fn next_index(&mut self) -> u32 {
-        self.index = (self.index & !0xff) | (self.index.wrapping_add(1) & 0xff);
+        let next = |index: u32| (index & !0xff) | (index.wrapping_add(1) & 0xff);
+        self.index = next(self.index);
+        if Self::slot(self.index) == Self::slot(self.current) && self.session(self.current).is_some() {
+            self.index = next(self.index);
+        }
         self.index
     }
 
@@ -345,7 +354,6 @@ impl Tunnel {
         let mut message = [0; INITIATION_LEN];
         let (index, timestamp) = (self.next_index(), self.clock.timestamp(now));
         let state = self.handshaker.initiate(index, timestamp, now, &mut message)?;
-        self.epoch += 1;
         let tries = self.attempt.as_ref().map_or(0, |a| a.tries);
         let pause = if self.patient {
             REKEY_TIMEOUT
@@ -401,7 +409,11 @@ impl Tunnel {
             (Some(&DATA), Kind::Indexed(index)) => self.open_data(index, datagram, out, now),
             (Some(&RESPONSE), Kind::Indexed(index)) => self.take_response(index, datagram, out, now),
             (Some(&COOKIE_REPLY), Kind::Indexed(_)) => {
-                if self.handshaker.take_cookie(datagram, now) { Opened::Cookie } else { Opened::Rejected }
+                if self.handshaker.take_cookie(datagram, now) {
+                    Opened::Cookie
+                } else {
+                    Opened::Rejected
+                }
             }
             (_, Kind::Initiation) => self.answer(datagram, out, now),
             (_, Kind::Indexed(_) | Kind::Malformed) => Opened::Rejected,
@@ -409,9 +421,7 @@ impl Tunnel {
     }
 
     fn open_data(&mut self, index: u32, datagram: &[u8], out: &mut [u8], now: Instant) -> Opened {
-        let Some(session) = self.live_mut(index, now).filter(|session| session.index == index) else {
-            return Opened::Rejected;
-        };
+        let Some(session) = self.live_mut(index, now) else { return Opened::Rejected };
         let length = match session.open(datagram, out) {
             Ok(length) => length,
             Err(Refused::Replayed) => return Opened::Duplicate,
@@ -441,7 +451,6 @@ impl Tunnel {
         self.newest_timestamp = received.timestamp;
         let index = self.next_index();
         let Some(keys) = self.handshaker.respond(received, index, now, out) else { return Opened::Rejected };
-        self.epoch += 1;
         self.last_consumed = Some(now);
         self.add_session(index, false, keys, now);
         Opened::Response(RESPONSE_LEN)
@@ -465,7 +474,7 @@ impl Tunnel {
         self.attempt = None;
         self.add_session(index, true, keys, now);
         self.set_current(index);
-        let keepalive = self.sessions[Self::slot(index)].as_deref_mut().and_then(|new| new.seal(&[], out));
+        let keepalive = self.live_mut(index, now).and_then(|session| session.seal(&[], out));
         keepalive.map_or(Opened::Rejected, Opened::Established)
     }
 
@@ -483,6 +492,7 @@ impl Tunnel {
         for slot in &mut self.sessions {
             slot.take_if(|session| !is_live(session, now));
         }
+        self.epoch += 1;
         let session = Session::new(index, initiator, self.epoch, keys, now);
         self.sessions[Self::slot(index)] = Some(Box::new(session));
         self.established = Some(now);
@@ -492,9 +502,8 @@ impl Tunnel {
 
     /// A session encrypts from when it is known that the peer has it, unless a newer one does.
     fn set_current(&mut self, index: u32) {
-        let epoch = |index| self.sessions[Self::slot(index)].as_deref().map(|session| session.epoch);
-        let (old, new) = (epoch(self.current), epoch(index));
-        if old.is_none() || new >= old {
+        let epoch = |index| self.session(index).map(|session| session.epoch);
+        if epoch(index) > epoch(self.current) {
             self.current = index;
         }
     }

@@ -433,7 +433,9 @@ mod tests {
     #[test]
     fn what_peers_answer_and_send_is_told_by_our_index_and_not_by_theirs() {
         let now = Instant::now();
-        let (a, b) = ([7, 9]).map(|secret| Identity::new([secret; 32], UnixTime::from_secs(1_800_000_000), now)).into();
+        let (a, b) = ([7, 9])
+            .map(|secret| Identity::new([secret; 32], UnixTime::from_secs(1_800_000_000), now))
+            .into();
         let key = |of: u8| *crate::key::NodePrivate::from_bytes([of; 32]).public().as_bytes();
         let mut ours = Tunnel::new(&a, key(9), 0x9b_1234, 1, now);
         let mut theirs = Tunnel::new(&b, key(7), 0x22_5678, 2, now);

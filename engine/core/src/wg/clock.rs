@@ -46,6 +46,9 @@ mod tests {
         let clock = Clock::new(UnixTime::from_millis(1_500), at);
         assert_eq!(clock.timestamp(at), [0x40, 0, 0, 0, 0, 0, 0, 11, 0x1d, 0xcd, 0x65, 0]);
         assert_eq!(clock.timestamp(at + Duration::from_nanos(1))[8..], [0x1d, 0xcd, 0x65, 1]);
-        assert!(clock.timestamp(at + Duration::from_millis(500)) > clock.timestamp(at + Duration::from_millis(499)));
+        assert!(
+            clock.timestamp(at + Duration::from_millis(500))
+                > clock.timestamp(at + Duration::from_millis(499))
+        );
     }
 }

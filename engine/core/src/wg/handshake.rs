@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput as _, KeyInit as _, Update as _};
 use blake2::{Blake2s256, Blake2sMac, Digest};
-use chacha20poly1305::aead::{Aead as _, Payload};
 use chacha20poly1305::XChaCha20Poly1305;
+use chacha20poly1305::aead::{Aead as _, Payload};
 use snow::HandshakeState;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroize as _;
@@ -82,7 +82,8 @@ impl Handshaker {
         now: Instant,
         out: &mut [u8; INITIATION_LEN],
     ) -> Option<Box<HandshakeState>> {
-        let mut state = self.builder()?.remote_public_key(self.peer.as_bytes()).ok()?.build_initiator().ok()?;
+        let mut state =
+            self.builder()?.remote_public_key(self.peer.as_bytes()).ok()?.build_initiator().ok()?;
         out[..4].copy_from_slice(&[INITIATION, 0, 0, 0]);
         out[4..8].copy_from_slice(&index.to_le_bytes());
         state.write_message(&timestamp, &mut out[INITIATION_NOISE]).ok()?;

@@ -27,7 +27,7 @@ pub(super) struct Session {
     pub(super) established: Instant,
     /// Whether the handshake was begun by us.
     pub(super) initiator: bool,
-    /// Grows with each handshake that was begun, here or there.
+    /// Grows with each session of the tunnel.
     pub(super) epoch: u64,
     keys: Keys,
     counter: u64,

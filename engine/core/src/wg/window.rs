@@ -3,27 +3,28 @@
 /// Counters so far behind the highest one are taken for old, however few of them were seen: several receive calls,
 /// and what two paths of unlike length put between packets.
 const BITS: u64 = 2048;
-const WORD: u64 = 64;
+const WORD: u64 = u64::BITS as u64;
 /// One word more than the window is wide, so that a word can be cleared while none of the window is lost.
-const WORDS: u64 = BITS / WORD + 1;
+const WORDS: usize = 33;
+const _: () = assert!(BITS == 32 * WORD, "all but one of the words");
 
 /// The counters seen lately.
 #[derive(Debug)]
 pub(super) struct Window {
-    words: [u64; WORDS as usize],
+    words: [u64; WORDS],
     /// One more than the highest counter seen.
     next: u64,
 }
 
 impl Default for Window {
     fn default() -> Self {
-        Self { words: [0; WORDS as usize], next: 0 }
+        Self { words: [0; WORDS], next: 0 }
     }
 }
 
 impl Window {
     fn place(counter: u64) -> (usize, u64) {
-        let word = usize::try_from(counter / WORD % WORDS).unwrap_or(0);
+        let word = usize::try_from(counter / WORD).map_or(0, |word| word % WORDS);
         (word, 1 << (counter % WORD))
     }
 
@@ -41,9 +42,9 @@ impl Window {
         if counter >= self.next {
             let newest = counter / WORD;
             let seen = self.next.checked_sub(1).map(|highest| highest / WORD);
-            let fresh = seen.map_or(WORDS, |seen| newest - seen).min(WORDS);
-            for word in (0..fresh).map(|back| newest.wrapping_sub(back)) {
-                self.words[Self::place(word.wrapping_mul(WORD)).0] = 0;
+            let fresh = seen.map_or(u64::MAX, |seen| newest - seen);
+            for word in (0..=newest).rev().take(usize::try_from(fresh).map_or(WORDS, |n| n.min(WORDS))) {
+                self.words[Self::place(word * WORD).0] = 0;
             }
             self.next = counter + 1;
         }
