@@ -172,3 +172,18 @@ impl Engine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stamps_follow_the_clock_unless_it_was_set_back() {
+        let wall = UnixTime::from_secs(1_800_000_000);
+        assert_eq!(stamped(wall, None), wall);
+        assert_eq!(stamped(wall, Some(wall)), wall);
+        assert_eq!(stamped(wall, Some(wall.offset_millis(-5))), wall);
+        let later = wall.offset_millis(90 * 86_400_000);
+        assert_eq!(stamped(wall, Some(later)), later.offset_millis(3_600_000));
+    }
+}
