@@ -36,7 +36,8 @@ mod view;
 mod warm;
 mod why;
 
-use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -110,7 +111,7 @@ pub struct Engine {
     running: bool,
     control_connected: bool,
     key_expired: bool,
-    own: HashSet<IpAddr>,
+    own: Vec<IpAddr>,
     /// What control lets this node carry for others besides its addresses.
     own_routes: Vec<ipnet::IpNet>,
     /// The pod's own address of each family, which a masquerade stands for.
@@ -129,7 +130,7 @@ pub struct Engine {
 
     peers: PeerTable,
     routing: routing::State,
-    by_index: HashMap<u32, Slot>,
+    by_index: HashMap<u32, Slot, BuildHasherDefault<IndexHasher>>,
     timers: BTreeSet<(Instant, Slot)>,
     waiting: usize,
     /// Peers of an earlier life that are to be greeted first thing.
@@ -190,7 +191,7 @@ impl Engine {
             running: false,
             control_connected: false,
             key_expired: false,
-            own: HashSet::new(),
+            own: Vec::new(),
             own_routes: Vec::new(),
             native: [None; 2],
             filter: FilterState::default(),
@@ -202,7 +203,7 @@ impl Engine {
             dns,
             peers: PeerTable::default(),
             routing: routing::State::default(),
-            by_index: HashMap::new(),
+            by_index: HashMap::default(),
             timers: BTreeSet::new(),
             waiting: 0,
             greet: Vec::new(),
@@ -338,6 +339,27 @@ impl Engine {
         if let Some(at) = active.scheduled {
             self.timers.remove(&(at, slot));
         }
+    }
+}
+
+/// For receiver indices. We draw them at random, so nobody else can make them collide.
+#[derive(Debug, Default)]
+struct IndexHasher(u64);
+
+impl Hasher for IndexHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u32(u32::from(*byte));
+        }
+    }
+
+    fn write_u32(&mut self, index: u32) {
+        // The table looks at the low and at the high bits.
+        self.0 = (self.0 ^ u64::from(index)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_right(20);
     }
 }
 

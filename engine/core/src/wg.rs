@@ -279,8 +279,8 @@ impl Tunnel {
     /// Encrypts `packet` into `out`, which is [`OVERHEAD`] bytes longer at least. `None`: no session, see [`Tunnel::wait`].
     pub(crate) fn seal(&mut self, packet: &[u8], out: &mut [u8], now: Instant) -> Option<Sealed> {
         let session = self.live_mut(self.current, now)?;
-        let (len, initiator, established) =
-            (session.seal(packet, out)?, session.initiator, session.established);
+        let len = session.seal(packet, out)?;
+        let rekey = session.rekey_at.is_some_and(|at| at <= now);
         self.keepalive_at = None;
         if !packet.is_empty() {
             self.last_used = now;
@@ -289,7 +289,6 @@ impl Tunnel {
                 self.silence_at = Some(now + patience);
             }
         }
-        let rekey = initiator && now.duration_since(established) >= REKEY_AFTER;
         Some(Sealed { len, rekey })
     }
 
@@ -527,10 +526,8 @@ impl Tunnel {
 
     /// Whether received data shows a session so old that its initiator must replace it now.
     pub(crate) fn must_rekey(&self, now: Instant) -> bool {
-        self.attempt.is_none()
-            && self.live(self.current, now).is_some_and(|s| {
-                s.initiator && now.duration_since(s.established) >= REJECT_AFTER - KEEPALIVE - REKEY_TIMEOUT
-            })
+        let due = |session: &Session| session.late_rekey_at.is_some_and(|at| at <= now);
+        self.attempt.is_none() && self.live(self.current, now).is_some_and(due)
     }
 
     /// When [`Tunnel::handle_timeout`] has something to do.
@@ -573,7 +570,7 @@ impl Tunnel {
 }
 
 fn is_live(session: &Session, now: Instant) -> bool {
-    now.duration_since(session.established) < REJECT_AFTER
+    now < session.rejects_at
 }
 
 /// How long an IP packet says it is, without the padding behind it.

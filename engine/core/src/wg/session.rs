@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::handshake::Keys;
 use super::window::Window;
-use super::{DATA, OVERHEAD};
+use super::{DATA, KEEPALIVE, OVERHEAD, REJECT_AFTER, REKEY_AFTER, REKEY_TIMEOUT};
 
 /// Type, receiver index, counter.
 const HEADER: usize = 16;
@@ -24,9 +24,12 @@ pub(super) enum Refused {
 pub(super) struct Session {
     /// Our receiver index.
     pub(super) index: u32,
-    pub(super) established: Instant,
-    /// Whether the handshake was begun by us.
-    pub(super) initiator: bool,
+    /// When it neither encrypts nor decrypts any more.
+    pub(super) rejects_at: Instant,
+    /// When we are to replace it while it carries data, if we began its handshake.
+    pub(super) rekey_at: Option<Instant>,
+    /// When received data is a reason for that too: there is just time for a handshake.
+    pub(super) late_rekey_at: Option<Instant>,
     /// Grows with each session of the tunnel.
     pub(super) epoch: u64,
     keys: Keys,
@@ -36,7 +39,10 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(index: u32, initiator: bool, epoch: u64, keys: Keys, now: Instant) -> Self {
-        Self { index, established: now, initiator, epoch, keys, counter: 0, window: Window::default() }
+        let (counter, window) = (0, Window::default());
+        let due = |age| initiator.then(|| now + age);
+        let (rekey_at, late_rekey_at) = (due(REKEY_AFTER), due(REJECT_AFTER - KEEPALIVE - REKEY_TIMEOUT));
+        Self { index, rejects_at: now + REJECT_AFTER, rekey_at, late_rekey_at, epoch, keys, counter, window }
     }
 
     /// Encrypts `packet` into `out`, which is [`OVERHEAD`] bytes longer at least; the length of the message.
