@@ -3,6 +3,7 @@
 //! Every probe runs in a given network namespace on threads of its own, needs no binary on the machine, and
 //! ends by itself or when its handle is dropped.
 
+pub mod datagrams;
 pub mod dns;
 pub mod ping;
 pub mod tcp;
