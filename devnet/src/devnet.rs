@@ -492,6 +492,12 @@ impl Devnet {
         self.shared().faults.set(target, fault);
     }
 
+    /// Requests that came to `target` until now, whatever they were answered.
+    #[must_use]
+    pub fn calls(&self, target: Target) -> u64 {
+        self.shared().faults.calls(target)
+    }
+
     /// Takes a fault away.
     pub fn clear_fault(&self, target: Target) {
         self.shared().faults.clear(target);

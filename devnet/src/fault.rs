@@ -89,6 +89,7 @@ pub(crate) struct Refusal {
 #[derive(Default)]
 pub(crate) struct Switchboard {
     faults: Mutex<HashMap<Target, Fault>>,
+    calls: Mutex<HashMap<Target, u64>>,
 }
 
 impl Switchboard {
@@ -102,6 +103,11 @@ impl Switchboard {
 
     pub(crate) fn clear_all(&self) {
         lock(&self.faults).clear();
+    }
+
+    /// Requests that came to `target`, whatever they were answered.
+    pub(crate) fn calls(&self, target: Target) -> u64 {
+        lock(&self.calls).get(&target).copied().unwrap_or_default()
     }
 
     fn take(&self, target: Target) -> Option<Fault> {
@@ -120,6 +126,7 @@ impl Switchboard {
 
     /// Acts out the fault on `target`, if any; an error is to be answered as such.
     pub(crate) async fn pass(&self, target: Target) -> Result<(), Refusal> {
+        *lock(&self.calls).entry(target).or_default() += 1;
         let Some(fault) = self.take(target) else { return Ok(()) };
         tokio::time::sleep(Duration::from_millis(fault.delay_ms)).await;
         if fault.hang {
@@ -147,5 +154,6 @@ mod tests {
         }
         assert!(board.pass(Target::Register).await.is_ok());
         assert!(board.pass(Target::Map).await.is_ok());
+        assert_eq!([Target::Register, Target::Map, Target::Key].map(|target| board.calls(target)), [3, 1, 0]);
     }
 }

@@ -141,8 +141,7 @@ impl Engine for Service {
         }
     }
 
-    async fn start(self, _: Context, request: StartRequest) -> Result<(), String> {
-        let request = Box::new(request);
+    async fn start(self, _: Context, request: Box<StartRequest>) -> Result<(), String> {
         self.ask(|answer| Command::Start(request, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
     }
 

@@ -119,7 +119,7 @@ log: {{level: warn}}
 
 async fn start(pod: &mut Pod, request: StartRequest) {
     let client = pod.spawn().await;
-    client.start(common::patient(), request).await.unwrap().unwrap();
+    client.start(common::patient(), Box::new(request)).await.unwrap().unwrap();
 }
 
 async fn login_url(pod: &Pod) -> String {

@@ -140,12 +140,12 @@ fn a_bad_start_request_is_refused_with_a_sentence() {
             for (spoil, word) in table {
                 let mut request = pod.request(&join);
                 spoil(&mut request);
-                let refusal = client.start(patient(), request).await.unwrap().unwrap_err();
+                let refusal = client.start(patient(), Box::new(request)).await.unwrap().unwrap_err();
                 assert!(refusal.contains(word), "{refusal:?} should say {word:?}");
             }
             // None of that used up the one start.
-            client.start(patient(), pod.request(&join)).await.unwrap().unwrap();
-            let refusal = client.start(patient(), pod.request(&join)).await.unwrap().unwrap_err();
+            client.start(patient(), Box::new(pod.request(&join))).await.unwrap().unwrap();
+            let refusal = client.start(patient(), Box::new(pod.request(&join))).await.unwrap().unwrap_err();
             assert!(refusal.contains("already"), "{refusal}");
             pod.configure().await;
             assert_eq!(client.hello(patient()).await.unwrap().pod_uid, "uid-pod");

@@ -16,7 +16,7 @@ pub trait Engine {
     /// the packets, so that one which stands still is silent here too.
     async fn hello() -> Hello;
     /// Gives the engine its identity and starts the node. Once per process; a second call is refused.
-    async fn start(request: StartRequest) -> Result<(), String>;
+    async fn start(request: Box<StartRequest>) -> Result<(), String>;
     /// Long poll: the status as soon as its `seq` is greater than `after`, at the latest after
     /// [`WATCH_MAX`] and [`WATCH_MARGIN`] before the call's deadline. `watch(0)` answers at once.
     async fn watch(after: u64) -> EngineStatus;

@@ -3,84 +3,55 @@
 //! Fields are known by their names, so that two builds understand each other when one of them knows more;
 //! the rules are in [`crate::PROTO_VERSION`].
 
+mod frames;
+
 use std::io;
 use std::marker::PhantomData;
-use std::pin::Pin;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tarpc::ClientMessage;
-use tarpc::serde_transport::{Transport, new};
-use tarpc::tokio_serde::{Deserializer, Serializer};
 use tokio::net::UnixStream;
-use tokio_util::bytes::{Bytes, BytesMut};
-use tokio_util::codec::length_delimited::LengthDelimitedCodec;
+
+pub use frames::{Format, Frames};
 
 /// Largest frame either side takes, bytes. The peers of a tailnet of ten thousand are the largest one.
 pub const MAX_FRAME_BYTES: usize = 4 << 20;
 
 /// Frames `stream` for one of the services.
-pub fn framed<Item, SinkItem>(
-    stream: UnixStream,
-) -> Transport<UnixStream, Item, SinkItem, Json<Item, SinkItem>>
+pub fn framed<Item, SinkItem>(stream: UnixStream) -> Frames<Json<Item>, SinkItem>
 where
     Item: for<'de> Deserialize<'de>,
-    SinkItem: Serialize,
 {
-    let mut codec = LengthDelimitedCodec::builder();
-    codec.max_frame_length(MAX_FRAME_BYTES);
-    new(codec.new_framed(stream), Json::default())
+    Frames::new(stream)
 }
 
 /// Frames `stream` for the side that serves: like [`framed`], and a request's deadline is looked at first.
-pub fn served<Call, SinkItem>(
-    stream: UnixStream,
-) -> Transport<UnixStream, ClientMessage<Call>, SinkItem, Requests<Call, SinkItem>>
+pub fn served<Call, SinkItem>(stream: UnixStream) -> Frames<Requests<Call>, SinkItem>
 where
     Call: for<'de> Deserialize<'de>,
-    SinkItem: Serialize,
 {
-    let mut codec = LengthDelimitedCodec::builder();
-    codec.max_frame_length(MAX_FRAME_BYTES);
-    new(codec.new_framed(stream), Requests::default())
+    Frames::new(stream)
 }
 
-/// JSON each way.
-pub struct Json<Item, SinkItem>(PhantomData<fn(SinkItem) -> Item>);
+/// JSON.
+#[derive(Debug)]
+pub struct Json<Item>(PhantomData<fn() -> Item>);
 
-impl<Item, SinkItem> Default for Json<Item, SinkItem> {
-    fn default() -> Self {
-        Self(PhantomData)
+impl<Item: for<'de> Deserialize<'de>> Format for Json<Item> {
+    type Item = Item;
+
+    fn read(frame: &[u8]) -> io::Result<Item> {
+        read(frame)
     }
 }
 
-impl<Item: for<'de> Deserialize<'de>, SinkItem> Deserializer<Item> for Json<Item, SinkItem> {
-    type Error = io::Error;
-
-    fn deserialize(self: Pin<&mut Self>, source: &BytesMut) -> io::Result<Item> {
-        read(source)
-    }
-}
-
-impl<Item, SinkItem: Serialize> Serializer<SinkItem> for Json<Item, SinkItem> {
-    type Error = io::Error;
-
-    fn serialize(self: Pin<&mut Self>, item: &SinkItem) -> io::Result<Bytes> {
-        write(item)
-    }
-}
-
-fn read<T: for<'de> Deserialize<'de>>(frame: &BytesMut) -> io::Result<T> {
+fn read<T: for<'de> Deserialize<'de>>(frame: &[u8]) -> io::Result<T> {
     // The message of a parser could quote a secret.
     serde_json::from_slice(frame).map_err(|error| {
         let what = format!("not a message of this protocol (column {})", error.column());
         io::Error::new(io::ErrorKind::InvalidData, what)
     })
-}
-
-fn write(item: &impl Serialize) -> io::Result<Bytes> {
-    let text = serde_json::to_vec(item).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-    Ok(text.into())
 }
 
 /// Longest time a client may give a call. tarpc adds it to the clock without looking, and a sum that does
@@ -101,51 +72,29 @@ struct Deadline {
 }
 
 /// JSON for requests, refusing those whose deadline the server could not keep.
-pub struct Requests<Call, SinkItem>(PhantomData<fn(SinkItem) -> Call>);
+#[derive(Debug)]
+pub struct Requests<Call>(PhantomData<fn() -> Call>);
 
-impl<Call, SinkItem> Default for Requests<Call, SinkItem> {
-    fn default() -> Self {
-        Self(PhantomData)
-    }
-}
+impl<Call: for<'de> Deserialize<'de>> Format for Requests<Call> {
+    type Item = ClientMessage<Call>;
 
-impl<Call, SinkItem> Deserializer<ClientMessage<Call>> for Requests<Call, SinkItem>
-where
-    Call: for<'de> Deserialize<'de>,
-{
-    type Error = io::Error;
-
-    fn deserialize(self: Pin<&mut Self>, source: &BytesMut) -> io::Result<ClientMessage<Call>> {
-        match read(source)? {
+    fn read(frame: &[u8]) -> io::Result<ClientMessage<Call>> {
+        match read(frame)? {
             Beginning::Request { context: Deadline { deadline: Some(deadline) } }
                 if deadline > MAX_DEADLINE =>
             {
                 let what = format!("a call with a deadline of {deadline:?}");
                 Err(io::Error::new(io::ErrorKind::InvalidData, what))
             }
-            Beginning::Request { .. } | Beginning::Cancel {} => read(source),
+            Beginning::Request { .. } | Beginning::Cancel {} => read(frame),
         }
-    }
-}
-
-impl<Call, SinkItem> Serializer<SinkItem> for Requests<Call, SinkItem>
-where
-    SinkItem: Serialize,
-{
-    type Error = io::Error;
-
-    fn serialize(self: Pin<&mut Self>, item: &SinkItem) -> io::Result<Bytes> {
-        write(item)
     }
 }
 
 /// Whether a connection ended because of what came, not because it broke.
 #[must_use]
 pub fn is_malformed(error: &tarpc::ChannelError<io::Error>) -> bool {
-    // tarpc puts what the frames and the format say into another error.
-    let tarpc::ChannelError::Read(error) = error else { return false };
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<io::Error>());
-    inner.unwrap_or(error).kind() == io::ErrorKind::InvalidData
+    matches!(error, tarpc::ChannelError::Read(error) if error.kind() == io::ErrorKind::InvalidData)
 }
 
 /// Connects to the service at `path`.
@@ -154,10 +103,9 @@ pub fn is_malformed(error: &tarpc::ChannelError<io::Error>) -> bool {
 /// As `connect(2)`: nobody serves the socket, or it is not ours to open.
 pub async fn connect<Item, SinkItem>(
     path: impl AsRef<std::path::Path>,
-) -> io::Result<Transport<UnixStream, Item, SinkItem, Json<Item, SinkItem>>>
+) -> io::Result<Frames<Json<Item>, SinkItem>>
 where
     Item: for<'de> Deserialize<'de>,
-    SinkItem: Serialize,
 {
     Ok(framed(UnixStream::connect(path).await?))
 }
@@ -170,8 +118,7 @@ mod tests {
     use serde_json::{Value, json};
 
     fn request(bytes: &[u8]) -> io::Result<ClientMessage<NodeRequest>> {
-        let mut format = Requests::<NodeRequest, ()>::default();
-        Pin::new(&mut format).deserialize(&BytesMut::from(bytes))
+        Requests::<NodeRequest>::read(bytes)
     }
 
     #[tokio::test]
@@ -202,7 +149,7 @@ mod tests {
             id: 7,
             message: NodeRequest::Status {},
         });
-        let text = String::from_utf8(write(&asked).expect("serializable").to_vec()).expect("text");
+        let text = serde_json::to_string(&asked).expect("serializable");
         assert!(matches!(request(text.as_bytes()), Ok(ClientMessage::Request(back)) if back.id == 7));
         let mut endless: Value = serde_json::from_str(&text).expect("JSON");
         for secs in [u64::MAX, u64::MAX / 2, 24 * 3600 + 1] {
@@ -215,15 +162,13 @@ mod tests {
         assert!(request(as_list.to_string().as_bytes()).is_err());
         let cancel =
             ClientMessage::<NodeRequest>::Cancel { trace_context: Default::default(), request_id: 9 };
-        let bytes = write(&cancel).expect("serializable");
+        let bytes = serde_json::to_vec(&cancel).expect("serializable");
         assert!(matches!(request(&bytes), Ok(ClientMessage::Cancel { request_id: 9, .. })));
     }
 
     #[test]
     fn what_is_refused_is_not_quoted() {
-        let error = read::<StartRequest>(&BytesMut::from(
-            &br#"{"auth_key":"tskey-secret","mtu":"tskey-secret"}"#[..],
-        ));
+        let error = read::<StartRequest>(br#"{"auth_key":"tskey-secret","mtu":"tskey-secret"}"#);
         let text = error.expect_err("no request").to_string();
         assert!(!text.contains("tskey"), "{text}");
     }
@@ -308,7 +253,7 @@ mod tests {
         };
         let peers: Vec<PeerStatus> =
             (0..10_000).map(|n| if n % 10 == 0 { peer.clone() } else { idle.clone() }).collect();
-        let frame = write(&EngineResponse::Peers(peers)).expect("serializable");
+        let frame = serde_json::to_vec(&EngineResponse::Peers(peers)).expect("serializable");
         assert!(frame.len() < MAX_FRAME_BYTES, "{} bytes", frame.len());
     }
 }

@@ -311,7 +311,7 @@ pub async fn attend<M>(
     process: Arc<Process>,
     child: Child,
     home: Home,
-    start: StartRequest,
+    start: Box<StartRequest>,
     reports: Reports<M>,
 ) {
     tokio::spawn(output::relay(child, start.pod.clone(), Arc::clone(&process)));
@@ -439,7 +439,7 @@ fn killed_because(cause: Cause) -> &'static str {
 async fn session<M>(
     process: &Process,
     home: &Home,
-    start: StartRequest,
+    start: Box<StartRequest>,
     first_answer: &mut Option<Instant>,
     reports: &Reports<M>,
 ) -> Verdict {

@@ -18,6 +18,7 @@ pub mod guard;
 pub mod hostname;
 pub mod http;
 pub mod log;
+pub mod memory;
 pub mod metrics;
 pub mod node;
 pub mod operator;

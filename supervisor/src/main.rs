@@ -7,6 +7,7 @@ use std::time::Duration;
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
 use podtether_supervisor::log::JsonLines;
+use podtether_supervisor::memory;
 use podtether_supervisor::operator;
 use tracing_subscriber::EnvFilter;
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         }
         return if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(BAD_CONFIG) };
     }
+    memory::one_arena();
     // One thread: engines are its children, and their parent-death signal is tied to the thread that
     // made them.
     let mut builder = tokio::runtime::Builder::new_current_thread();

@@ -1,25 +1,19 @@
 //! What `/metrics` says: the supervisor's own counters, and per pod what its engine reports. A pod's
-//! series are made anew for every scrape, so they end with the pod.
+//! series are made anew for every scrape, so they end with the pod; [`series`] has them.
+
+mod series;
 
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use podtether_proto::engine::EngineMetrics;
-use podtether_proto::sandbox::StepState;
-use prometheus::{
-    Encoder, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
-};
+use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, TextEncoder};
 
-use crate::cgroup::Hold;
-use crate::distrust;
 use crate::engine::within;
 use crate::refused::Refused;
-use crate::table::{Listing, PodReport};
+use crate::table::Listing;
 
 /// How long an engine may take to answer a scrape.
 const SCRAPE_WITHIN: Duration = Duration::from_secs(1);
-const LABELS: [&str; 3] = ["namespace", "pod", "tailnet"];
 
 /// The supervisor's own counters.
 #[derive(Debug, Clone)]
@@ -33,6 +27,10 @@ pub struct Counters {
     pub add_seconds: Histogram,
     /// Auth keys asked for.
     pub mints: IntCounter,
+    /// Steps begun for pods, by [name](crate::plan::Step::name).
+    pub steps: IntCounterVec,
+    /// Statuses that engines reported because something of theirs had changed.
+    pub reports: IntCounter,
     /// Ends of engines, by [kind](crate::restart::kind).
     pub engine_exits: IntCounterVec,
     /// Links that were repaired under a living engine, by what was wrong.
@@ -72,6 +70,15 @@ impl Counters {
         let adds = counter("podtether_adds_total", "Pods joined.")?;
         let adds_failed = counter("podtether_adds_failed_total", "CNI ADDs that failed.")?;
         let mints = counter("podtether_auth_keys_total", "Auth keys asked for.")?;
+        let reports = counter(
+            "podtether_engine_reports_total",
+            "Statuses that engines reported because something of theirs had changed.",
+        )?;
+        let steps = IntCounterVec::new(
+            Opts::new("podtether_steps_total", "Steps begun for pods, by step."),
+            &["step"],
+        )?;
+        registry.register(Box::new(steps.clone()))?;
         let add_seconds = histogram(
             "podtether_add_seconds",
             "Time from CNI ADD to its answer.",
@@ -120,6 +127,8 @@ impl Counters {
             adds_failed,
             add_seconds,
             mints,
+            steps,
+            reports,
             engine_exits,
             link_repairs,
             handovers,
@@ -143,158 +152,10 @@ pub async fn scrape(counters: &Counters, listing: Listing) -> Result<String, pro
         }
     });
     let answers = join_all(asked).await;
-    let pods = Registry::new();
-    let series = Series::new(&pods)?;
-    for (pod, answer) in listing.pods.iter().zip(&answers) {
-        series.put(pod, answer.as_ref());
-    }
-    let asides = IntGauge::new("podtether_records_aside", "Record files that did not load.")?;
-    asides.set(i64::try_from(listing.asides.len()).unwrap_or(i64::MAX));
-    pods.register(Box::new(asides))?;
     let mut text = Vec::new();
-    let encoder = TextEncoder::new();
-    encoder.encode(&counters.registry.gather(), &mut text)?;
-    encoder.encode(&pods.gather(), &mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
-}
-
-struct Series {
-    up: GaugeVec,
-    state: GaugeVec,
-    login: GaugeVec,
-    health: GaugeVec,
-    sandbox: GaugeVec,
-    restarts: IntCounterVec,
-    runs: IntCounterVec,
-    limits: GaugeVec,
-    control: GaugeVec,
-    home_derp: GaugeVec,
-    packets: IntCounterVec,
-    bytes: IntCounterVec,
-    drops: IntCounterVec,
-    filter_passed: IntCounterVec,
-    filter_rules: GaugeVec,
-    rejects: IntCounterVec,
-    handshakes: IntCounterVec,
-    last_handshake: GaugeVec,
-    peers: GaugeVec,
-    derp: GaugeVec,
-}
-
-impl Series {
-    fn new(registry: &Registry) -> Result<Series, prometheus::Error> {
-        let with =
-            |more: &[&'static str]| -> Vec<&'static str> { LABELS.iter().chain(more).copied().collect() };
-        let gauge = |name: &str, help: &str, more: &[&'static str]| -> Result<GaugeVec, prometheus::Error> {
-            let made = GaugeVec::new(Opts::new(format!("podtether_pod_{name}"), help), &with(more))?;
-            registry.register(Box::new(made.clone()))?;
-            Ok(made)
-        };
-        let counter =
-            |name: &str, help: &str, more: &[&'static str]| -> Result<IntCounterVec, prometheus::Error> {
-                let made = IntCounterVec::new(Opts::new(format!("podtether_pod_{name}"), help), &with(more))?;
-                registry.register(Box::new(made.clone()))?;
-                Ok(made)
-            };
-        Ok(Series {
-            up: gauge("up", "1 while the pod's engine runs and answers.", &[])?,
-            state: gauge("state", "1 for the state the pod is in.", &["state"])?,
-            login: gauge("needs_login", "1 while somebody has to open the URL.", &["url"])?,
-            health: gauge("health_messages", "What is wrong, by severity.", &["severity"])?,
-            sandbox: gauge("sandbox_step", "1 where a step of the engine's sandbox is in force.", &["step"])?,
-            restarts: counter("engine_restarts_total", "Engine restarts since the supervisor started.", &[])?,
-            runs: counter("engine_runs_total", "How often the engine woke up and ran.", &[])?,
-            limits: gauge(
-                "engine_limits",
-                "1 where the limit holds for the engine, 0 where not.",
-                &["limit"],
-            )?,
-            control: gauge("control_connected", "1 while the map stream is up.", &[])?,
-            home_derp: gauge("home_derp_region", "Home DERP region, 0 for none.", &[])?,
-            packets: counter("packets_total", "Packets since the engine started.", &["direction"])?,
-            bytes: counter("bytes_total", "Bytes since the engine started.", &["direction"])?,
-            drops: counter("drops_total", "Packets dropped, by reason.", &["reason"])?,
-            filter_passed: counter(
-                "filter_passed_total",
-                "Packets that the packet filter let in, by rule (at most 64 apart) or what else let them.",
-                &["by"],
-            )?,
-            filter_rules: gauge(
-                "filter_rules",
-                "Rules of the packet filter: in force, and parts that were left out.",
-                &["state"],
-            )?,
-            rejects: counter(
-                "rejects_total",
-                "Connections refused by a packet filter and told so: by ours, by a peer's.",
-                &["direction"],
-            )?,
-            handshakes: counter("handshakes_total", "WireGuard handshakes completed.", &[])?,
-            last_handshake: gauge("last_handshake_timestamp_seconds", "Last handshake, 0 for none.", &[])?,
-            peers: gauge("peers", "Peers by path: all in the netmap, direct, relay.", &["path"])?,
-            derp: gauge("derp_connected", "DERP regions connected.", &[])?,
-        })
-    }
-
-    fn put(&self, pod: &PodReport, engine: Option<&EngineMetrics>) {
-        let own = [pod.namespace.as_str(), pod.pod.as_str(), pod.tailnet.as_str()];
-        let with = |more: &'static str| [own[0], own[1], own[2], more];
-        let flag = |on: bool| if on { 1.0 } else { 0.0 };
-        self.up.with_label_values(&own).set(flag(engine.is_some() && pod.state == "running"));
-        self.state.with_label_values(&with(pod.state)).set(1.0);
-        if !pod.login_url.is_empty() {
-            self.login.with_label_values(&[own[0], own[1], own[2], &pod.login_url]).set(1.0);
-        }
-        for severity in ["low", "medium", "high"] {
-            let count = pod.health.iter().filter(|message| message.severity == severity).count();
-            let count = u64::try_from(count).unwrap_or(u64::MAX);
-            self.health.with_label_values(&with(severity)).set(float(count));
-        }
-        for step in &pod.sandbox {
-            let held = flag(step.state == StepState::Held);
-            self.sandbox.with_label_values(&[own[0], own[1], own[2], &step.step]).set(held);
-        }
-        self.restarts.with_label_values(&own).inc_by(pod.restarts);
-        if let Some(runs) = pod.engine_runs {
-            self.runs.with_label_values(&own).inc_by(runs);
-        }
-        if pod.engine_pid.is_some() {
-            for hold in Hold::ALL {
-                let holds = pod.limits.contains(&hold.name());
-                self.limits.with_label_values(&with(hold.name())).set(flag(holds));
-            }
-        }
-        let Some(m) = engine else { return };
-        self.control.with_label_values(&own).set(flag(m.control_connected));
-        self.home_derp.with_label_values(&own).set(m.home_derp.into());
-        for (direction, packets, bytes) in
-            [("transmit", m.tx_packets, m.tx_bytes), ("receive", m.rx_packets, m.rx_bytes)]
-        {
-            self.packets.with_label_values(&with(direction)).inc_by(packets);
-            self.bytes.with_label_values(&with(direction)).inc_by(bytes);
-        }
-        for (reason, count) in distrust::drops(m) {
-            self.drops.with_label_values(&[own[0], own[1], own[2], reason]).inc_by(count);
-        }
-        // One more than the engine tells at most, besides its own words.
-        for (by, count) in m.filter_passed.iter().take(72) {
-            let by = distrust::label(by);
-            self.filter_passed.with_label_values(&[own[0], own[1], own[2], &by]).inc_by(*count);
-        }
-        self.filter_rules.with_label_values(&with("in_force")).set(float(m.filter_rules));
-        self.filter_rules.with_label_values(&with("left_out")).set(float(m.filter_skipped));
-        self.rejects.with_label_values(&with("sent")).inc_by(m.rejects_sent);
-        self.rejects.with_label_values(&with("received")).inc_by(m.rejects_received);
-        self.handshakes.with_label_values(&own).inc_by(m.handshakes);
-        self.last_handshake.with_label_values(&own).set(float(m.last_handshake_unix_s));
-        self.derp.with_label_values(&own).set(float(m.derp_connected));
-        for (path, count) in [("all", m.peers), ("direct", m.peers_direct), ("relay", m.peers_relay)] {
-            self.peers.with_label_values(&with(path)).set(float(count));
-        }
-    }
-}
-
-/// Counts far below 2^53.
-fn float(n: u64) -> f64 {
-    f64::from(u32::try_from(n).unwrap_or(u32::MAX))
+    TextEncoder::new().encode(&counters.registry.gather(), &mut text)?;
+    let mut text = String::from_utf8_lossy(&text).into_owned();
+    series::asides(listing.asides.len(), &mut text);
+    series::of_pods(&listing.pods, &answers, &mut text);
+    Ok(text)
 }

@@ -136,6 +136,30 @@ pub enum Step {
     Forget,
 }
 
+impl Step {
+    /// One word for metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Adopt => "adopt",
+            Self::Save => "save",
+            Self::BuildLink => "build_link",
+            Self::RotateKey => "rotate_key",
+            Self::MintKey => "mint_key",
+            Self::StartEngine => "start_engine",
+            Self::TellRouting => "tell_routing",
+            Self::Configure => "configure",
+            Self::Logout => "logout",
+            Self::StopEngine => "stop_engine",
+            Self::EndOthers => "end_others",
+            Self::RemoveLink => "remove_link",
+            Self::DeleteDevice => "delete_device",
+            Self::DeleteKey => "delete_key",
+            Self::Forget => "forget",
+        }
+    }
+}
+
 /// The steps still missing, in order.
 #[must_use]
 pub fn plan(wanted: Wanted, at: &Observed) -> Vec<Step> {

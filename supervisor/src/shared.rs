@@ -2,9 +2,9 @@
 //!
 //! An answer is never older than its question: who comes while one is made waits for the next. Between two
 //! there is a pause of four times what the last one took, so that whoever asks in a loop takes at most a fifth
-//! of the time, however many engines there are.
+//! of the time, however many engines there are. What nobody waits for is not kept: of a full node it is megabytes.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,13 +26,20 @@ pub struct Shared<T> {
     not_before: Mutex<Option<Instant>>,
     /// How many were begun.
     begun: AtomicU64,
-    /// The last one that is whole, with its number.
+    /// Who has asked and has no answer yet.
+    asking: AtomicUsize,
+    /// The last one that is whole, with its number, while somebody asks.
     last: std::sync::Mutex<Option<(u64, Arc<T>)>>,
 }
 
 impl<T> Default for Shared<T> {
     fn default() -> Self {
-        Self { not_before: Mutex::default(), begun: AtomicU64::new(0), last: std::sync::Mutex::default() }
+        Self {
+            not_before: Mutex::default(),
+            begun: AtomicU64::new(0),
+            asking: AtomicUsize::new(0),
+            last: std::sync::Mutex::default(),
+        }
     }
 }
 
@@ -48,9 +55,29 @@ impl Drop for Making<'_> {
     }
 }
 
+/// One who asks. The last one gone takes the answer along.
+struct Asking<'a, T>(&'a Shared<T>);
+
+impl<'a, T> Asking<'a, T> {
+    fn new(shared: &'a Shared<T>) -> Self {
+        shared.asking.fetch_add(1, Ordering::Relaxed);
+        Self(shared)
+    }
+}
+
+impl<T> Drop for Asking<'_, T> {
+    fn drop(&mut self) {
+        let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.0.asking.fetch_sub(1, Ordering::Relaxed) == 1 {
+            *last = None;
+        }
+    }
+}
+
 impl<T> Shared<T> {
     /// An answer that was begun after this call: another's, or the one that `make` gives.
     pub async fn get(&self, make: impl Future<Output = T>) -> Arc<T> {
+        let _asking = Asking::new(self);
         let before = self.begun.load(Ordering::Relaxed);
         let not_before = self.not_before.lock().await;
         if let Some((number, answer)) = &*self.last.lock().unwrap_or_else(PoisonError::into_inner)
@@ -117,6 +144,7 @@ mod tests {
             assert_eq!(other.await.unwrap(), 2);
         }
         assert_eq!(made.load(Ordering::Relaxed), 2);
+        assert!(shared.last.lock().unwrap().is_none(), "nobody asks any more");
         assert_eq!(*shared.get(async { 3 }).await, 3, "asked later");
     }
 

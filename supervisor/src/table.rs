@@ -20,7 +20,7 @@ mod report;
 mod routing;
 mod steps;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,7 @@ use crate::context::Context;
 use crate::credentials::Credential;
 use crate::distrust;
 use crate::engine::Event;
+use crate::memory;
 use crate::metrics::Counters;
 use crate::plan::{Step, Wanted, plan};
 use crate::record::Aside;
@@ -86,7 +87,6 @@ enum Message {
     NotIntercepted(AttachmentId, u64, String),
     Worked(AttachmentId, u64, guard::Doubts, Box<EngineMetrics>),
     Limited(AttachmentId, u64, Result<(), String>),
-    Wake(AttachmentId),
     Reaped(crate::record::IdentityKey, Result<(), String>),
     Underlay(Underlay),
     Stop(oneshot::Sender<()>),
@@ -254,7 +254,12 @@ struct Table {
     asides: Vec<Aside>,
     underlay: Underlay,
     epochs: u64,
+    /// When which pod is looked at again.
+    wakes: BTreeMap<(Instant, u64), AttachmentId>,
     rounds: guard::Rounds,
+    /// Steps of any pod that have ended.
+    done: u64,
+    rest: memory::Rest,
 }
 
 /// Loads the records, starts the table and takes up every pod again.
@@ -272,7 +277,10 @@ pub async fn start(context: Arc<Context>, underlay: Underlay, counters: Counters
         asides: Vec::new(),
         underlay,
         epochs: 0,
+        wakes: BTreeMap::new(),
         rounds: guard::Rounds::default(),
+        done: 0,
+        rest: memory::Rest::default(),
     };
     table.recover().await?;
     tokio::spawn(table.run(messages));
@@ -284,12 +292,20 @@ impl Table {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            let next = self.wakes.first_key_value().map(|((at, _), _)| *at);
             let message = tokio::select! {
                 // However many messages come.
                 biased;
                 _ = tick.tick() => {
                     self.reap();
                     self.guard();
+                    if self.rest.look(self.done, Instant::now()) {
+                        memory::give_back();
+                    }
+                    continue;
+                }
+                () = until(next) => {
+                    self.wake_due(Instant::now());
                     continue;
                 }
                 message = messages.recv() => message,
@@ -329,6 +345,7 @@ impl Table {
                 let _ = reply.send(self.listing());
             }
             Message::Step(id, step, outcome) => {
+                self.done += 1;
                 if let Some(pod) = self.pods.get_mut(&id) {
                     pod.busy = None;
                     self.outcome(&id, step, outcome);
@@ -347,7 +364,6 @@ impl Table {
                 }
             }
             Message::Worked(id, epoch, doubts, done) => self.worked(&id, epoch, doubts, &done),
-            Message::Wake(id) => self.advance(&id),
             Message::Reaped(key, result) => self.reaped(&key, result),
             Message::Underlay(underlay) => self.underlay_changed(underlay),
             Message::Stop(_) => {}
@@ -400,6 +416,7 @@ impl Table {
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
         tracing::debug!(namespace = pod.record.pod.namespace, pod = pod.record.pod.name, ?step, "step");
+        self.counters.steps.with_label_values(&[step.name()]).inc();
         let now = Instant::now();
         let tailnet = pod.record.tailnet.clone();
         match step {
@@ -543,12 +560,17 @@ impl Table {
     }
 
     /// Looks at the pod again at `at`.
-    fn wake(&self, id: &AttachmentId, at: Instant) {
-        let (to, id) = (self.to_self.clone(), id.clone());
-        tokio::spawn(async move {
-            tokio::time::sleep_until(at.into()).await;
-            let _ = to.send(Message::Wake(id)).await;
-        });
+    fn wake(&mut self, id: &AttachmentId, at: Instant) {
+        self.epochs += 1;
+        self.wakes.insert((at, self.epochs), id.clone());
+    }
+
+    /// Looks at the pods whose time has come.
+    fn wake_due(&mut self, now: Instant) {
+        while let Some(first) = self.wakes.first_entry().filter(|first| first.key().0 <= now) {
+            let id = first.remove();
+            self.advance(&id);
+        }
     }
 
     /// A step did not work: the pod is looked at again after a pause. Never true, for `begin`.
@@ -604,6 +626,13 @@ impl Table {
                 });
             }
         }
+    }
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -229,7 +229,7 @@ impl Pod {
     /// Spawns and starts.
     pub async fn start(&mut self, join: &Join) -> EngineClient {
         let client = self.spawn().await;
-        client.start(patient(), self.request(join)).await.unwrap().unwrap();
+        client.start(patient(), Box::new(self.request(join))).await.unwrap().unwrap();
         client
     }
 

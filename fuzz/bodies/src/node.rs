@@ -1,14 +1,10 @@
 //! What other programs on the node say: a container runtime, a tool, an engine that was broken into.
 
-use std::pin::Pin;
-
-use bytes::BytesMut;
 use podtether_proto::engine::{EngineRequest, EngineResponse};
 use podtether_proto::node::{NodeRequest, NodeResponse};
-use podtether_proto::transport::{Json, Requests};
+use podtether_proto::transport::{Format as _, Json, Requests};
 use serde::Deserialize;
 use tarpc::Response;
-use tokio_serde::Deserializer as _;
 
 /// The first byte chooses the verb, the rest is stdin.
 pub fn cni(data: &[u8]) {
@@ -40,11 +36,9 @@ pub fn rpc(data: &[u8]) {
 }
 
 fn request<T: for<'de> Deserialize<'de>>(data: &[u8]) {
-    let mut format = Requests::<T, ()>::default();
-    let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
+    let _ = Requests::<T>::read(data);
 }
 
 fn response<T: for<'de> Deserialize<'de>>(data: &[u8]) {
-    let mut format = Json::<Response<T>, Response<T>>::default();
-    let _ = Pin::new(&mut format).deserialize(&BytesMut::from(data));
+    let _ = Json::<Response<T>>::read(data);
 }

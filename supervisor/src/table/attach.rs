@@ -91,7 +91,7 @@ impl Table {
         }
     }
 
-    fn wake_join(&self, id: &AttachmentId, join: Join) {
+    fn wake_join(&mut self, id: &AttachmentId, join: Join) {
         let later = Duration::from_millis(2);
         self.wake(id, join.deadline + later);
         self.wake(id, join.reply_by + later);

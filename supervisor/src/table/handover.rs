@@ -62,7 +62,7 @@ struct Order {
     old_process: Arc<Process>,
     /// Which has let go of an earlier handover and may live.
     predecessor: Option<Arc<Process>>,
-    request: StartRequest,
+    request: Box<StartRequest>,
 }
 
 /// The engine that is the node now.
@@ -76,7 +76,7 @@ pub(super) struct Successor {
     status: EngineStatus,
     since: Instant,
     gap_us: u64,
-    request: StartRequest,
+    request: Box<StartRequest>,
 }
 
 /// Why a handover was given up: a word for metrics and a sentence's end.
@@ -314,7 +314,7 @@ async fn hand_over(order: Order, cancelled: oneshot::Receiver<()>) -> Result<Suc
 
 type Brought = (EngineClient, Hello, EngineStatus, u64);
 
-async fn bring_up(home: &Home, old: &Process, request: StartRequest) -> Result<Brought, GivenUp> {
+async fn bring_up(home: &Home, old: &Process, request: Box<StartRequest>) -> Result<Brought, GivenUp> {
     let start = |why: String| given_up("start", why);
     let transport = transport::connect(home.socket()).await;
     let transport = transport.map_err(|e| start(format!("cannot connect to its successor: {e}")))?;

@@ -252,7 +252,10 @@ impl Table {
                     self.intercept(id, epoch, pid, interception);
                 }
             }
-            Event::Status(status) => self.status(id, *status),
+            Event::Status(status) => {
+                self.counters.reports.inc();
+                self.status(id, *status);
+            }
             Event::Ended { ended, answered, reason } => self.ended(id, &ended, answered, reason),
         }
     }
@@ -495,12 +498,12 @@ pub(super) fn start_request(
     identity: &Identity,
     underlay: &podtether_proto::engine::Underlay,
     extra_roots_pem: String,
-) -> StartRequest {
+) -> Box<StartRequest> {
     let record = &identity.record;
     let tailnet = context.config.tailnets.get(&pod.record.tailnet);
     let credential = context.credentials.get(&pod.record.tailnet);
     let url = Some(record.login_url.clone()).filter(|url| !url.is_empty());
-    StartRequest {
+    Box::new(StartRequest {
         pod: pod.record.pod.clone(),
         control_url: tailnet.map(|t| t.control_url.clone()).unwrap_or_default(),
         extra_roots_pem,
@@ -524,7 +527,7 @@ pub(super) fn start_request(
         underlay: underlay.clone(),
         routing: pod.engine_routing.clone(),
         standby: None,
-    }
+    })
 }
 
 /// Puts an engine into its cgroups, which makes the caller wait.

@@ -23,7 +23,7 @@ pub struct LastExit {
 }
 
 /// One attachment.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PodReport {
     /// Kubernetes pod UID.

@@ -104,9 +104,9 @@ impl Engine for Standin {
         }
     }
 
-    async fn start(self, _: Context, request: StartRequest) -> Result<(), String> {
+    async fn start(self, _: Context, request: Box<StartRequest>) -> Result<(), String> {
         self.pod.set(request.pod.clone()).unwrap();
-        self.started.send(request).unwrap();
+        self.started.send(*request).unwrap();
         Ok(())
     }
 
