@@ -2,12 +2,14 @@
 build: ; cargo build --workspace --bins
 # Static programs for any C library. --target keeps the flags from build scripts and proc macros, which cannot be
 # static. getrandom would look its system call up by the dynamic loader, and then read a file that a sandbox has not.
+# Each is run where there is nothing else; tests/names.rs with PODTETHER_TEST_SUPERVISOR looks up names with one.
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 STATIC = -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs --cfg getrandom_backend="linux_getrandom"
 PROGRAMS = $(foreach p,supervisor engine cni devnet,target/$(TARGET)/release/podtether-$(p))
 release:
 	RUSTFLAGS='$(STATIC)' cargo build --release --workspace --bins --target $(TARGET)
 	! readelf -lW $(PROGRAMS) | grep INTERP
+	for p in $(PROGRAMS); do d=$$(mktemp -d) && cp $$p $$d/p && unshare -r chroot $$d /p --version && rm -r $$d || exit 1; done
 test: build ; cargo test --workspace
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.

@@ -6,6 +6,10 @@ use std::process::ExitCode;
 use podtether_cni::{Outcome, run};
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == "--version") {
+        let told = writeln!(std::io::stdout(), "podtether-cni {}", env!("CARGO_PKG_VERSION"));
+        return if told.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let lookup = |name: &str| std::env::var(name).ok();
     let mut stdin = std::io::stdin().lock();
     let outcome = match tokio::runtime::Builder::new_current_thread().enable_all().build() {

@@ -23,6 +23,7 @@ mod snapshot_file;
 mod status;
 mod tls;
 
+use std::io::Write as _;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -40,6 +41,10 @@ use reason::{Ending, ReasonFile};
 const LAST_ANSWER: Duration = Duration::from_millis(20);
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|argument| argument == "--version") {
+        let told = writeln!(std::io::stdout(), "podtether-engine {}", env!("CARGO_PKG_VERSION"));
+        return if told.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let supervisor_uid = nix::unistd::getuid().as_raw();
     let named = std::env::var(descriptor::ENV).ok();
     // SAFETY: first thing in the process; nothing has opened a descriptor yet.

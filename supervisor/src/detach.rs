@@ -4,8 +4,9 @@
 
 use std::ffi::CStr;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -29,11 +30,13 @@ impl Image {
         crate::spawn::keep_low_numbers_free()?;
         let file = memfd(c"podtether-engine")?;
         let mut copy = File::from(file);
-        let bytes = std::fs::read(program)?;
-        if bytes.starts_with(b"#!") {
+        let mut source = File::open(program)?;
+        let mut beginning = [0; 2];
+        if source.read_at(&mut beginning, 0)? == 2 && beginning == *b"#!" {
             return Err(io::Error::other("a script is run by its path alone"));
         }
-        copy.write_all(&bytes)?;
+        // By the kernel: the program does not pass through this one's memory.
+        io::copy(&mut source, &mut copy)?;
         let seals = libc::F_SEAL_SEAL | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE;
         // SAFETY: fcntl with integers only.
         if unsafe { libc::fcntl(copy.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
@@ -142,6 +145,7 @@ fn on_thread<T: Send + 'static>(
 mod tests {
     use super::*;
     use podtether_net::testing::in_namespaces;
+    use std::io::Write as _;
 
     #[test]
     fn nowhere_is_empty_and_the_caller_stays() {

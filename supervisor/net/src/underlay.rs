@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rtnetlink::constants::{
     RTMGRP_IPV4_IFADDR, RTMGRP_IPV4_ROUTE, RTMGRP_IPV6_IFADDR, RTMGRP_IPV6_ROUTE, RTMGRP_LINK,
@@ -18,6 +18,10 @@ use crate::netns::Netns;
 const MAX_ADDRESSES: usize = 16;
 /// Changes come in bursts: an interface that comes up is several events, a pod that starts is some more.
 const SETTLE: Duration = Duration::from_millis(100);
+/// Looking takes at most one part in so many of the time, however many interfaces a node has.
+const LOOK_SHARE: u32 = 10;
+/// But a change is seen within this.
+const MAX_SETTLE: Duration = Duration::from_secs(1);
 
 /// Watches a namespace for changes of its reachable addresses.
 #[derive(Debug)]
@@ -25,6 +29,7 @@ pub struct Monitor {
     netlink: Netlink,
     events: Events,
     known: Vec<IpAddr>,
+    settle: Duration,
 }
 
 impl Monitor {
@@ -38,7 +43,7 @@ impl Monitor {
         let events = Events::open(ns, groups).await?;
         let netlink = Netlink::open(ns).await?;
         let known = addresses(&netlink).await?;
-        Ok(Self { netlink, events, known })
+        Ok(Self { netlink, events, known, settle: SETTLE })
     }
 
     /// The addresses as last seen, in a stable order.
@@ -55,15 +60,22 @@ impl Monitor {
     pub async fn changed(&mut self) -> Result<&[IpAddr]> {
         loop {
             self.events.wait().await?;
-            tokio::time::sleep(SETTLE).await;
+            tokio::time::sleep(self.settle).await;
             self.events.forget();
+            let begun = Instant::now();
             let now = addresses(&self.netlink).await?;
+            self.settle = settle(begun.elapsed());
             if now != self.known {
                 self.known = now;
                 return Ok(&self.known);
             }
         }
     }
+}
+
+/// How long to wait for a burst's end when the last look took `took`.
+fn settle(took: Duration) -> Duration {
+    (took * (LOOK_SHARE - 1)).clamp(SETTLE, MAX_SETTLE)
 }
 
 /// The node's reachable addresses now.
@@ -132,6 +144,17 @@ mod tests {
     use super::*;
     use crate::netlink::VethEnd;
     use crate::testing::{block_on, in_namespaces};
+
+    #[test]
+    fn looking_takes_a_tenth_of_the_time_at_most() {
+        for (took_ms, settle_ms) in [(0, 100), (11, 100), (50, 450), (500, 1000), (60_000, 1000)] {
+            assert_eq!(
+                settle(Duration::from_millis(took_ms)),
+                Duration::from_millis(settle_ms),
+                "{took_ms} ms"
+            );
+        }
+    }
 
     fn link(index: u32, kind: Option<&str>, master: Option<u32>) -> Link {
         Link {

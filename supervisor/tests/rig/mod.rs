@@ -84,7 +84,8 @@ impl Rig {
     }
 
     pub fn command(&self, config: &Path) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
+        let built = || env!("CARGO_BIN_EXE_podtether-supervisor").into();
+        let mut command = Command::new(std::env::var_os("PODTETHER_TEST_SUPERVISOR").unwrap_or_else(built));
         command.arg("--config").arg(config).stdin(Stdio::null()).stdout(Stdio::null());
         command
     }
