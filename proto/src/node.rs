@@ -33,6 +33,8 @@ pub trait Node {
     async fn ping(pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError>;
     /// Replaces the pod's engine by a new process, and answers when that is as far as the one before it was.
     async fn renew(pod: PodSelector, how: Renewal) -> Result<Renewed, CniError>;
+    /// What was decided about a pod when it was made, joined or not: every setting and the rule that gave it.
+    async fn choice(pod: PodSelector) -> Result<Choice, CniError>;
     /// The plugin could not use what its runtime gave it: for the supervisor's counters and log.
     async fn misread(error: CniError);
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
@@ -131,6 +133,61 @@ pub struct PodSummary {
     pub exit_node: Option<String>,
     /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
+}
+
+/// What was decided about a pod.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Choice {
+    /// Whether it joins a tailnet.
+    pub joins: bool,
+    /// Each setting, its value and where that came from.
+    pub settings: Vec<Setting>,
+    /// What its annotations ask for and cannot have, a sentence each with the fix. Such a pod joins nothing.
+    pub refusals: Vec<String>,
+    /// What is odd and changes nothing, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// One setting of a [`Choice`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Setting {
+    /// `enabled`, `tailnet`, `tags`, `hostname`, `ephemeral`, `exit-node`, `accept-routes` or `required`: after
+    /// `tailscale.com/` it is an annotation.
+    pub name: String,
+    /// As an annotation would have it.
+    pub value: String,
+    /// Which level decided.
+    pub source: Source,
+    /// The rule, in words.
+    pub rule: String,
+}
+
+/// Which level gave a [`Setting`]: a pod's own annotation goes before its namespace's, and that before the
+/// cluster's configuration. A policy goes before them all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Source {
+    /// An annotation of the pod.
+    Pod,
+    /// An annotation of its namespace.
+    Namespace,
+    /// The supervisor's or the network's configuration.
+    Cluster,
+    /// Something that no annotation changes.
+    Policy,
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Source::Pod => "pod",
+            Source::Namespace => "namespace",
+            Source::Cluster => "cluster",
+            Source::Policy => "policy",
+        })
+    }
 }
 
 /// How [`Node::renew`] replaces an engine.

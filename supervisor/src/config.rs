@@ -23,6 +23,7 @@ pub use value::{SecretSource, parse_duration};
 
 use podtether_proto::secret::SecretString;
 
+use crate::choose::{Grant, Join};
 use crate::dns::DnsMode;
 use keys::{CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, NO_PROXY_VALUE, PROXY_VALUE, Section};
 use sources::Values;
@@ -47,6 +48,8 @@ pub struct ConfigError(pub String);
 pub struct Config {
     /// `[tailnet.NAME]`, by name.
     pub tailnets: BTreeMap<String, Tailnet>,
+    /// `[namespace.NAME]`, by name; `*` is for all of them.
+    pub namespaces: BTreeMap<String, Grant>,
     /// `[node]`
     pub node: Node,
 }
@@ -58,6 +61,8 @@ pub struct Tailnet {
     pub control_url: String,
     /// ACL tags of its pods.
     pub tags: Vec<String>,
+    /// Whether they get `tag:ns-NAMESPACE` as well.
+    pub namespace_tag: bool,
     /// See [`crate::hostname`].
     pub hostname_template: String,
     /// Extra roots for control, DERP and API.
@@ -109,6 +114,12 @@ pub enum Credentials {
 }
 
 impl Credentials {
+    /// Whether each pod gets a key of its own, with tags of its own.
+    #[must_use]
+    pub fn mints(&self) -> bool {
+        matches!(self, Credentials::OAuth { .. } | Credentials::Headscale { .. })
+    }
+
     /// Its secrets, each with the key that names its file.
     pub(crate) fn secrets(&self) -> Vec<(&'static str, &SecretSource)> {
         match self {
@@ -156,6 +167,8 @@ pub struct Node {
     pub cluster_cidrs: Vec<IpNet>,
     /// Namespaces whose pods join nothing.
     pub exempt_namespaces: Vec<String>,
+    /// Which pods join when neither they nor their namespace says so.
+    pub join: Join,
     /// How long an identity is kept when nobody can say whether its pod lives.
     pub identity_grace: Duration,
     /// Refuse pods whose engine cannot be confined fully.
@@ -194,7 +207,12 @@ impl Config {
                 inputs.path.display()
             )));
         }
-        Ok(Config { tailnets, node: node(&values)? })
+        let mut namespaces = BTreeMap::new();
+        for name in values.namespace_names() {
+            let grant = grant(&values, &name, &tailnets)?;
+            namespaces.insert(name, grant);
+        }
+        Ok(Config { tailnets, namespaces, node: node(&values)? })
     }
 
     /// What is wrong with the files of the tailnets as they are now, one sentence each.
@@ -216,6 +234,29 @@ impl Config {
             std::env::current_exe().map_or_else(|_| PathBuf::from("podtether-engine"), beside)
         })
     }
+}
+
+fn grant(values: &Values, name: &str, tailnets: &BTreeMap<String, Tailnet>) -> Result<Grant, ConfigError> {
+    let at = values.at(Section::Namespace, name);
+    let list = |key: &str| at.list(key).map(Option::unwrap_or_default);
+    let grant = Grant {
+        tags: list("tags")?,
+        hostnames: list("hostnames")?,
+        exit_nodes: list("exit_nodes")?,
+        tailnets: list("tailnets")?,
+    };
+    for tag in &grant.tags {
+        // What a pattern stands for is a tag's own: enough that its beginning is one's.
+        if !is_tag(&tag.replace("{namespace}", "n").replace('*', "x")) {
+            return Err(at.error("tags", &format!("`{tag}` is no tag (write tag:name or tag:name-*)")));
+        }
+    }
+    for tailnet in &grant.tailnets {
+        if !tailnets.contains_key(tailnet) {
+            return Err(at.error("tailnets", &format!("`{tailnet}` is no [tailnet.NAME] of this file")));
+        }
+    }
+    Ok(grant)
 }
 
 fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
@@ -248,9 +289,17 @@ fn tailnet(values: &Values, name: &str) -> Result<Tailnet, ConfigError> {
     if tags.is_empty() && matches!(credentials, Credentials::OAuth { .. }) {
         return Err(at.error("tags", "an OAuth client mints keys for tags only: name at least one"));
     }
+    let namespace_tag = at.bool("namespace_tag")?.unwrap_or(false);
+    if namespace_tag && !credentials.mints() {
+        return Err(at.error(
+            "namespace_tag",
+            "needs credentials of kind oauth or headscale: the tags of an auth key or a person's login are fixed",
+        ));
+    }
     Ok(Tailnet {
         control_url,
         tags,
+        namespace_tag,
         hostname_template,
         ca_file: at.path("ca_file")?,
         ephemeral: at.bool("ephemeral")?.unwrap_or(false),
@@ -395,7 +444,14 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         engine_memory_bytes,
         exclude_cidrs,
         cluster_cidrs,
-        exempt_namespaces: at.list("exempt_namespaces")?.unwrap_or_else(|| vec!["kube-system".into()]),
+        exempt_namespaces: at
+            .list("exempt_namespaces")?
+            .unwrap_or_else(|| vec!["kube-system".into(), "podtether".into()]),
+        join: {
+            let join = at.text("join")?.unwrap_or("opt-out");
+            Join::parse(join)
+                .ok_or_else(|| at.error("join", &format!("`{join}` is neither opt-out nor opt-in")))?
+        },
         identity_grace: at.duration("identity_grace")?.unwrap_or(Duration::ZERO),
         require_sandbox: at.bool("require_sandbox")?.unwrap_or(false),
     })
@@ -431,9 +487,11 @@ fn check_url(text: &str) -> Result<(), String> {
     Ok(())
 }
 
-fn is_tag(tag: &str) -> bool {
+/// Whether it can be an ACL tag: `tag:`, a letter, then letters, digits and dashes.
+pub(crate) fn is_tag(tag: &str) -> bool {
     tag.strip_prefix("tag:").is_some_and(|name| {
-        name.len() <= 50
+        // A namespace's has 3 bytes and the namespace's name.
+        name.len() <= 66
             && name.starts_with(|c: char| c.is_ascii_alphabetic())
             && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
     })
@@ -445,10 +503,11 @@ impl fmt::Display for Config {
         for (name, t) in &self.tailnets {
             write!(
                 f,
-                "[tailnet.{name}] control_url={:?} tags={:?} hostname_template={:?} ca_file={:?} ephemeral={} dns={} dns_servers={:?} \
+                "[tailnet.{name}] control_url={:?} tags={:?} namespace_tag={} hostname_template={:?} ca_file={:?} ephemeral={} dns={} dns_servers={:?} \
                  accept_routes={} exit_node={:?} ",
                 t.control_url,
                 t.tags,
+                t.namespace_tag,
                 t.hostname_template,
                 t.ca_file.clone().unwrap_or_default(),
                 t.ephemeral,
@@ -472,6 +531,9 @@ impl fmt::Display for Config {
                     user.as_deref().unwrap_or_default()
                 )?,
             }
+        }
+        for (name, grant) in &self.namespaces {
+            write!(f, "[namespace.{name}] {grant:?} ")?;
         }
         write!(f, "[node] {:?}", self.node)
     }

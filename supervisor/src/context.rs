@@ -12,7 +12,7 @@ use crate::cgroup::Cgroups;
 use crate::config::Config;
 use crate::credentials::{Credential, Roots};
 use crate::detach::{Image, Nowhere};
-use crate::record::{Attachment, Store};
+use crate::record::{Attachment, Identity, Store};
 
 /// MTU of every link.
 pub const MTU: u16 = 1280;
@@ -132,8 +132,22 @@ impl Context {
     /// True when a device of `tailnet` needs nothing more after its engine has logged out: the server
     /// forgets it, or there is no API that could delete it.
     #[must_use]
-    pub fn forgets_who_logs_out(&self, tailnet: &str) -> bool {
-        self.config.tailnets.get(tailnet).is_some_and(|t| t.ephemeral) || !self.deletes_devices(tailnet)
+    pub fn forgets_who_logs_out(&self, device: &Identity) -> bool {
+        self.is_ephemeral(device) || !self.deletes_devices(&device.key.tailnet)
+    }
+
+    /// Whether the server may forget the device.
+    #[must_use]
+    pub fn is_ephemeral(&self, device: &Identity) -> bool {
+        let tailnet = || self.config.tailnets.get(&device.key.tailnet).is_some_and(|t| t.ephemeral);
+        device.ephemeral.unwrap_or_else(tailnet)
+    }
+
+    /// The ACL tags that the device asks for.
+    #[must_use]
+    pub fn tags(&self, device: &Identity) -> Vec<String> {
+        let tailnet = || self.config.tailnets.get(&device.key.tailnet).map(|t| t.tags.clone());
+        device.tags.clone().or_else(tailnet).unwrap_or_default()
     }
 
     /// True when `tailnet` has an API that deletes devices.

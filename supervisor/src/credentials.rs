@@ -40,12 +40,15 @@ pub struct Key {
     pub ttl: Duration,
 }
 
-/// How the keys of a tailnet are to be.
-#[derive(Debug, Clone)]
-struct Wish {
-    ttl: Duration,
-    tags: Vec<String>,
-    ephemeral: bool,
+/// How a key is to be.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish<'a> {
+    /// For people who read the API's list of keys.
+    pub hostname: &'a str,
+    /// ACL tags of the device.
+    pub tags: &'a [String],
+    /// Whether the server may forget the device.
+    pub ephemeral: bool,
 }
 
 /// What a tailnet's device is known by.
@@ -86,30 +89,28 @@ impl Credential {
     /// The roots cannot be used.
     pub fn new(tailnet: &config::Tailnet, roots: &Arc<Roots>) -> Result<Credential, String> {
         let http = || http::Http::new(Arc::clone(roots));
-        let wish = |ttl| Wish { ttl, tags: tailnet.tags.clone(), ephemeral: tailnet.ephemeral };
         match &tailnet.credentials {
             config::Credentials::AuthKey { key } => Ok(Credential::AuthKey(key.clone())),
             config::Credentials::Interactive => Ok(Credential::Person),
             config::Credentials::OAuth { api_url, client_id, client_secret, auth_key_ttl } => {
                 let client = token::Client { id: client_id.clone(), secret: client_secret.clone() };
-                let wish = wish(*auth_key_ttl);
-                Ok(Credential::OAuth(oauth::Api::new(http()?, api_url.clone(), client, wish)))
+                Ok(Credential::OAuth(oauth::Api::new(http()?, api_url.clone(), client, *auth_key_ttl)))
             }
             config::Credentials::Headscale { api_url, api_key, user, auth_key_ttl } => {
-                let (url, key, wish) = (api_url.clone(), api_key.clone(), wish(*auth_key_ttl));
-                Ok(Credential::Headscale(headscale::Api::new(http()?, url, key, user.clone(), wish)))
+                let (url, key, ttl) = (api_url.clone(), api_key.clone(), *auth_key_ttl);
+                Ok(Credential::Headscale(headscale::Api::new(http()?, url, key, user.clone(), ttl)))
             }
         }
     }
 
-    /// A key for one device called `hostname`, before `deadline`.
+    /// A key for one device, before `deadline`.
     ///
     /// # Errors
     /// [`CredentialError`].
-    pub async fn mint(&self, hostname: &str, deadline: Instant) -> Result<Key, CredentialError> {
+    pub async fn mint(&self, wish: Wish<'_>, deadline: Instant) -> Result<Key, CredentialError> {
         match self {
-            Credential::OAuth(api) => api.mint(hostname, deadline).await,
-            Credential::Headscale(api) => api.mint(hostname, deadline).await,
+            Credential::OAuth(api) => api.mint(wish, deadline).await,
+            Credential::Headscale(api) => api.mint(wish, deadline).await,
             Credential::AuthKey(source) => {
                 let secret = source.read().map_err(CredentialError::Refused)?;
                 Ok(Key { secret, id: None, ttl: Duration::MAX })

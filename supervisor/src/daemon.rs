@@ -9,6 +9,7 @@ use podtether_net::netns;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::choose::Chooser;
 use crate::config::Config;
 use crate::context::Context;
 use crate::http::{self, Web};
@@ -51,6 +52,7 @@ pub async fn run(config: Config) -> Result<()> {
         table::start(Arc::clone(&context), watch.now(), counters.clone()).await.map_err(|e| anyhow!(e))?;
     tokio::spawn(watch.follow(table.clone()));
 
+    let chooser = Chooser::new(context.config.clone());
     let refused = counters.refused.clone();
     let ready = Arc::new(AtomicBool::new(true));
     let web = Web { table: table.clone(), counters, ready, answers: Arc::default() };
@@ -66,7 +68,7 @@ pub async fn run(config: Config) -> Result<()> {
     tracing::info!(socket = %run_dir.join("supervisor.sock").display(), "serving");
 
     let why = tokio::select! {
-        () = node::serve(&socket, table.clone(), refused) => "the socket is gone",
+        () = node::serve(&socket, table.clone(), chooser, refused) => "the socket is gone",
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
     };

@@ -2,7 +2,92 @@
 
 /// Longest DNS label.
 const MAX_LABEL: usize = 63;
-const FIELDS: [&str; 3] = ["cluster", "namespace", "pod"];
+const FIELDS: [&str; 4] = ["cluster", "namespace", "pod", "workload"];
+/// What Kubernetes makes its hashes of: no vowels, and nothing that looks like one.
+const HASH_LETTERS: &str = "bcdfghjklmnpqrstvwxz2456789";
+/// Letters of the last part of a pod's name.
+const POD_HASH: usize = 5;
+/// At most, of a ReplicaSet's.
+const TEMPLATE_HASH: usize = 10;
+
+/// Who a name is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Whose<'a> {
+    /// `{cluster}`
+    pub cluster: &'a str,
+    /// `{namespace}`
+    pub namespace: &'a str,
+    /// `{pod}`
+    pub pod: &'a str,
+    /// Kind of the pod's controller: `ReplicaSet`, `StatefulSet`, …; `None` where nobody says.
+    pub owner: Option<&'a str>,
+}
+
+/// Names for one device, the best first; the last is unlikely to be anybody else's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// As asked for.
+    pub wanted: String,
+    /// When that is taken.
+    others: Vec<String>,
+}
+
+impl Names {
+    /// The first that is not taken.
+    pub fn pick(&self, is_taken: impl Fn(&str) -> bool) -> &str {
+        let mut all = std::iter::once(&self.wanted).chain(&self.others);
+        let free = all.find(|name| !is_taken(name)).or(self.others.last());
+        free.unwrap_or(&self.wanted)
+    }
+
+    /// What to be called when the tailnet has a `name` already.
+    #[must_use]
+    pub fn after(&self, name: &str) -> Option<&str> {
+        let all: Vec<&String> = std::iter::once(&self.wanted).chain(&self.others).collect();
+        let at = all.iter().position(|other| *other == name)?;
+        all.get(at + 1).map(|next| next.as_str())
+    }
+}
+
+/// The names that `template` gives.
+#[must_use]
+pub fn names(template: &str, whose: Whose<'_>) -> Names {
+    let wanted = render(template, whose);
+    let mut others = vec![];
+    if template.contains("{workload}") {
+        others.push(render(&template.replace("{workload}", "{pod}"), whose));
+    } else if !template.contains("{pod}") {
+        // What tells a workload's pods apart.
+        let part = whose.pod.rsplit('-').next().unwrap_or_default();
+        others.push(render(&format!("{template}-{part}"), whose));
+    }
+    let all = format!("{}/{}/{}", whose.cluster, whose.namespace, whose.pod);
+    let start = wanted.get(..MAX_LABEL - 9).unwrap_or(&wanted).trim_end_matches('-');
+    others.push(format!("{start}-{:08x}", hash(&all)));
+    others.retain(|name| *name != wanted);
+    others.dedup();
+    Names { wanted, others }
+}
+
+/// A pod's name without the hashes that its ReplicaSet, DaemonSet or Job put there.
+#[must_use]
+pub fn workload<'a>(pod: &'a str, owner: Option<&str>) -> &'a str {
+    let is_hash = |part: &str| !part.is_empty() && part.chars().all(|c| HASH_LETTERS.contains(c));
+    if !matches!(owner, None | Some("ReplicaSet" | "DaemonSet" | "Job" | "ReplicationController")) {
+        return pod;
+    }
+    let Some((rest, last)) = pod.rsplit_once('-') else { return pod };
+    if last.len() != POD_HASH || !is_hash(last) || rest.is_empty() {
+        return pod;
+    }
+    if !matches!(owner, None | Some("ReplicaSet")) {
+        return rest;
+    }
+    match rest.rsplit_once('-') {
+        Some((name, hash)) if hash.len() <= TEMPLATE_HASH && is_hash(hash) && !name.is_empty() => name,
+        Some(_) | None => rest,
+    }
+}
 
 /// Checks a `hostname_template`.
 ///
@@ -13,7 +98,7 @@ pub fn check_template(template: &str) -> Result<(), String> {
     while let Some((_, tail)) = rest.split_once('{') {
         let (field, tail) = tail.split_once('}').ok_or_else(|| "an opening { has no closing }".to_owned())?;
         if !FIELDS.contains(&field) {
-            return Err(format!("{{{field}}} is none of {{cluster}} {{namespace}} {{pod}}"));
+            return Err(format!("{{{field}}} is none of {{cluster}} {{namespace}} {{pod}} {{workload}}"));
         }
         rest = tail;
     }
@@ -26,8 +111,12 @@ pub fn check_template(template: &str) -> Result<(), String> {
 /// Fills in `template`. Whatever the names hold, the result is one DNS label: a name that is too long
 /// keeps its start and ends in a hash of the whole, so that two long names stay apart.
 #[must_use]
-pub fn render(template: &str, cluster: &str, namespace: &str, pod: &str) -> String {
-    let full = template.replace("{cluster}", cluster).replace("{namespace}", namespace).replace("{pod}", pod);
+pub fn render(template: &str, whose: Whose<'_>) -> String {
+    let full = template
+        .replace("{cluster}", whose.cluster)
+        .replace("{namespace}", whose.namespace)
+        .replace("{workload}", workload(whose.pod, whose.owner))
+        .replace("{pod}", whose.pod);
     let mut label = String::with_capacity(full.len());
     for c in full.chars() {
         let c = c.to_ascii_lowercase();
@@ -58,8 +147,56 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn render(template: &str, cluster: &str, namespace: &str, pod: &str) -> String {
+        super::render(template, Whose { cluster, namespace, pod, owner: None })
+    }
+
     #[test]
-    fn names() {
+    fn hashes_are_known_by_their_letters_and_owners() {
+        let table = [
+            ("web-5d4f8c7b9-x2x4z", Some("ReplicaSet"), "web"),
+            ("web-5d4f8c7b9-x2x4z", None, "web"),
+            ("web-5d4f8c7b9-x2x4z", Some("StatefulSet"), "web-5d4f8c7b9-x2x4z"),
+            ("agent-x2x4z", Some("DaemonSet"), "agent"),
+            ("agent-x2x4z", None, "agent"),
+            ("nightly-28394510-x2x4z", Some("Job"), "nightly-28394510"),
+            ("my-db-x2x4z", Some("ReplicaSet"), "my"),
+            ("my-data-x2x4z", Some("ReplicaSet"), "my-data"),
+            ("web-0", Some("StatefulSet"), "web-0"),
+            ("web-0", None, "web-0"),
+            ("hello-world", None, "hello-world"),
+            ("a-river", None, "a-river"),
+            ("x2x4z", None, "x2x4z"),
+            ("-x2x4z", None, "-x2x4z"),
+            ("etcd-node-1", Some("Node"), "etcd-node-1"),
+        ];
+        for (pod, owner, want) in table {
+            assert_eq!(workload(pod, owner), want, "{pod} {owner:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_is_taken_gets_what_tells_the_pod_apart() {
+        let whose = Whose { cluster: "k8s", namespace: "shop", pod: "web-5d4f8c7b9-x2x4z", owner: None };
+        let picked = |template: &str, taken: &[&str]| {
+            names(template, whose).pick(|name| taken.contains(&name)).to_owned()
+        };
+        assert_eq!(picked("{namespace}-{workload}", &[]), "shop-web");
+        assert_eq!(picked("{namespace}-{workload}", &["shop-web"]), "shop-web-5d4f8c7b9-x2x4z");
+        assert_eq!(picked("db", &[]), "db");
+        assert_eq!(picked("db", &["db"]), "db-x2x4z");
+        let last = picked("db", &["db", "db-x2x4z"]);
+        assert!(last.starts_with("db-") && last.len() == 11, "{last}");
+        assert_eq!(names("db", whose).pick(|_| true), last, "there is always one");
+        let long = names("{pod}", Whose { pod: &"p".repeat(63), ..whose });
+        let other = long.pick(|name| name == long.wanted);
+        assert!(other.len() <= 63 && other != long.wanted, "{other}");
+        assert_eq!(names("db", whose).after("db"), Some("db-x2x4z"));
+        assert_eq!(names("db", whose).after(&last), None);
+    }
+
+    #[test]
+    fn names_are_rendered() {
         let t = "{cluster}-{namespace}-{pod}";
         let table = [
             (t, "k8s", "default", "web-0", "k8s-default-web-0"),

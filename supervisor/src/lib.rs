@@ -6,6 +6,7 @@
 
 pub mod adopt;
 pub mod cgroup;
+pub mod choose;
 pub mod config;
 pub mod context;
 pub mod credentials;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, Node, PodRouting, PodSelector,
-    PodSummary, Renewal, Renewed, Routing, Version,
+    AddRequest, Attached, AttachmentId, CheckRequest, Choice, CniError, GcRequest, Node, PodRouting,
+    PodSelector, PodSummary, Renewal, Renewed, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -17,6 +17,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::choose::{Chooser, Decision};
 use crate::distrust;
 use crate::refused::{Reason, Refused};
 use crate::table::{Handle, PodReport};
@@ -66,7 +67,7 @@ pub fn bind(run_dir: &Path) -> std::io::Result<Socket> {
 }
 
 /// Serves until dropped.
-pub async fn serve(socket: &Socket, table: Handle, refused: Refused) {
+pub async fn serve(socket: &Socket, table: Handle, chooser: Chooser, refused: Refused) {
     let places = std::sync::Arc::new(Semaphore::new(MAX_CONNECTIONS));
     // SAFETY: reads an id of this process.
     let own = unsafe { libc::geteuid() };
@@ -95,7 +96,7 @@ pub async fn serve(socket: &Socket, table: Handle, refused: Refused) {
                 continue;
             }
         }
-        let service = Service { table: table.clone(), refused: refused.clone() };
+        let service = Service { table: table.clone(), chooser: chooser.clone(), refused: refused.clone() };
         tokio::spawn(async move {
             connection(stream, service, [FIRST_CALL, NEXT_CALL]).await;
             drop(place);
@@ -137,6 +138,7 @@ async fn connection(stream: UnixStream, service: Service, [first, next]: [Durati
 #[derive(Debug, Clone)]
 struct Service {
     table: Handle,
+    chooser: Chooser,
     refused: Refused,
 }
 
@@ -193,7 +195,11 @@ fn summary(report: PodReport) -> PodSummary {
 
 impl Node for Service {
     async fn add(self, _: Context, request: AddRequest) -> Result<Attached, CniError> {
-        let answer = self.table.add(request).await;
+        let answer = match self.chooser.decide(request) {
+            Decision::Nothing => Ok(Attached::default()),
+            Decision::Join(request, choice) => self.table.add(request, choice).await,
+            Decision::Refused(error) => Err(error),
+        };
         self.told(answer)
     }
 
@@ -244,6 +250,13 @@ impl Node for Service {
         self.table.renew(pod, how).await
     }
 
+    async fn choice(self, _: Context, pod: PodSelector) -> Result<Choice, CniError> {
+        match self.table.choice(pod.clone()).await {
+            Err(error) => self.chooser.remembered(&pod).ok_or(error),
+            joined => joined,
+        }
+    }
+
     async fn misread(self, _: Context, error: CniError) {
         let CniError { code, mut msg, details: _ } = error;
         distrust::tame(&mut msg, MAX_MESSAGE);
@@ -270,7 +283,10 @@ mod tests {
         let options = prometheus::Opts::new("refused", "x");
         let refused = Refused::new(prometheus::IntCounterVec::new(options, &["reason"]).unwrap());
         let (table, questions) = Unanswered::new();
-        (Service { table, refused }, questions)
+        let file = "[tailnet.default.credentials]\nkind = \"interactive\"".to_owned();
+        let inputs = crate::config::Inputs { file: Some(file), ..Default::default() };
+        let chooser = Chooser::new(crate::config::Config::load(&inputs).unwrap());
+        (Service { table, chooser, refused }, questions)
     }
 
     #[tokio::test]

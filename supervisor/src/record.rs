@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use podtether_proto::engine::PodRef;
-use podtether_proto::node::{AttachmentId, Routing};
+use podtether_proto::node::{AttachmentId, Choice, Routing};
 use podtether_proto::secret::SecretKey;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -69,6 +69,12 @@ pub struct Attachment {
     /// What the primary CNI's result led to by more than a default route.
     #[serde(default)]
     pub primary: Vec<IpNet>,
+    /// The pod starts before it has joined: its ADD may be answered while there are no addresses.
+    #[serde(default)]
+    pub unhurried: bool,
+    /// What was decided about the pod.
+    #[serde(default)]
+    pub choice: Choice,
 }
 
 /// One identity: a device in a tailnet.
@@ -101,6 +107,12 @@ pub struct Identity {
     /// Where a person is to log the node key in, empty when nobody has to.
     #[serde(default)]
     pub login_url: String,
+    /// ACL tags that it asks for; `None`, from an earlier version, for its tailnet's.
+    #[serde(default)]
+    pub tags: Option<Vec<String>>,
+    /// Whether the server may forget it; `None`, from an earlier version, for what its tailnet has.
+    #[serde(default)]
+    pub ephemeral: Option<bool>,
 }
 
 /// An identity belongs to one interface of one pod in one tailnet.

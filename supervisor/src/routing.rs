@@ -1,18 +1,12 @@
 //! Which routes of other nodes a pod uses: what may be asked for, and what follows for its interface.
 //! Pure; the table keeps and applies it.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net};
 use podtether_net::link::{Exit, PodConfig, subtract};
 use podtether_proto::engine;
 use podtether_proto::node::Routing;
-
-/// Annotation: `true` or `false`.
-pub const ACCEPT_ROUTES: &str = "podtether.dev/accept-routes";
-/// Annotation: a node's name, address or stable id; empty for none.
-pub const EXIT_NODE: &str = "podtether.dev/exit-node";
 
 /// Most routes of other nodes that one pod gets.
 pub const MAX_ROUTES: usize = 8192;
@@ -33,25 +27,6 @@ pub fn exit_node(text: &str) -> Result<Option<String>, String> {
         return Err(format!("`{shown}` is no node: write its name, one of its addresses or its stable id"));
     }
     Ok((!text.is_empty()).then(|| text.to_owned()))
-}
-
-/// What a pod's annotations ask for, beyond the tailnet's `defaults`.
-///
-/// # Errors
-/// One sentence that names the annotation.
-pub fn of_annotations(defaults: &Routing, annotations: &BTreeMap<String, String>) -> Result<Routing, String> {
-    let mut routing = defaults.clone();
-    if let Some(text) = annotations.get(ACCEPT_ROUTES) {
-        routing.accept_routes = match text.trim() {
-            "true" => true,
-            "false" => false,
-            _ => return Err(format!("annotation {ACCEPT_ROUTES} is neither true nor false")),
-        };
-    }
-    if let Some(text) = annotations.get(EXIT_NODE) {
-        routing.exit_node = exit_node(text).map_err(|e| format!("annotation {EXIT_NODE}: {e}"))?;
-    }
-    Ok(routing)
 }
 
 /// What is known of the cluster around a pod.
@@ -144,30 +119,12 @@ mod tests {
     }
 
     #[test]
-    fn annotations() {
-        let defaults = routing(true, Some("gw"));
-        type Case = (&'static [(&'static str, &'static str)], Result<Routing, &'static str>);
-        let table: &[Case] = &[
-            (&[], Ok(routing(true, Some("gw")))),
-            (&[(ACCEPT_ROUTES, "false")], Ok(routing(false, Some("gw")))),
-            (&[(EXIT_NODE, "")], Ok(routing(true, None))),
-            (&[(EXIT_NODE, " fd7a:115c:a1e0::9 ")], Ok(routing(true, Some("fd7a:115c:a1e0::9")))),
-            (&[(EXIT_NODE, "gw-2.tail.ts.net")], Ok(routing(true, Some("gw-2.tail.ts.net")))),
-            (&[("other/annotation", "x y")], Ok(routing(true, Some("gw")))),
-            (&[(ACCEPT_ROUTES, "yes")], Err("neither true nor false")),
-            (&[(EXIT_NODE, "a b")], Err("exit-node: `a b` is no node")),
-            (&[(EXIT_NODE, "a\n")], Ok(routing(true, Some("a")))),
-            (&[(EXIT_NODE, "a\nb")], Err("`ab` is no node")),
-        ];
-        for (annotations, expected) in table {
-            let map = annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-            match (of_annotations(&defaults, &map), expected) {
-                (Ok(got), Ok(wanted)) => assert_eq!(got, *wanted, "{annotations:?}"),
-                (Err(got), Err(part)) => assert!(got.contains(part), "{annotations:?}: {got}"),
-                other => panic!("{annotations:?}: {other:?}"),
-            }
+    fn exit_nodes() {
+        assert_eq!(exit_node(" fd7a:115c:a1e0::9 "), Ok(Some("fd7a:115c:a1e0::9".into())));
+        assert_eq!(exit_node(""), Ok(None));
+        for odd in ["a b", "a\nb", &"a".repeat(254)] {
+            assert!(exit_node(odd).unwrap_err().contains("is no node"), "{odd:?}");
         }
-        assert!(exit_node(&"a".repeat(254)).is_err());
     }
 
     #[test]

@@ -7,6 +7,7 @@
 
 mod attach;
 mod check;
+mod choice;
 mod guard;
 mod handover;
 mod identities;
@@ -26,11 +27,12 @@ use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{EngineClient, EngineMetrics, PING_MAX, PingKind, Pong, Underlay};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector, Renewal,
-    Renewed, Routing, code,
+    self, AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector,
+    Renewal, Renewed, Routing, code,
 };
 use tokio::sync::{mpsc, oneshot};
 
+use crate::choose::Choice;
 use crate::context::Context;
 use crate::credentials::Credential;
 use crate::distrust;
@@ -71,7 +73,7 @@ const MAX_REASON: usize = 500;
 
 /// A fact, or a question.
 enum Message {
-    Add(Box<AddRequest>, pod::Adder),
+    Add(Box<AddRequest>, Box<Choice>, pod::Adder),
     Del(AttachmentId, pod::Leaver),
     Check(Box<CheckRequest>, pod::Leaver),
     Gc(GcRequest, pod::Leaver),
@@ -80,6 +82,7 @@ enum Message {
     Renew(PodSelector, Renewal, renew::Renewer),
     HandedOver(AttachmentId, u64, Result<Box<handover::Successor>, handover::GivenUp>),
     PredecessorEnded(AttachmentId, u32),
+    Choice(PodSelector, oneshot::Sender<Result<node::Choice, CniError>>),
     Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
@@ -148,12 +151,20 @@ impl Handle {
         answered.await.ok()
     }
 
-    /// CNI ADD.
+    /// CNI ADD of a pod that joins as `choice` has it.
     ///
     /// # Errors
     /// As the runtime prints it.
-    pub async fn add(&self, request: AddRequest) -> Result<Attached, CniError> {
-        self.ask(|to| Message::Add(Box::new(request), to)).await.unwrap_or_else(|| Err(ending()))
+    pub async fn add(&self, request: Box<AddRequest>, choice: Box<Choice>) -> Result<Attached, CniError> {
+        self.ask(|to| Message::Add(request, choice, to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// What was decided about a pod that joined.
+    ///
+    /// # Errors
+    /// No such pod.
+    pub async fn choice(&self, pod: PodSelector) -> Result<node::Choice, CniError> {
+        self.ask(|to| Message::Choice(pod, to)).await.unwrap_or_else(|| Err(ending()))
     }
 
     /// CNI DEL.
@@ -323,7 +334,10 @@ impl Table {
 
     fn handle(&mut self, message: Message) {
         match message {
-            Message::Add(request, reply) => self.add(*request, reply),
+            Message::Add(request, choice, reply) => self.add(*request, *choice, reply),
+            Message::Choice(pod, reply) => {
+                let _ = reply.send(self.choice(&pod));
+            }
             Message::Del(id, reply) => self.del(&id, Some(reply)),
             Message::Check(request, reply) => self.check(*request, reply),
             Message::Gc(request, reply) => self.gc(&request, reply),
@@ -385,7 +399,9 @@ impl Table {
             }
             let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
             let person = self.context.credentials.get(&pod.record.tailnet).is_some_and(Credential::is_person);
-            let observed = pod.observe(identity, person, now);
+            let mut observed = pod.observe(identity, person, now);
+            observed.identity_free &= !self.name_is_held(id);
+            let Some(pod) = self.pods.get(id) else { return };
             if pod.wanted == Wanted::Attached
                 && observed.configured
                 && observed.engine == crate::plan::Engine::Running
@@ -397,6 +413,9 @@ impl Table {
                 if pod.wanted != Wanted::Attached {
                     continue;
                 }
+            }
+            if self.pods.get(id).is_some_and(|pod| pod.may_start_early(&observed)) {
+                self.answer_adders(id);
             }
             let Some(pod) = self.pods.get(id) else { return };
             let Some(step) = plan(pod.wanted, &observed).first().copied() else {
@@ -454,9 +473,9 @@ impl Table {
             }
             Step::MintKey => {
                 let deadline = pod.join.map_or(now + MINT_WITHIN, |j| j.deadline - SAY_WHY);
-                let hostname = identity.record.hostname.clone();
+                let device = identity.record.clone();
                 self.counters.mints.inc();
-                self.run_step(id, step, steps::mint(context, tailnet, hostname, deadline));
+                self.run_step(id, step, steps::mint(context, device, deadline));
             }
             Step::StartEngine => return self.start_engine(id),
             Step::TellRouting => {

@@ -238,7 +238,7 @@ impl Node {
             }
         }
         text += &format!(
-            "[node]\ncluster_name = \"lab\"\nstate_dir = {:?}\nrun_dir = {:?}\nengine_path = {:?}\n\
+            "[namespace.\"*\"]\nexit_nodes = [\"*\"]\n[node]\ncluster_name = \"lab\"\nstate_dir = {:?}\nrun_dir = {:?}\nengine_path = {:?}\n\
              cgroup_root = {:?}\nhttp_listen = \"{HTTP}\"\n{extra}\n",
             self.state_dir(),
             self.run_dir(),

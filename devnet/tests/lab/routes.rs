@@ -347,14 +347,14 @@ fn annotations_choose_and_leaving_restores() {
         let annotated = |exit: &str| CniCall {
             version: "1.1.0".into(),
             annotations: vec![
-                ("podtether.dev/accept-routes".into(), "true".into()),
-                ("podtether.dev/exit-node".into(), exit.into()),
+                ("tailscale.com/accept-routes".into(), "true".into()),
+                ("tailscale.com/exit-node".into(), exit.into()),
             ],
             ..CniCall::new("ADD")
         };
         let outcome = pod.cni(node, &annotated("not a node")).unwrap();
         assert_eq!(outcome.code(), Some(7), "{}", outcome.answer);
-        assert!(outcome.answer.to_string().contains("podtether.dev/exit-node"), "{}", outcome.answer);
+        assert!(outcome.answer.to_string().contains("tailscale.com/exit-node"), "{}", outcome.answer);
         assert_eq!(in_pod(&pod), bare);
 
         pod.add_with(node, &annotated("router")).unwrap();

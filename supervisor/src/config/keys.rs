@@ -10,6 +10,8 @@ pub(super) enum Section {
     Tailnet,
     /// `[tailnet.NAME.credentials]`
     Credentials,
+    /// `[namespace.NAME]`
+    Namespace,
 }
 
 /// What a key's value looks like.
@@ -62,8 +64,9 @@ pub(super) const KEYS: &[Key] = &[
         Section::Tailnet,
         "hostname_template",
         Kind::Text,
-        "device names: {cluster} {namespace} {pod} and plain text",
+        "device names: {cluster} {namespace} {pod} {workload} and plain text",
     ),
+    key(Section::Tailnet, "namespace_tag", Kind::Bool, "every pod also gets tag:ns-NAMESPACE"),
     key(Section::Tailnet, "ca_file", Kind::Text, "extra roots for control, DERP and API, PEM"),
     key(Section::Tailnet, "ephemeral", Kind::Bool, "let the server forget a pod that is away for long"),
     key(Section::Tailnet, "dns", Kind::Text, "off, or intercept: answer tailnet names in the pods' own DNS"),
@@ -103,11 +106,31 @@ pub(super) const KEYS: &[Key] = &[
     key(Section::Node, "exempt_namespaces", Kind::List, "namespaces whose pods join nothing"),
     key(
         Section::Node,
+        "join",
+        Kind::Text,
+        "opt-out: every pod that does not say no; opt-in: those that say yes (annotation tailscale.com/enabled)",
+    ),
+    key(
+        Section::Node,
         "identity_grace",
         Kind::Text,
         "keep an identity this long when nobody can say whether its pod lives, for example 10m",
     ),
     key(Section::Node, "require_sandbox", Kind::Bool, "refuse pods when an engine cannot be confined fully"),
+    key(Section::Namespace, "tags", Kind::List, "tags that annotations in the namespace may ask for"),
+    key(
+        Section::Namespace,
+        "hostnames",
+        Kind::List,
+        "host names that annotations in the namespace may ask for",
+    ),
+    key(
+        Section::Namespace,
+        "exit_nodes",
+        Kind::List,
+        "exit nodes that annotations in the namespace may ask for",
+    ),
+    key(Section::Namespace, "tailnets", Kind::List, "tailnets that annotations in the namespace may ask for"),
 ];
 
 /// Legacy environment names and the keys of the default tailnet and the node they stand for. The

@@ -57,6 +57,8 @@ pub fn arguments() -> clap::Command {
             Section::Credentials => {
                 (format!("tailnet.default.credentials.{}", key.name), "TAILNET_DEFAULT_CREDENTIALS")
             }
+            // There is none that a flag without a name could mean.
+            Section::Namespace => continue,
         };
         let env = format!("PODTETHER_{section}_{}", key.name.to_uppercase());
         command = command.arg(
@@ -107,8 +109,9 @@ pub fn inputs_from(matches: &clap::ArgMatches) -> Result<Inputs, ConfigError> {
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
-    /// 0 node, 1 tailnet, 2 credentials.
+    /// 0 node, 1 tailnet, 2 credentials, 3 namespace.
     section: u8,
+    /// Or the namespace.
     tailnet: String,
     key: String,
 }
@@ -118,6 +121,7 @@ struct Place {
 pub(super) struct Values {
     values: BTreeMap<Place, (Value, String)>,
     tailnets: BTreeSet<String>,
+    namespaces: BTreeSet<String>,
 }
 
 fn place(section: Section, tailnet: &str, key: &str) -> Place {
@@ -125,6 +129,7 @@ fn place(section: Section, tailnet: &str, key: &str) -> Place {
         Section::Node => 0,
         Section::Tailnet => 1,
         Section::Credentials => 2,
+        Section::Namespace => 3,
     };
     Place { section: number, tailnet: tailnet.to_owned(), key: key.to_owned() }
 }
@@ -134,6 +139,7 @@ fn full_name(section: Section, tailnet: &str, key: &str) -> String {
         Section::Node => format!("node.{key}"),
         Section::Tailnet => format!("tailnet.{tailnet}.{key}"),
         Section::Credentials => format!("tailnet.{tailnet}.credentials.{key}"),
+        Section::Namespace => format!("namespace.{tailnet}.{key}"),
     }
 }
 
@@ -152,6 +158,10 @@ impl Values {
 
     pub(super) fn tailnet_names(&self) -> Vec<String> {
         self.tailnets.iter().cloned().collect()
+    }
+
+    pub(super) fn namespace_names(&self) -> Vec<String> {
+        self.namespaces.iter().cloned().collect()
     }
 
     pub(super) fn at<'a>(&'a self, section: Section, tailnet: &'a str) -> At<'a> {
@@ -179,12 +189,25 @@ impl Values {
                         self.tailnet(origin, &tailnet, keys)?;
                     }
                 }
-                ("node" | "tailnet", _) => {
+                ("namespace", Value::Table(namespaces)) => {
+                    for (namespace, value) in namespaces {
+                        let Value::Table(keys) = value else {
+                            return Err(ConfigError(format!(
+                                "namespace.{namespace} in {origin}: expected a table, [namespace.{namespace}]"
+                            )));
+                        };
+                        self.namespace(&namespace, origin)?;
+                        for (key, value) in keys {
+                            self.put(Section::Namespace, &namespace, &key, value, origin)?;
+                        }
+                    }
+                }
+                ("node" | "tailnet" | "namespace", _) => {
                     return Err(ConfigError(format!("{name} in {origin}: expected a table")));
                 }
                 _ => {
                     return Err(ConfigError(format!(
-                        "unknown key {name} in {origin}: the tables are [tailnet.NAME] and [node]"
+                        "unknown key {name} in {origin}: the tables are [tailnet.NAME], [namespace.NAME] and [node]"
                     )));
                 }
             }
@@ -221,6 +244,18 @@ impl Values {
             )));
         }
         self.tailnets.insert(tailnet.to_owned());
+        Ok(())
+    }
+
+    fn namespace(&mut self, namespace: &str, origin: &str) -> Result<(), ConfigError> {
+        let label = (1..=63).contains(&namespace.len())
+            && namespace.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        if !label && namespace != "*" {
+            return Err(ConfigError(format!(
+                "namespace.{namespace} in {origin}: no namespace is called so (write its name, or \"*\" for all)"
+            )));
+        }
+        self.namespaces.insert(namespace.to_owned());
         Ok(())
     }
 
@@ -274,8 +309,10 @@ impl Values {
                     .collect(),
             ),
         };
-        if section != Section::Node {
-            self.name(tailnet, origin)?;
+        match section {
+            Section::Node => {}
+            Section::Tailnet | Section::Credentials => self.name(tailnet, origin)?,
+            Section::Namespace => self.namespace(tailnet, origin)?,
         }
         if ENV_ONLY.contains(&key) {
             self.values.insert(place(section, tailnet, key), (value, origin.to_owned()));
@@ -301,6 +338,10 @@ impl Values {
                 let (section, tailnet, key) = split_env(rest)
                     .ok_or_else(|| ConfigError(format!("unknown key in the environment variable {name}")))?;
                 self.put_text(section, &tailnet, key, value, name)?;
+            } else if let Some(rest) = name.strip_prefix("PODTETHER_NAMESPACE_") {
+                let (namespace, key) = split_namespace_env(rest)
+                    .ok_or_else(|| ConfigError(format!("unknown key in the environment variable {name}")))?;
+                self.put_text(Section::Namespace, &namespace, key, value, name)?;
             }
         }
         Ok(())
@@ -315,8 +356,9 @@ impl Values {
             ["tailnet", tailnet, "credentials", key] => {
                 self.put_text(Section::Credentials, tailnet, key, text, origin)
             }
+            ["namespace", namespace, key] => self.put_text(Section::Namespace, namespace, key, text, origin),
             _ => Err(ConfigError(format!(
-                "unknown key {name} on the command line (node.KEY or tailnet.NAME.KEY)"
+                "unknown key {name} on the command line (node.KEY, tailnet.NAME.KEY or namespace.NAME.KEY)"
             ))),
         }
     }
@@ -328,7 +370,7 @@ fn split_env(rest: &str) -> Option<(Section, String, &'static str)> {
     let tailnet_name = |n: &str| n.replace('_', "-");
     for key in KEYS {
         let (section, suffix) = match key.section {
-            Section::Node => continue,
+            Section::Node | Section::Namespace => continue,
             Section::Tailnet => (Section::Tailnet, format!("_{}", key.name)),
             Section::Credentials => (Section::Credentials, format!("_credentials_{}", key.name)),
         };
@@ -337,6 +379,15 @@ fn split_env(rest: &str) -> Option<(Section, String, &'static str)> {
         }
     }
     None
+}
+
+/// `SHOP_TAGS` → (`shop`, `tags`).
+fn split_namespace_env(rest: &str) -> Option<(String, &'static str)> {
+    let lower = rest.to_lowercase();
+    KEYS.iter().filter(|key| key.section == Section::Namespace).find_map(|key| {
+        let namespace = lower.strip_suffix(&format!("_{}", key.name)).filter(|n| !n.is_empty())?;
+        Some((namespace.replace('_', "-"), key.name))
+    })
 }
 
 fn one_line(e: &toml::de::Error) -> String {

@@ -33,7 +33,8 @@ fn a_small_file_gets_the_defaults() {
     assert_eq!(node.http_listen.unwrap().to_string(), "127.0.0.1:9465");
     assert_eq!(node.metrics_listen, None);
     assert_eq!(node.uid_base, 200_000);
-    assert_eq!(node.exempt_namespaces, ["kube-system"]);
+    assert_eq!(node.exempt_namespaces, ["kube-system", "podtether"]);
+    assert_eq!((node.join, config.namespaces.len()), (crate::choose::Join::OptOut, 0));
     let tailnet = &config.tailnets["default"];
     assert_eq!(tailnet.hostname_template, "{cluster}-{namespace}-{pod}");
     assert!(!tailnet.ephemeral);
@@ -49,6 +50,41 @@ fn a_small_file_gets_the_defaults() {
     let Credentials::OAuth { api_url, auth_key_ttl, .. } = &tailnet.credentials else { panic!() };
     assert_eq!(api_url, "https://api.tailscale.com");
     assert_eq!(auth_key_ttl.as_secs(), 300);
+}
+
+#[test]
+fn namespaces_are_given_what_their_tables_say() {
+    let file = format!(
+        "{MINIMAL}\n[namespace.shop]\ntags = [\"tag:web\", \"tag:shop-*\"]\n[namespace.\"*\"]\n\
+         hostnames = [\"{{namespace}}-*\"]\n[node]\njoin = \"opt-in\""
+    );
+    let env = [("PODTETHER_NAMESPACE_TEAM_A_EXIT_NODES", "gw-1, gw-2")];
+    let config = with(&env, &[("namespace.shop.tailnets", "default")], &file).unwrap();
+    assert_eq!(config.namespaces["shop"].tags, ["tag:web", "tag:shop-*"]);
+    assert_eq!(config.namespaces["shop"].tailnets, ["default"]);
+    assert_eq!(config.namespaces["*"].hostnames, ["{namespace}-*"]);
+    assert_eq!(config.namespaces["team-a"].exit_nodes, ["gw-1", "gw-2"]);
+    assert_eq!(config.node.join, crate::choose::Join::OptIn);
+    let wrong = [
+        ("[namespace.shop]\ntags = [\"web\"]", "namespace.shop.tags (/x/supervisor.toml): `web` is no tag"),
+        ("[namespace.shop]\ntailnets = [\"x\"]", "`x` is no [tailnet.NAME] of this file"),
+        (
+            "[namespace.shop]\ntag = []",
+            "unknown key namespace.shop.tag in /x/supervisor.toml, did you mean tags?",
+        ),
+        ("[namespace.Shop]\ntags = []", "namespace.Shop in /x/supervisor.toml: no namespace is called so"),
+        ("namespace = 1", "namespace in /x/supervisor.toml: expected a table"),
+        ("[node]\njoin = \"all\"", "node.join (/x/supervisor.toml): `all` is neither opt-out nor opt-in"),
+    ];
+    for (more, sentence) in wrong {
+        let file =
+            if more.starts_with('[') { format!("{MINIMAL}\n{more}") } else { format!("{more}\n{MINIMAL}") };
+        let error = load(&file).unwrap_err();
+        assert!(error.contains(sentence), "{error}");
+    }
+    let fixed = "[tailnet.default]\nnamespace_tag = true\n[tailnet.default.credentials]\nkind = \"auth-key\"\n\
+                 auth_key_file = \"/key\"";
+    assert!(load(fixed).unwrap_err().contains("tailnet.default.namespace_tag"), "a key's tags are fixed");
 }
 
 #[test]
@@ -181,8 +217,8 @@ fn the_environment_reaches_every_tailnet() {
     let config = with(&env, &[], MINIMAL).unwrap();
     assert_eq!(config.tailnets["eu-west"].control_url, "https://h.example");
     assert_eq!(config.tailnets["default"].tags, ["tag:a", "tag:b"]);
-    let error = with(&[("PODTETHER_NODE_NOPE", "1")], &[], MINIMAL).unwrap_err();
-    assert_eq!(error, "unknown key node.nope in PODTETHER_NODE_NOPE");
+    let error = with(&[("PODTETHER_NODE_NONSENSE", "1")], &[], MINIMAL).unwrap_err();
+    assert_eq!(error, "unknown key node.nonsense in PODTETHER_NODE_NONSENSE");
     assert!(
         with(&[("PODTETHER_TAILNET_NOPE", "1")], &[], MINIMAL)
             .unwrap_err()

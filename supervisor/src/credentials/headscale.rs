@@ -2,7 +2,7 @@
 //! is wanted, else its first.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use podtether_proto::secret::SecretString;
 use serde::Deserialize;
@@ -32,7 +32,7 @@ struct Known {
 #[derive(Debug, Clone)]
 pub struct Api {
     caller: Caller,
-    wish: Wish,
+    ttl: Duration,
     /// Name or number.
     user: Option<String>,
     known: Arc<Mutex<Known>>,
@@ -96,32 +96,32 @@ impl Api {
         api_url: String,
         api_key: SecretSource,
         user: Option<String>,
-        wish: Wish,
+        ttl: Duration,
     ) -> Api {
         let caller = Caller::new(Wire::new(http, api_url), Proof::ApiKey(api_key));
-        Api { caller, wish, user, known: Arc::default() }
+        Api { caller, ttl, user, known: Arc::default() }
     }
 
-    pub(super) async fn mint(&self, hostname: &str, deadline: Instant) -> Result<Key, CredentialError> {
+    pub(super) async fn mint(&self, wish: Wish<'_>, deadline: Instant) -> Result<Key, CredentialError> {
         // The second API gives a key without tags to the owner of the API key, not to the configured user.
-        if !self.wish.tags.is_empty() && self.version() != Some(Version::V1) {
-            if let Some(key) = v2::mint(&self.caller, &self.wish, hostname, deadline).await? {
+        if !wish.tags.is_empty() && self.version() != Some(Version::V1) {
+            if let Some(key) = v2::mint(&self.caller, wish, self.ttl, deadline).await? {
                 self.learn(|known| known.version = Some(Version::V2));
                 return Ok(key);
             }
             self.learn(|known| known.version = Some(Version::V1));
         }
-        self.mint_v1(deadline).await
+        self.mint_v1(wish, deadline).await
     }
 
-    async fn mint_v1(&self, deadline: Instant) -> Result<Key, CredentialError> {
+    async fn mint_v1(&self, wish: Wish<'_>, deadline: Instant) -> Result<Key, CredentialError> {
         let what = "mint an auth key";
         let mut request = json!({
             "reusable": false,
-            "ephemeral": self.wish.ephemeral,
+            "ephemeral": wish.ephemeral,
             // Without one the key would have expired already.
-            "expiration": wall_clock().saturating_add(self.wish.ttl),
-            "aclTags": self.wish.tags,
+            "expiration": wall_clock().saturating_add(self.ttl),
+            "aclTags": wish.tags,
         });
         if let Some(user) = self.user_number(deadline).await? {
             request["user"] = user.into();
@@ -130,7 +130,7 @@ impl Api {
         match self.caller.call(call, deadline).await? {
             Answer::Body(body) => {
                 let KeyAnswer { pre_auth_key } = parse(what, &body)?;
-                Ok(Key { secret: pre_auth_key.key, id: Some(pre_auth_key.id), ttl: self.wish.ttl })
+                Ok(Key { secret: pre_auth_key.key, id: Some(pre_auth_key.id), ttl: self.ttl })
             }
             Answer::NotFound(text) => {
                 // Whoever it was is no user any more.

@@ -1,6 +1,6 @@
 //! The admin API with an OAuth client: a token, single-use keys, devices.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::caller::{Caller, Proof, Wire};
 use super::http::Http;
@@ -11,17 +11,17 @@ use super::{CredentialError, Device, Key, Wish, v2};
 #[derive(Debug, Clone)]
 pub struct Api {
     caller: Caller,
-    wish: Wish,
+    ttl: Duration,
 }
 
 impl Api {
-    pub(super) fn new(http: Http, api_url: String, client: Client, wish: Wish) -> Api {
+    pub(super) fn new(http: Http, api_url: String, client: Client, ttl: Duration) -> Api {
         let proof = Proof::OAuth(Tokens::new(client));
-        Api { caller: Caller::new(Wire::new(http, api_url), proof), wish }
+        Api { caller: Caller::new(Wire::new(http, api_url), proof), ttl }
     }
 
-    pub(super) async fn mint(&self, hostname: &str, deadline: Instant) -> Result<Key, CredentialError> {
-        v2::mint(&self.caller, &self.wish, hostname, deadline).await?.ok_or_else(|| {
+    pub(super) async fn mint(&self, wish: Wish<'_>, deadline: Instant) -> Result<Key, CredentialError> {
+        v2::mint(&self.caller, wish, self.ttl, deadline).await?.ok_or_else(|| {
             CredentialError::Refused("cannot mint an auth key: api_url is no admin API (404)".into())
         })
     }

@@ -1,6 +1,6 @@
 //! Keys and devices as Tailscale's API has them. Headscale's second API has the same shape.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use podtether_proto::secret::SecretString;
 use serde::Deserialize;
@@ -43,11 +43,11 @@ impl DeviceAnswer {
 /// A single-use key; `None` when there is no such API.
 pub(super) async fn mint(
     caller: &Caller,
-    wish: &Wish,
-    hostname: &str,
+    wish: Wish<'_>,
+    ttl: Duration,
     deadline: Instant,
 ) -> Result<Option<Key>, CredentialError> {
-    let description: String = format!("podtether {hostname}").chars().take(50).collect();
+    let description: String = format!("podtether {}", wish.hostname).chars().take(50).collect();
     let request = json!({
         "capabilities": {"devices": {"create": {
             "reusable": false,
@@ -55,7 +55,7 @@ pub(super) async fn mint(
             "preauthorized": true,
             "tags": wish.tags,
         }}},
-        "expirySeconds": wish.ttl.as_secs(),
+        "expirySeconds": ttl.as_secs(),
         "description": description,
     });
     let what = "mint an auth key";
@@ -63,7 +63,7 @@ pub(super) async fn mint(
         Answer::NotFound(_) => Ok(None),
         Answer::Body(body) => {
             let key: KeyAnswer = parse(what, &body)?;
-            Ok(Some(Key { secret: key.key, id: Some(key.id), ttl: wish.ttl }))
+            Ok(Some(Key { secret: key.key, id: Some(key.id), ttl }))
         }
     }
 }

@@ -17,6 +17,8 @@ fn identity(id: &str) -> Identity {
         keep_until_unix_s: None,
         leaving: false,
         login_url: String::new(),
+        tags: Some(vec!["tag:web".into()]),
+        ephemeral: None,
     }
 }
 

@@ -6,9 +6,9 @@ use podtether_proto::engine::{NodeState, PodRef};
 use podtether_proto::node::{AddRequest, Attached, AttachmentId, CniError, code};
 
 use super::identities::Identity;
-use super::pod::{Adder, Join, Pod};
+use super::pod::{Adder, Join, Pod, Waiting};
 use super::{MAX_PODS, Table};
-use crate::hostname;
+use crate::choose::Choice;
 use crate::plan::{Step, Wanted};
 use crate::record::{self, IdentityKey, random_id};
 use crate::routing;
@@ -35,11 +35,7 @@ pub(super) fn pod_name(pod: &PodRef) -> String {
 }
 
 impl Table {
-    pub(super) fn add(&mut self, request: AddRequest, reply: Adder) {
-        if self.context.config.node.exempt_namespaces.contains(&request.pod.namespace) {
-            let _ = reply.send(Ok(Attached::default()));
-            return;
-        }
+    pub(super) fn add(&mut self, request: AddRequest, choice: Choice, reply: Adder) {
         if let Some(pod) = self.pods.get_mut(&request.attachment) {
             match pod.wanted {
                 Wanted::Attached if differs(&pod.record, &request) => {
@@ -56,7 +52,7 @@ impl Table {
                 }
                 Wanted::Gone { .. } => {
                     let id = request.attachment.clone();
-                    pod.next.push((request, reply, Instant::now()));
+                    pod.next.push((request, choice, reply, Instant::now()));
                     // Somebody waits for what is left to be removed: whatever failed is tried at once.
                     pod.retry_at = None;
                     self.advance(&id);
@@ -64,7 +60,7 @@ impl Table {
             }
             return;
         }
-        match self.new_pod(&request) {
+        match self.new_pod(&request, choice) {
             Ok(mut pod) => {
                 let join = join(&request, Instant::now());
                 pod.adders.push(reply);
@@ -81,12 +77,12 @@ impl Table {
     }
 
     /// The container is gone: whoever asked for it again meanwhile gets it anew.
-    pub(super) fn add_again(&mut self, next: Vec<(AddRequest, Adder, Instant)>) {
-        for (mut request, reply, asked) in next {
+    pub(super) fn add_again(&mut self, next: Vec<Waiting>) {
+        for (mut request, choice, reply, asked) in next {
             let waited = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
             request.timeout_ms = request.timeout_ms.saturating_sub(waited);
             if !reply.is_closed() {
-                self.add(request, reply);
+                self.add(request, choice, reply);
             }
         }
     }
@@ -97,7 +93,7 @@ impl Table {
         self.wake(id, join.reply_by + later);
     }
 
-    fn new_pod(&mut self, request: &AddRequest) -> Result<Pod, CniError> {
+    fn new_pod(&mut self, request: &AddRequest, choice: Choice) -> Result<Pod, CniError> {
         check_names(request)?;
         let Some(tailnet) = self.context.config.tailnets.get(&request.tailnet) else {
             let known: Vec<&str> = self.context.config.tailnets.keys().map(String::as_str).collect();
@@ -113,7 +109,7 @@ impl Table {
         let name_servers = crate::dns::intercepted(tailnet, request)?;
         let wrong =
             |e| error(code::BAD_CONFIG, format!("{}: {e}", pod_name(&request.pod)), "nothing was made");
-        let routing = routing::of_annotations(&tailnet.routing, &request.annotations).map_err(wrong)?;
+        let Choice { routing, names, mut told, .. } = choice;
         routing::check(&routing, &self.context.config.node.cluster_cidrs, &request.primary).map_err(wrong)?;
         let key = IdentityKey {
             tailnet: request.tailnet.clone(),
@@ -121,14 +117,11 @@ impl Table {
             ifname: request.attachment.ifname.clone(),
         };
         if !self.identities.contains_key(&key) {
-            let name = hostname::render(
-                &tailnet.hostname_template,
-                &self.context.config.node.cluster_name,
-                &request.pod.namespace,
-                &request.pod.name,
-            );
-            let identity = Identity::new(key.clone(), request.pod.clone(), name)
+            let mut identity = Identity::new(key.clone(), request.pod.clone())
                 .map_err(|e| error(code::IO, "no random bytes for new keys", e))?;
+            identity.record.hostname = self.free_name(&key, &request.pod, &names, &mut told);
+            identity.record.tags = Some(choice.tags);
+            identity.record.ephemeral = Some(choice.ephemeral);
             self.identities.insert(key.clone(), identity);
         }
         let mut identity_id = String::new();
@@ -160,6 +153,8 @@ impl Table {
             name_servers,
             routing,
             primary: request.primary.clone(),
+            unhurried: !choice.required,
+            choice: told,
         };
         Ok(Pod { had_device, ..Pod::new(record, key, false) })
     }

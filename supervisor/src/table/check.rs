@@ -38,6 +38,11 @@ impl Table {
         let mut spec = self.context.link_spec(&pod.record);
         spec.pod_netns = request.netns.clone().into();
         let config = pod.checked_config(self.context.routes(&pod.record.addresses));
+        if pod.record.unhurried && pod.configured.is_none() && pod.record.addresses.is_empty() {
+            // It joins when it can, and its runtime was told of no address.
+            let _ = reply.send(Ok(()));
+            return;
+        }
         let client = pod.engine.as_ref().and_then(|e| e.client.clone());
         let dns_problem = pod.engine.as_ref().and_then(|e| e.dns_problem.clone());
         let (reason, stopped) = (pod.reason.clone(), pod.stopped.is_some());

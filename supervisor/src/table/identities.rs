@@ -50,7 +50,7 @@ impl Identity {
     }
 
     /// A new device-to-be.
-    pub(super) fn new(key: IdentityKey, pod: PodRef, hostname: String) -> Result<Identity, String> {
+    pub(super) fn new(key: IdentityKey, pod: PodRef) -> Result<Identity, String> {
         let random = |e: podtether_core::key::RandomError| e.to_string();
         let machine = MachinePrivate::generate().map_err(random)?;
         let node = NodePrivate::generate().map_err(random)?;
@@ -58,7 +58,7 @@ impl Identity {
             id: random_id(),
             key,
             pod,
-            hostname,
+            hostname: String::new(),
             machine_key: SecretKey::new(*machine.expose()),
             node_key: SecretKey::new(*node.expose()),
             old_node_key: None,
@@ -68,6 +68,8 @@ impl Identity {
             keep_until_unix_s: None,
             leaving: false,
             login_url: String::new(),
+            tags: None,
+            ephemeral: None,
         };
         Ok(Identity { saved: 0, ..Identity::loaded(record) })
     }
@@ -141,7 +143,7 @@ mod tests {
     fn identity(keep_until: Option<u64>) -> Identity {
         let key = IdentityKey { tailnet: "t".into(), pod_uid: "u".into(), ifname: "ts0".into() };
         let pod = PodRef { uid: "u".into(), namespace: "ns".into(), name: "p".into() };
-        let mut identity = Identity::new(key, pod, "p".into()).unwrap();
+        let mut identity = Identity::new(key, pod).unwrap();
         identity.record.keep_until_unix_s = keep_until;
         identity
     }

@@ -32,7 +32,7 @@ impl Table {
             return;
         };
         pod.leavers.extend(reply);
-        for (_, adder, _) in pod.next.drain(..) {
+        for (_, _, adder, _) in pod.next.drain(..) {
             let _ = adder.send(Err(error(code::TRY_AGAIN, "the container was deleted before it joined", "")));
         }
         pod.retry_at = None;
@@ -193,6 +193,7 @@ impl Table {
         let in_use = self.pods.values().any(|p| p.identity == *key);
         let Some(identity) = self.identities.get_mut(key) else { return };
         identity.reaping = false;
+        let whose = identity.record.pod.clone();
         match result {
             Ok(()) if in_use => {
                 // A new sandbox came while the device was deleted: control will ask for a new key.
@@ -218,6 +219,7 @@ impl Table {
                 tracing::warn!("{}: the device cannot leave yet: {e}", pod_name(&identity.record.pod));
             }
         }
+        self.name_is_free(&whose);
     }
 }
 

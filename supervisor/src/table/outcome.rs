@@ -105,7 +105,7 @@ impl Table {
                 // A node that is logging out looks like one whose key has run out.
                 pod.awaits_person = false;
                 // Servers keep a device that is not ephemeral, logged out and expired.
-                let kept = !self.context.forgets_who_logs_out(&pod.record.tailnet);
+                let kept = !self.context.forgets_who_logs_out(&identity.record);
                 if !kept {
                     pod.key_given = false;
                     left(identity);
@@ -178,7 +178,7 @@ impl Table {
         let Some(pod) = self.pods.get_mut(id) else { return };
         tracing::warn!(namespace = pod.record.pod.namespace, pod = pod.record.pod.name, "{what}");
         pod.reason.clone_from(&what);
-        for (_, adder, _) in pod.next.drain(..) {
+        for (_, _, adder, _) in pod.next.drain(..) {
             let failure = error(code::TRY_AGAIN, what.clone(), "the container is still being removed");
             let _ = adder.send(Err(failure));
         }

@@ -17,6 +17,7 @@ use super::identities::Identity;
 use super::renew::Renewal;
 use super::routing::Router;
 use crate::cgroup::Hold;
+use crate::choose::Choice;
 use crate::context::MTU;
 use crate::credentials::Key;
 use crate::dns::{self, Interception};
@@ -153,6 +154,8 @@ pub(super) struct Join {
 }
 
 pub(super) type Adder = oneshot::Sender<Result<Attached, CniError>>;
+/// An ADD that came while its container was being removed, and when.
+pub(super) type Waiting = (AddRequest, Choice, Adder, Instant);
 pub(super) type Leaver = oneshot::Sender<Result<(), CniError>>;
 
 #[derive(Debug)]
@@ -223,7 +226,7 @@ pub(super) struct Pod {
     /// Who waits for a new engine.
     pub(super) renewals: Vec<Renewal>,
     /// ADDs of the same container that came while it was being removed, and when.
-    pub(super) next: Vec<(AddRequest, Adder, Instant)>,
+    pub(super) next: Vec<Waiting>,
     /// Why the ADD fails, while it is rolled back.
     pub(super) failure: Option<CniError>,
     /// What the rollback did that the caller should know.
@@ -338,10 +341,24 @@ impl Pod {
         }
     }
 
+    /// Whether the runtime is told now, although the pod has not joined: who must not wait for that has an
+    /// interface, and a record that says so to whichever supervisor comes next.
+    pub(super) fn may_start_early(&self, observed: &Observed) -> bool {
+        self.record.unhurried
+            && self.wanted == Wanted::Attached
+            && self.join.is_some()
+            && self.link == plan::Link::Up
+            && !self.record.mac.is_empty()
+            && observed.records != Records::Missing
+    }
+
     /// What ADD answers.
     pub(super) fn attached(&self) -> Option<Attached> {
-        let made = self.configured.as_ref()?;
-        let mut addresses = made.addresses.clone();
+        let mut addresses = match &self.configured {
+            Some(made) => made.addresses.clone(),
+            None if self.record.unhurried => Vec::new(),
+            None => return None,
+        };
         addresses.sort_by_key(|a| matches!(a, IpNet::V6(_)));
         Some(Attached {
             ifname: self.record.attachment.ifname.clone(),

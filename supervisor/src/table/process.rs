@@ -508,7 +508,7 @@ pub(super) fn start_request(
         control_url: tailnet.map(|t| t.control_url.clone()).unwrap_or_default(),
         extra_roots_pem,
         hostname: record.hostname.clone(),
-        ephemeral: tailnet.is_some_and(|t| t.ephemeral),
+        ephemeral: context.is_ephemeral(record),
         request_tags: credential.map(Credential::request_tags).unwrap_or_default(),
         machine_key: record.machine_key.clone(),
         node_key: record.node_key.clone(),

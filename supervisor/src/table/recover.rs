@@ -99,7 +99,7 @@ impl Table {
 
     fn recover_attachment(&mut self, record: record::Attachment, by_id: &HashMap<String, IdentityKey>) {
         let id = record.attachment.clone();
-        let finished = !record.addresses.is_empty();
+        let finished = !record.addresses.is_empty() || record.unhurried;
         if let Some(key) = by_id.get(&record.identity) {
             let mut pod = Pod::new(record, key.clone(), true);
             if finished {
@@ -121,8 +121,7 @@ impl Table {
             ifname: record.attachment.ifname.clone(),
         };
         if !self.identities.contains_key(&key) {
-            let hostname = String::new();
-            match Identity::new(key.clone(), record.pod.clone(), hostname) {
+            match Identity::new(key.clone(), record.pod.clone()) {
                 Ok(identity) => self.identities.insert(key.clone(), Identity { saved: 1, ..identity }),
                 Err(e) => {
                     tracing::error!("no random bytes: {e}");

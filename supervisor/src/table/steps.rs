@@ -12,7 +12,7 @@ use podtether_proto::exit::EngineExit;
 use super::pod::{Fds, Taken, Underlay};
 use crate::adopt::{self, Adopted, NotAdopted};
 use crate::context::Context;
-use crate::credentials::{CredentialError, Key};
+use crate::credentials::{CredentialError, Key, Wish};
 use crate::engine::{ANSWER_WITHIN, Home, within};
 use crate::record::{Attachment, Identity};
 use crate::restart::Ended;
@@ -142,18 +142,22 @@ async fn open_tun(link: &mut link::Link) -> Result<OwnedFd, podtether_net::Error
     }
 }
 
-pub(super) async fn mint(
-    context: Arc<Context>,
-    tailnet: String,
-    hostname: String,
-    deadline: Instant,
-) -> Outcome {
-    let Some(credential) = context.credentials.get(&tailnet) else {
+pub(super) async fn mint(context: Arc<Context>, device: Identity, deadline: Instant) -> Outcome {
+    let tailnet = &device.key.tailnet;
+    let Some(credential) = context.credentials.get(tailnet) else {
         return Outcome::Minted(Err(CredentialError::Refused(format!(
             "tailnet {tailnet} is not configured any more"
         ))));
     };
-    Outcome::Minted(credential.mint(&hostname, deadline).await)
+    let tags = context.tags(&device);
+    let wish = Wish { hostname: &device.hostname, tags: &tags, ephemeral: context.is_ephemeral(&device) };
+    let minted = credential.mint(wish, deadline).await;
+    Outcome::Minted(minted.map_err(|e| match e {
+        CredentialError::Refused(text) => {
+            CredentialError::Refused(format!("{text} (for {})", tags.join(", ")))
+        }
+        CredentialError::Temporary(_) => e,
+    }))
 }
 
 pub(super) async fn configure(spec: LinkSpec, fds: Arc<Fds>, config: PodConfig) -> Outcome {

@@ -102,8 +102,14 @@ async fn api(secret: &str) -> (Api, Shared) {
 fn at(api_url: String, secret: &str) -> Api {
     let value = |text: &str| SecretSource::Value(SecretString::new(text.to_owned()));
     let client = Client { id: value("id"), secret: value(secret) };
-    let wish = Wish { ttl: Duration::from_secs(300), tags: vec!["tag:k8s".into()], ephemeral: true };
-    Api::new(Http::new(Arc::new(Roots::new(None).unwrap())).unwrap(), api_url, client, wish)
+    let http = Http::new(Arc::new(Roots::new(None).unwrap())).unwrap();
+    Api::new(http, api_url, client, Duration::from_secs(300))
+}
+
+impl Api {
+    async fn mint_for(&self, hostname: &str, deadline: Instant) -> Result<Key, CredentialError> {
+        self.mint(Wish { hostname, tags: &["tag:k8s".into()], ephemeral: true }, deadline).await
+    }
 }
 
 fn soon() -> Instant {
@@ -115,7 +121,7 @@ async fn keys_are_single_use_tagged_and_share_one_token() {
     let (api, script) = api("right").await;
     let minted = futures_util::future::join_all((0..20).map(|n| {
         let api = api.clone();
-        async move { api.mint(&format!("pod-{n}"), soon()).await.unwrap() }
+        async move { api.mint_for(&format!("pod-{n}"), soon()).await.unwrap() }
     }))
     .await;
     let script = script.lock().unwrap();
@@ -134,7 +140,7 @@ async fn keys_are_single_use_tagged_and_share_one_token() {
 async fn a_wrong_secret_is_refused_at_once_and_named() {
     let (api, _) = api("wrong").await;
     let start = Instant::now();
-    let Err(CredentialError::Refused(text)) = api.mint("p", soon()).await else { panic!() };
+    let Err(CredentialError::Refused(text)) = api.mint_for("p", soon()).await else { panic!() };
     assert!(text.contains("OAuth client id and secret") && text.contains("API token invalid"), "{text}");
     assert!(start.elapsed() < Duration::from_secs(5));
 }
@@ -143,7 +149,7 @@ async fn a_wrong_secret_is_refused_at_once_and_named() {
 async fn retry_after_is_obeyed_and_server_errors_are_tried_again() {
     let (api, script) = api("right").await;
     script.lock().unwrap().faults = vec![(429, Some("1")), (500, None)];
-    api.mint("p", soon()).await.unwrap();
+    api.mint_for("p", soon()).await.unwrap();
     let script = script.lock().unwrap();
     assert_eq!(script.times.len(), 3);
     assert!(script.times[1] - script.times[0] >= Duration::from_secs(1));
@@ -155,9 +161,9 @@ async fn a_pause_longer_than_the_deadline_fails_at_once_for_everyone() {
     script.lock().unwrap().faults = vec![(429, Some("60"))];
     let start = Instant::now();
     let deadline = start + Duration::from_secs(5);
-    let Err(CredentialError::Temporary(text)) = api.mint("p", deadline).await else { panic!() };
+    let Err(CredentialError::Temporary(text)) = api.mint_for("p", deadline).await else { panic!() };
     assert!(text.contains("rate limited"), "{text}");
-    let Err(CredentialError::Temporary(text)) = api.mint("q", deadline).await else { panic!() };
+    let Err(CredentialError::Temporary(text)) = api.mint_for("q", deadline).await else { panic!() };
     assert!(text.contains("asked to wait"), "{text}");
     assert!(start.elapsed() < Duration::from_secs(4));
     assert_eq!(script.lock().unwrap().times.len(), 1, "nobody asks while the pause lasts");
@@ -166,9 +172,9 @@ async fn a_pause_longer_than_the_deadline_fails_at_once_for_everyone() {
 #[tokio::test]
 async fn a_revoked_token_is_renewed_once() {
     let (api, script) = api("right").await;
-    api.mint("p", soon()).await.unwrap();
+    api.mint_for("p", soon()).await.unwrap();
     script.lock().unwrap().revoked = Some("t1".into());
-    api.mint("p", soon()).await.unwrap();
+    api.mint_for("p", soon()).await.unwrap();
     assert_eq!(script.lock().unwrap().tokens, 2);
 }
 
@@ -176,7 +182,7 @@ async fn a_revoked_token_is_renewed_once() {
 async fn refused_tags_are_told_as_they_are() {
     let (api, script) = api("right").await;
     script.lock().unwrap().faults = vec![(400, None)];
-    let Err(CredentialError::Refused(text)) = api.mint("p", soon()).await else { panic!() };
+    let Err(CredentialError::Refused(text)) = api.mint_for("p", soon()).await else { panic!() };
     assert_eq!(text, "cannot mint an auth key: the API answered 400 Bad Request: as told");
 }
 
@@ -202,7 +208,7 @@ async fn devices_are_found_by_key_or_id_and_absent_ones_are_fine() {
 async fn nobody_there_is_a_passing_fault_inside_the_deadline() {
     let start = Instant::now();
     let api = at("http://127.0.0.1:9".into(), "right");
-    let error = api.mint("p", start + Duration::from_millis(600)).await.unwrap_err();
+    let error = api.mint_for("p", start + Duration::from_millis(600)).await.unwrap_err();
     assert!(matches!(error, CredentialError::Temporary(_)), "{error}");
     assert!(start.elapsed() < Duration::from_secs(2));
 }
