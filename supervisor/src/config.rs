@@ -25,7 +25,10 @@ use podtether_proto::secret::SecretString;
 
 use crate::choose::{Grant, Join};
 use crate::dns::DnsMode;
-use keys::{CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, NO_PROXY_VALUE, PROXY_VALUE, Section};
+use keys::{
+    API_HOST_VALUE, API_PORT_VALUE, CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, NO_PROXY_VALUE, PROXY_VALUE,
+    Section,
+};
 use sources::Values;
 
 /// Where the file is when no flag says otherwise.
@@ -139,6 +142,12 @@ impl Credentials {
 /// The node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Node {
+    /// Its name in Kubernetes; `None` where no API server is asked.
+    pub name: Option<String>,
+    /// Kubernetes' API server.
+    pub api_server: Option<String>,
+    /// What the API server is asked with: `token`, `ca.crt`, `namespace`.
+    pub service_account_dir: PathBuf,
     /// `{cluster}`.
     pub cluster_name: String,
     /// Records and keys.
@@ -429,7 +438,18 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         .filter(|mib| (MIN_ENGINE_MIB..1 << 20).contains(mib))
         .map(|mib| mib << 20)
         .ok_or_else(|| at.error("engine_memory_mib", &format!("{memory} is less than an engine may need")))?;
+    let name = at.text("name")?.map(str::to_owned);
+    if let Some(name) = &name
+        && (name.len() > 253 || !name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '.' | '-')))
+    {
+        return Err(at.error("name", "is no node's name"));
+    }
     Ok(Node {
+        name,
+        api_server: api_server(&at)?,
+        service_account_dir: at
+            .path("service_account_dir")?
+            .unwrap_or_else(|| "/var/run/secrets/kubernetes.io/serviceaccount".into()),
         cluster_name: at.text("cluster_name")?.unwrap_or("k8s").to_owned(),
         state_dir: at.path("state_dir")?.unwrap_or_else(|| "/var/lib/podtether".into()),
         run_dir,
@@ -455,6 +475,19 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         identity_grace: at.duration("identity_grace")?.unwrap_or(Duration::ZERO),
         require_sandbox: at.bool("require_sandbox")?.unwrap_or(false),
     })
+}
+
+fn api_server(at: &sources::At<'_>) -> Result<Option<String>, ConfigError> {
+    if let Some(url) = at.text("api_server")? {
+        check_url(url).map_err(|e| at.error("api_server", &e))?;
+        return Ok(Some(url.trim_end_matches('/').to_owned()));
+    }
+    let Some(host) = at.text(API_HOST_VALUE)? else { return Ok(None) };
+    let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+    let port = at.text(API_PORT_VALUE)?.unwrap_or("443");
+    let url = format!("https://{host}:{port}");
+    check_url(&url).map_err(|e| ConfigError(format!("KUBERNETES_SERVICE_HOST and _PORT: {e}")))?;
+    Ok(Some(url))
 }
 
 fn proxy(at: &sources::At<'_>) -> Result<Option<Proxy>, ConfigError> {

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use podtether_net::link::{LinkSpec, tailnet_routes};
+use podtether_proto::engine::PodRef;
 use tokio::sync::Semaphore;
 
 use crate::cgroup::Cgroups;
 use crate::config::Config;
 use crate::credentials::{Credential, Roots};
 use crate::detach::{Image, Nowhere};
+use crate::kube::{Cluster, Fate};
 use crate::record::{Attachment, Identity, Store};
 
 /// MTU of every link.
@@ -28,6 +30,8 @@ pub struct Context {
     pub credentials: BTreeMap<String, Credential>,
     /// Extra roots by tailnet.
     pub roots: BTreeMap<String, Arc<Roots>>,
+    /// What the API server tells, where one is asked.
+    pub cluster: Option<Cluster>,
     /// The engine's binary.
     pub engine: PathBuf,
     /// The same in memory, where the kernel allows that.
@@ -52,7 +56,7 @@ impl Context {
     ///
     /// # Errors
     /// One sentence.
-    pub fn new(config: Config, store: Store) -> Result<Context, String> {
+    pub fn new(config: Config, store: Store, cluster: Option<Cluster>) -> Result<Context, String> {
         let mut credentials = BTreeMap::new();
         let mut roots = BTreeMap::new();
         for (name, tailnet) in &config.tailnets {
@@ -91,6 +95,7 @@ impl Context {
             store,
             credentials,
             roots,
+            cluster,
             engine,
             image,
             nowhere,
@@ -154,6 +159,12 @@ impl Context {
     #[must_use]
     pub fn deletes_devices(&self, tailnet: &str) -> bool {
         self.credentials.get(tailnet).is_some_and(Credential::deletes_devices)
+    }
+
+    /// Whether a pod lives, as far as anybody knows.
+    #[must_use]
+    pub fn fate(&self, pod: &PodRef) -> Fate {
+        self.cluster.as_ref().map_or(Fate::Unknown, |cluster| cluster.fate(pod))
     }
 
     /// Uid for the engine in `slot`.

@@ -2,7 +2,7 @@
 
 mod caller;
 mod headscale;
-mod http;
+pub(crate) mod http;
 mod limiter;
 mod oauth;
 mod roots;

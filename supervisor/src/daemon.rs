@@ -13,6 +13,7 @@ use crate::choose::Chooser;
 use crate::config::Config;
 use crate::context::Context;
 use crate::http::{self, Web};
+use crate::kube::{self, Cluster};
 use crate::metrics::Counters;
 use crate::record::{Store, lock, private_dir};
 use crate::{node, table, underlay};
@@ -21,7 +22,7 @@ use crate::{node, table, underlay};
 ///
 /// # Errors
 /// What keeps it from starting, as a sentence.
-pub async fn run(config: Config) -> Result<()> {
+pub async fn run(mut config: Config) -> Result<()> {
     tracing::info!("configuration: {config}");
     let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
@@ -33,7 +34,14 @@ pub async fn run(config: Config) -> Result<()> {
     let _running = lock(&run_dir, "run").context("node.run_dir")?;
     // Not with the first pod: what a pod brings has to go with it.
     private_dir(&run_dir.join("engines"))?;
-    let context = Arc::new(Context::new(config, store).map_err(|e| anyhow!(e))?);
+    // Our own pods are what brings pods into the tailnet: they never wait for that.
+    if config.node.name.is_some()
+        && let Some(own) = kube::own_namespace(&config.node.service_account_dir)
+    {
+        config.node.exempt_namespaces.push(own);
+    }
+    let cluster = Cluster::start(&config.node).map_err(|e| anyhow!(e))?;
+    let context = Arc::new(Context::new(config, store, cluster.clone()).map_err(|e| anyhow!(e))?);
     netns::prepare_dir(&context.netns_dir())?;
     report_confinement(&context)?;
 
@@ -47,15 +55,21 @@ pub async fn run(config: Config) -> Result<()> {
         tracing::error!("{e}; until then no pod can join that tailnet");
     }
     let counters = Counters::new()?;
+    if let Some(cluster) = &cluster {
+        counters.register(Box::new(cluster.clone()))?;
+    }
     let watch = underlay::Watch::open().await;
     let table =
         table::start(Arc::clone(&context), watch.now(), counters.clone()).await.map_err(|e| anyhow!(e))?;
     tokio::spawn(watch.follow(table.clone()));
+    if let Some(cluster) = &cluster {
+        cluster.tell_of(table.clone());
+    }
 
-    let chooser = Chooser::new(context.config.clone());
+    let chooser = Chooser::new(context.config.clone(), cluster.clone());
     let refused = counters.refused.clone();
     let ready = Arc::new(AtomicBool::new(true));
-    let web = Web { table: table.clone(), counters, ready, answers: Arc::default() };
+    let web = Web { table: table.clone(), counters, ready, answers: Arc::default(), cluster };
     let ready = Arc::clone(&web.ready);
     if let Some(listener) = http {
         let routes = http::all_routes(web.clone());

@@ -19,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
 use crate::engine::within;
+use crate::kube::Cluster;
 use crate::metrics::{Counters, scrape};
 use crate::shared::Shared;
 use crate::table::{Handle, PodReport};
@@ -49,6 +50,8 @@ pub struct Web {
     pub ready: Arc<AtomicBool>,
     /// What is made once for all who ask at a time.
     pub answers: Arc<Answers>,
+    /// The API server, where one is asked.
+    pub cluster: Option<Cluster>,
 }
 
 /// The answers that cost a listing of the table, and the engines a call each.
@@ -72,7 +75,11 @@ pub fn metrics_routes(web: Web) -> Router {
 
 /// Everything, for `http_listen`.
 pub fn all_routes(web: Web) -> Router {
-    Router::new().route("/v1/pods", get(pods)).with_state(web.clone()).merge(metrics_routes(web))
+    Router::new()
+        .route("/v1/pods", get(pods))
+        .route("/v1/kubernetes", get(kubernetes))
+        .with_state(web.clone())
+        .merge(metrics_routes(web))
 }
 
 /// Serves `routes`. Whoever is slow, silent or many costs its own connection and no more.
@@ -141,6 +148,10 @@ async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Respons
         answers.pods.get(async { text(&with_peers(&web.table).await) }).await
     };
     ([(header::CONTENT_TYPE, "application/json")], (*answer).clone()).into_response()
+}
+
+async fn kubernetes(State(web): State<Web>) -> Response {
+    axum::Json(web.cluster.map(|cluster| cluster.health()).unwrap_or_default()).into_response()
 }
 
 async fn with_peers(table: &Handle) -> Vec<PodReport> {

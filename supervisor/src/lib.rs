@@ -18,6 +18,7 @@ pub mod engine;
 pub mod guard;
 pub mod hostname;
 pub mod http;
+pub mod kube;
 pub mod log;
 pub mod memory;
 pub mod metrics;

@@ -50,6 +50,14 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Has `more` in every scrape.
+    ///
+    /// # Errors
+    /// Its names are taken: a defect.
+    pub fn register(&self, more: Box<dyn prometheus::core::Collector>) -> Result<(), prometheus::Error> {
+        self.registry.register(more)
+    }
+
     /// Registers them.
     ///
     /// # Errors

@@ -195,11 +195,13 @@ fn summary(report: PodReport) -> PodSummary {
 
 impl Node for Service {
     async fn add(self, _: Context, request: AddRequest) -> Result<Attached, CniError> {
-        let answer = match self.chooser.decide(request) {
+        let pod = request.pod.clone();
+        let answer = match self.chooser.decide(request).await {
             Decision::Nothing => Ok(Attached::default()),
             Decision::Join(request, choice) => self.table.add(request, choice).await,
             Decision::Refused(error) => Err(error),
         };
+        self.chooser.answered(&pod, &answer);
         self.told(answer)
     }
 
@@ -285,7 +287,7 @@ mod tests {
         let (table, questions) = Unanswered::new();
         let file = "[tailnet.default.credentials]\nkind = \"interactive\"".to_owned();
         let inputs = crate::config::Inputs { file: Some(file), ..Default::default() };
-        let chooser = Chooser::new(crate::config::Config::load(&inputs).unwrap());
+        let chooser = Chooser::new(crate::config::Config::load(&inputs).unwrap(), None);
         (Service { table, chooser, refused }, questions)
     }
 

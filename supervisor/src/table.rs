@@ -45,7 +45,7 @@ use crate::restart::{Cause, jittered};
 use attach::pod_name;
 use identities::Identities;
 use pod::Pod;
-pub use report::PodReport;
+pub use report::{LastExit, PodReport};
 use steps::Outcome;
 
 /// Messages that wait for the table.

@@ -86,6 +86,14 @@ pub(super) const KEYS: &[Key] = &[
     key(Section::Credentials, "api_key_file", Kind::Text, "headscale: file with an API key"),
     key(Section::Credentials, "user", Kind::Text, "headscale: owner of the nodes, a name or a number"),
     key(Section::Credentials, "auth_key_ttl", Kind::Text, "life of a minted key, for example 5m"),
+    key(
+        Section::Node,
+        "name",
+        Kind::Text,
+        "the node's name in Kubernetes; empty: the API server is not asked",
+    ),
+    key(Section::Node, "api_server", Kind::Text, "Kubernetes' API server; default what its variables name"),
+    key(Section::Node, "service_account_dir", Kind::Text, "token, ca.crt and namespace for the API server"),
     key(Section::Node, "cluster_name", Kind::Text, "{cluster} in device names"),
     key(Section::Node, "state_dir", Kind::Text, "records and keys, 0700"),
     key(Section::Node, "run_dir", Kind::Text, "supervisor.sock, engines/, netns/"),
@@ -141,6 +149,9 @@ pub(super) const LEGACY_ENV: &[(&str, Section, &str)] = &[
     ("TS_TAGS", Section::Tailnet, "tags"),
     ("CLUSTER_NAME", Section::Node, "cluster_name"),
     ("AUTH_KEY_TTL", Section::Credentials, "auth_key_ttl"),
+    // As every container has them.
+    ("KUBERNETES_SERVICE_HOST", Section::Node, API_HOST_VALUE),
+    ("KUBERNETES_SERVICE_PORT", Section::Node, API_PORT_VALUE),
     // The later one counts, as for other programs.
     ("https_proxy", Section::Node, PROXY_VALUE),
     ("HTTPS_PROXY", Section::Node, PROXY_VALUE),
@@ -157,8 +168,13 @@ pub(super) const CLIENT_SECRET_VALUE: &str = "client_secret_value";
 pub(super) const PROXY_VALUE: &str = "https_proxy_value";
 /// Set by `NO_PROXY` alone.
 pub(super) const NO_PROXY_VALUE: &str = "no_proxy_value";
+/// Set by `KUBERNETES_SERVICE_HOST` alone.
+pub(super) const API_HOST_VALUE: &str = "api_host_value";
+/// Set by `KUBERNETES_SERVICE_PORT` alone.
+pub(super) const API_PORT_VALUE: &str = "api_port_value";
 /// Keys that only the environment sets, under the names above.
-pub(super) const ENV_ONLY: [&str; 4] = [CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, PROXY_VALUE, NO_PROXY_VALUE];
+pub(super) const ENV_ONLY: [&str; 6] =
+    [CLIENT_ID_VALUE, CLIENT_SECRET_VALUE, PROXY_VALUE, NO_PROXY_VALUE, API_HOST_VALUE, API_PORT_VALUE];
 
 /// The key called `name` in `section`.
 pub(super) fn find(section: Section, name: &str) -> Option<&'static Key> {

@@ -29,20 +29,20 @@ pub(super) fn root_store(extra_pem: &str) -> Result<RootCertStore, String> {
 
 /// A client that is made anew when the roots change.
 #[derive(Debug)]
-pub(super) struct Http {
+pub(crate) struct Http {
     roots: Arc<Roots>,
     made: Mutex<(u64, reqwest::Client)>,
 }
 
 impl Http {
-    pub(super) fn new(roots: Arc<Roots>) -> Result<Http, String> {
+    pub(crate) fn new(roots: Arc<Roots>) -> Result<Http, String> {
         let (version, pem) = roots.now();
         let made = Mutex::new((version, client(&pem)?));
         Ok(Http { roots, made })
     }
 
     /// The client for the roots as they are now.
-    pub(super) fn now(&self) -> reqwest::Client {
+    pub(crate) fn now(&self) -> reqwest::Client {
         let (version, pem) = self.roots.now();
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if made.0 != version {
@@ -75,7 +75,7 @@ fn client(pem: &str) -> Result<reqwest::Client, String> {
 }
 
 /// The whole body, bounded.
-pub(super) async fn body(mut response: reqwest::Response) -> Result<Vec<u8>, String> {
+pub(crate) async fn body(mut response: reqwest::Response) -> Result<Vec<u8>, String> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await.map_err(|e| say(&e))? {
         if body.len() + chunk.len() > MAX_BODY {
@@ -87,7 +87,7 @@ pub(super) async fn body(mut response: reqwest::Response) -> Result<Vec<u8>, Str
 }
 
 /// An error and its causes in one line, without the URL's query.
-pub(super) fn say(e: &reqwest::Error) -> String {
+pub(crate) fn say(e: &reqwest::Error) -> String {
     let mut text = e.to_string();
     let mut cause = std::error::Error::source(e);
     while let Some(inner) = cause {

@@ -9,6 +9,7 @@ use super::identities::unix_now;
 use super::pod::Leaver;
 use super::steps::IdentityFate;
 use super::{DELETE_WITHIN, Message, Table, random};
+use crate::kube::Fate;
 use crate::plan::Wanted;
 use crate::record::{Identity, IdentityKey};
 use crate::restart::jittered;
@@ -40,7 +41,12 @@ impl Table {
             .pods
             .iter()
             .any(|(other, p)| other != id && self.pods.get(id).is_some_and(|own| p.identity == own.identity));
-        let logout = !others && self.context.config.node.identity_grace.is_zero();
+        let logout = !others
+            && match self.pods.get(id).map(|pod| self.context.fate(&pod.record.pod)) {
+                Some(Fate::Ended) => true,
+                Some(Fate::Lives) => false,
+                Some(Fate::Unknown) | None => self.context.config.node.identity_grace.is_zero(),
+            };
         if let Some(pod) = self.pods.get_mut(id)
             && pod.wanted == Wanted::Attached
         {
@@ -173,7 +179,12 @@ impl Table {
             if in_use.contains(key) || identity.reaping || waits {
                 continue;
             }
-            let kept = identity.is_kept(now, unix_now(), longest);
+            let kept = match self.context.fate(&identity.record.pod) {
+                Fate::Ended => false,
+                // Its next sandbox is on its way.
+                Fate::Lives => true,
+                Fate::Unknown => identity.is_kept(now, unix_now(), longest),
+            };
             if kept && !identity.record.leaving {
                 continue;
             }

@@ -80,6 +80,12 @@ pub struct PodReport {
     pub control_connected: bool,
     /// Home DERP region, 0 for none.
     pub home_derp: u32,
+    /// When its node key expires, seconds since the epoch; absent when it does not, or nobody knows.
+    pub key_expiry_unix_s: Option<i64>,
+    /// The device name that it asked for.
+    pub hostname: String,
+    /// What is odd in its annotations.
+    pub notes: Vec<String>,
     /// Where a person is to log the device in, empty when nobody has to.
     pub login_url: String,
     /// What control, the engine and the supervisor find wrong.
@@ -137,6 +143,13 @@ impl Table {
                 exit_node: pod.record.routing.exit_node.clone(),
                 control_connected: status.is_some_and(|s| s.control_connected),
                 home_derp: status.map_or(0, |s| s.home_derp),
+                key_expiry_unix_s: node.and_then(|n| n.key_expiry_unix_s),
+                hostname: self
+                    .identities
+                    .get(&pod.identity)
+                    .map(|i| i.record.hostname.clone())
+                    .unwrap_or_default(),
+                notes: pod.record.choice.notes.clone(),
                 login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),
                 health: pod.health(),
                 sandbox: status.map(|s| s.sandbox.clone()).unwrap_or_default(),

@@ -51,7 +51,8 @@ impl<'a> Cluster<'a> {
             "[tailnet.default]\ncontrol_url = {url:?}\ntags = [\"tag:k8s-pod\"]\nca_file = \"/etc/podtether/ca.pem\"\n\
              [tailnet.default.credentials]\nkind = \"oauth\"\napi_url = {url:?}\n\
              client_id_file = \"/etc/podtether/id\"\nclient_secret_file = \"/etc/podtether/secret\"\n\
-             [node]\ncgroup_root = {root:?}\nidentity_grace = \"{}s\"\n",
+             [node]\ncgroup_root = {root:?}\nidentity_grace = \"{}s\"\n\
+             # Nobody leads services' addresses anywhere here.\napi_server = \"https://127.0.0.1:6443\"\n",
             GRACE.as_secs(),
             url = cluster.devnet.http_url(),
             root = names.engines,

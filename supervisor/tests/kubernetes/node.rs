@@ -174,6 +174,7 @@ impl<'a> Node<'a> {
             &[
                 "--kubeconfig=kubeconfig",
                 "--service-account-private-key-file=sa.key",
+                "--root-ca-file=certs/apiserver.crt",
                 "--leader-elect=false",
                 "--bind-address=127.0.0.1",
             ],

@@ -1,0 +1,182 @@
+//! What the cluster is told of its pods.
+
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod kubeapi;
+mod rig;
+
+use std::path::Path;
+
+use kubeapi::KubeApi;
+use podtether_devnet::Devnet;
+use podtether_net::testing::{block_on, in_namespaces};
+use podtether_proto::node::{AddRequest, code};
+use rig::*;
+use serde_json::{Value, json};
+
+fn with_api(dir: &Path, devnet: &Devnet, api: &KubeApi) -> Rig {
+    let mut rig = Rig::oauth(dir, devnet);
+    rig.config.push_str(&format!(
+        "name = \"node-1\"\napi_server = {:?}\nservice_account_dir = \"{}/account\"\n",
+        api.url,
+        dir.display()
+    ));
+    rig
+}
+
+fn gated(api: &KubeApi, name: &str, annotations: &[(&str, &str)]) {
+    api.pod("default", name, &format!("uid-{name}"), annotations);
+    api.change_pod(
+        "default",
+        name,
+        json!({"spec": {"readinessGates": [{"conditionType": "podtether.dev/ready"}]}}),
+    );
+}
+
+fn ready(api: &KubeApi, name: &str) -> Option<(String, String, String)> {
+    let pod = api.get_pod("default", name)?;
+    let conditions = pod["status"]["conditions"].as_array()?.clone();
+    let found = conditions.iter().find(|c| c["type"] == "podtether.dev/ready")?;
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    Some((text("status"), text("reason"), text("message")))
+}
+
+#[test]
+fn what_happens_to_pods_is_told_to_the_cluster() {
+    in_namespaces("what_happens_to_pods_is_told_to_the_cluster", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        let mut rig = with_api(dir, &devnet, &api);
+        rig.start();
+        block_on(async {
+            let client = rig.client().await;
+            let add = async |request: AddRequest| client.add(within(TIMEOUT), request).await.unwrap();
+            for name in ["a", "b", "c"] {
+                rig.netns(name).await;
+            }
+            gated(&api, "a", &[]);
+            let attached = rig.add("a").await.unwrap();
+            let told = api.until("it is ready", |api| ready(api, "a").filter(|told| told.0 == "True")).await;
+            assert_eq!(told.1, "Joined");
+            let addresses: Vec<String> = attached.addresses.iter().map(|a| a.addr().to_string()).collect();
+            let pod = api.get_pod("default", "a").unwrap();
+            let annotations = &pod["metadata"]["annotations"];
+            assert_eq!(annotations["podtether.dev/addresses"], addresses.join(","));
+            assert_eq!(annotations["podtether.dev/name"], "k8s-default-a.tailnet.test");
+            let expiry = annotations["podtether.dev/key-expiry"].as_str().unwrap();
+            assert!(expiry == "never" || expiry.ends_with('Z'), "{expiry}");
+            let event = api.until("it is told", |api| api.events_of("a").first().cloned()).await;
+            assert_eq!((event.0.as_str(), event.1.as_str()), ("Normal", "Joined"));
+            assert!(
+                event.2.contains("k8s-default-a.tailnet.test") && event.2.contains(&addresses[0]),
+                "{event:?}"
+            );
+
+            // Bad values: an event and a condition that name the annotation and the fix.
+            api.pod("default", "b", "uid-b", &[("tailscale.com/tags", "tag:admin")]);
+            let error = add(rig.request("b")).await.unwrap_err();
+            assert_eq!(error.code, code::BAD_CONFIG);
+            let told = api.until("a condition", |api| ready(api, "b")).await;
+            assert_eq!((told.0.as_str(), told.1.as_str()), ("False", "AnnotationRefused"));
+            for text in [told.2, api.events_of("b")[0].2.clone()] {
+                assert!(
+                    text.contains("tailscale.com/tags") && text.contains("namespace.default.tags"),
+                    "{text}"
+                );
+            }
+            // The runtime tries again and again; the event is not repeated.
+            for _ in 0..3 {
+                add(rig.request("b")).await.unwrap_err();
+            }
+
+            // A tag that the credential does not own.
+            rig.kill();
+            rig.config = rig.config.replace("[\"tag:k8s-pod\"]", "[\"tag:k8s-pod\", \"tag:not-owned\"]");
+            rig.start();
+            let client = rig.client().await;
+            api.pod("default", "c", "uid-c", &[]);
+            let error = client.add(within(TIMEOUT), rig.request("c")).await.unwrap().unwrap_err();
+            assert_eq!(error.code, code::REFUSED);
+            let told = api.until("an event", |api| api.events_of("c").first().cloned()).await;
+            assert_eq!((told.0.as_str(), told.1.as_str()), ("Warning", "JoinRefused"));
+            assert!(told.2.contains("tag:not-owned"), "{told:?}");
+            assert_eq!(api.events_of("a").len(), 1, "another supervisor does not tell it again");
+            assert_eq!(api.events_of("b").len(), 1);
+            let patches = api.patches();
+            let of_a = patches.iter().filter(|(path, _)| path.contains("/pods/a")).count();
+            assert!(of_a <= 4, "few patches: {patches:?}");
+            assert!(patches.iter().all(|(_, patch)| patch["metadata"]["uid"].is_string()));
+        });
+    });
+}
+
+#[test]
+fn who_may_not_tell_says_so_and_goes_on() {
+    in_namespaces("who_may_not_tell_says_so_and_goes_on", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        api.fault(|faults| {
+            faults.forbidden = ["patch pods", "create events"].map(str::to_owned).into();
+        });
+        let mut rig = with_api(dir, &devnet, &api);
+        rig.start();
+        block_on(async {
+            rig.client().await;
+            rig.netns("a").await;
+            api.pod("default", "a", "uid-a", &[]);
+            rig.add("a").await.unwrap();
+            for (what, verb) in [("patches", "patch pods"), ("events", "create events")] {
+                let begun = std::time::Instant::now();
+                loop {
+                    let all: Value = serde_json::from_str(&http("/v1/kubernetes")).unwrap();
+                    let health = all.as_array().unwrap().iter().find(|h| h["what"] == what).cloned().unwrap();
+                    let sentence = health["sentence"].as_str().unwrap();
+                    if sentence.contains(verb) && sentence.contains("ClusterRole") {
+                        break;
+                    }
+                    assert!(begun.elapsed() < TIMEOUT, "{health}");
+                    tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                }
+            }
+            // It is not asked again at once, and the pod is none the worse.
+            let asked = |api: &KubeApi| api.requests().iter().filter(|r| *r == "patch pods").count();
+            assert_eq!(asked(&api), 1);
+            assert_eq!(rig.pod("a")["state"], "running");
+            rig.del("a").await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_person_who_has_to_act_is_told_where() {
+    in_namespaces("a_person_who_has_to_act_is_told_where", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        std::fs::write(dir.join("default-ca.pem"), devnet.ca_pem()).unwrap();
+        let tailnet = format!(
+            "[tailnet.default]\ncontrol_url = {:?}\nca_file = \"{}/default-ca.pem\"\n",
+            devnet.http_url(),
+            dir.display()
+        );
+        let mut rig = Rig::new(dir, &tailnet);
+        rig.config.push_str(&format!(
+            "name = \"node-1\"\napi_server = {:?}\nservice_account_dir = \"/nowhere\"\n",
+            api.url
+        ));
+        rig.start();
+        block_on(async {
+            let client = rig.client().await;
+            rig.netns("a").await;
+            api.pod("default", "a", "uid-a", &[("tailscale.com/required", "false")]);
+            client.add(within(TIMEOUT), rig.request("a")).await.unwrap().unwrap();
+            let event = api.until("an event", |api| api.events_of("a").first().cloned()).await;
+            assert_eq!((event.0.as_str(), event.1.as_str()), ("Warning", "WaitingForLogin"));
+            let url = event.2.split_whitespace().find(|word| word.starts_with("http")).unwrap().to_owned();
+            devnet.approve_login(&url).unwrap();
+            api.until("it has joined", |api| {
+                api.events_of("a").iter().any(|e| e.1 == "Joined").then_some(())
+            })
+            .await;
+        });
+    });
+}
