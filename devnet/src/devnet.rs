@@ -391,15 +391,24 @@ impl Devnet {
     /// Adds a node that no client runs, and gives its stable id; empty when the tailnet is full.
     #[must_use]
     pub fn add_node(&self, hostname: &str) -> String {
+        self.add_node_of(hostname, &[], "", Duration::ZERO)
+    }
+
+    /// As [`Devnet::add_node`], with tags and a client's version, last seen `away` ago.
+    #[must_use]
+    pub fn add_node_of(&self, hostname: &str, tags: &[&str], version: &str, away: Duration) -> String {
         let mut hostinfo = Hostinfo::new();
         hostinfo.insert("Hostname".into(), hostname.into());
+        hostinfo.insert("IPNVersion".into(), version.into());
+        let seen =
+            SignedDuration::try_from(away).ok().and_then(|away| Timestamp::now().checked_sub(away).ok());
         let (machine_key, node_key) = (random::bytes(32), random::bytes(32));
         let key = |bytes: Vec<u8>| <[u8; 32]>::try_from(bytes).unwrap_or_default();
         let new = NewNode {
             machine_key: MachinePublic::from_bytes(key(machine_key)),
             node_key: NodePublic::from_bytes(key(node_key)),
             hostinfo,
-            tags: Vec::new(),
+            tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
             ephemeral: false,
             preauthorized: true,
             user: wire::USER,
@@ -407,7 +416,7 @@ impl Devnet {
             version: wire::MIN_VERSION,
         };
         self.shared().with_state(|state| {
-            let id = state.add_node(new, Timestamp::now()).unwrap_or_default();
+            let id = state.add_node(new, seen.unwrap_or_else(Timestamp::now)).unwrap_or_default();
             state.nodes.get(&id).map(|node| node.stable_id.clone()).unwrap_or_default()
         })
     }

@@ -35,6 +35,8 @@ pub trait Node {
     async fn renew(pod: PodSelector, how: Renewal) -> Result<Renewed, CniError>;
     /// What was decided about a pod when it was made, joined or not: every setting and the rule that gave it.
     async fn choice(pod: PodSelector) -> Result<Choice, CniError>;
+    /// Finds the devices in the tailnets whose pods are no more, and deletes them unless `dry_run`.
+    async fn cleanup(dry_run: bool) -> Result<Cleanup, CniError>;
     /// The plugin could not use what its runtime gave it: for the supervisor's counters and log.
     async fn misread(error: CniError);
     /// CNI STATUS, and the first thing any client asks: answers at once or the node is not ready.
@@ -133,6 +135,28 @@ pub struct PodSummary {
     pub exit_node: Option<String>,
     /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
+}
+
+/// What [`Node::cleanup`] found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Cleanup {
+    /// Devices of pods that are no more.
+    pub ghosts: Vec<Ghost>,
+    /// What was not looked at or could not be deleted, a sentence each.
+    pub notes: Vec<String>,
+}
+
+/// A device of a pod that is no more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ghost {
+    /// Key of the tailnet.
+    pub tailnet: String,
+    /// Its name there.
+    pub name: String,
+    /// Whether it was deleted.
+    pub deleted: bool,
 }
 
 /// What was decided about a pod.

@@ -12,10 +12,12 @@ mod v2;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use podtether_core::tailcfg::UnixTime;
 use podtether_proto::secret::SecretString;
 
 use crate::config::{self, SecretSource};
 
+pub(crate) use limiter::wall_clock;
 pub use roots::Roots;
 
 /// Why there is no key, or a deletion did not happen. The sentence holds no secret.
@@ -60,6 +62,43 @@ pub struct Device {
     pub machine_key: String,
     /// Stable id, empty when unknown.
     pub stable_id: String,
+}
+
+/// A device as the tailnet's API lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The API's number of it.
+    pub id: String,
+    /// Fully qualified name.
+    pub name: String,
+    /// What it asked to be called.
+    pub hostname: String,
+    /// ACL tags.
+    pub tags: Vec<String>,
+    /// Of its client.
+    pub version: String,
+    /// `mkey:…`
+    pub machine_key: String,
+    /// `nodekey:…`
+    pub node_key: String,
+    /// Stable id.
+    pub stable_id: String,
+    /// Whether the API says that it is connected.
+    pub online: bool,
+    /// When it was seen last; `None` where the API does not say, as of one that is connected.
+    pub last_seen: Option<UnixTime>,
+}
+
+impl Listed {
+    /// What it is deleted by.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        Device {
+            node_key: self.node_key.clone(),
+            machine_key: self.machine_key.clone(),
+            stable_id: self.stable_id.clone(),
+        }
+    }
 }
 
 impl Device {
@@ -130,6 +169,20 @@ impl Credential {
             Credential::OAuth(api) => api.delete_key(id, deadline).await,
             Credential::Headscale(api) => api.delete_key(id, deadline).await,
             Credential::AuthKey(_) | Credential::Person => Ok(()),
+        }
+    }
+
+    /// Every device of the tailnet.
+    ///
+    /// # Errors
+    /// [`CredentialError`]; always for a kind that has no API, or one that does not say what a device runs.
+    pub async fn devices(&self, deadline: Instant) -> Result<Vec<Listed>, CredentialError> {
+        match self {
+            Credential::OAuth(api) => api.devices(deadline).await,
+            Credential::Headscale(api) => api.devices(deadline).await,
+            Credential::AuthKey(_) | Credential::Person => {
+                Err(CredentialError::Refused("an auth key, or a person's login, cannot list devices".into()))
+            }
         }
     }
 

@@ -16,7 +16,7 @@ use crate::http::{self, Web};
 use crate::kube::{self, Cluster};
 use crate::metrics::Counters;
 use crate::record::{Store, lock, private_dir};
-use crate::{node, table, underlay};
+use crate::{ghosts, node, table, underlay};
 
 /// Runs until SIGTERM or SIGINT.
 ///
@@ -64,6 +64,7 @@ pub async fn run(mut config: Config) -> Result<()> {
     tokio::spawn(watch.follow(table.clone()));
     if let Some(cluster) = &cluster {
         cluster.tell_of(table.clone());
+        tokio::spawn(ghosts::run(Arc::clone(&context), cluster.clone(), table.clone()));
     }
 
     let chooser = Chooser::new(context.config.clone(), cluster.clone());

@@ -40,12 +40,9 @@ impl Names {
         free.unwrap_or(&self.wanted)
     }
 
-    /// What to be called when the tailnet has a `name` already.
-    #[must_use]
-    pub fn after(&self, name: &str) -> Option<&str> {
-        let all: Vec<&String> = std::iter::once(&self.wanted).chain(&self.others).collect();
-        let at = all.iter().position(|other| *other == name)?;
-        all.get(at + 1).map(|next| next.as_str())
+    /// All of them.
+    pub fn all(self) -> impl Iterator<Item = String> {
+        std::iter::once(self.wanted).chain(self.others)
     }
 }
 
@@ -191,8 +188,7 @@ mod tests {
         let long = names("{pod}", Whose { pod: &"p".repeat(63), ..whose });
         let other = long.pick(|name| name == long.wanted);
         assert!(other.len() <= 63 && other != long.wanted, "{other}");
-        assert_eq!(names("db", whose).after("db"), Some("db-x2x4z"));
-        assert_eq!(names("db", whose).after(&last), None);
+        assert_eq!(names("db", whose).all().collect::<Vec<_>>(), ["db", "db-x2x4z", &last]);
     }
 
     #[test]

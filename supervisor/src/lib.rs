@@ -15,6 +15,7 @@ pub mod detach;
 pub mod distrust;
 pub mod dns;
 pub mod engine;
+pub mod ghosts;
 pub mod guard;
 pub mod hostname;
 pub mod http;

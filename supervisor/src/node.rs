@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, Choice, CniError, GcRequest, Node, PodRouting,
+    AddRequest, Attached, AttachmentId, CheckRequest, Choice, Cleanup, CniError, GcRequest, Node, PodRouting,
     PodSelector, PodSummary, Renewal, Renewed, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
@@ -257,6 +257,10 @@ impl Node for Service {
             Err(error) => self.chooser.remembered(&pod).ok_or(error),
             joined => joined,
         }
+    }
+
+    async fn cleanup(self, _: Context, dry_run: bool) -> Result<Cleanup, CniError> {
+        self.table.cleanup(dry_run).await
     }
 
     async fn misread(self, _: Context, error: CniError) {

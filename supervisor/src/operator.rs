@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use podtether_proto::engine::{HealthMessage, PING_MAX, PathStatus, PingKind, Pong};
 use podtether_proto::node::{
-    CniError, NodeClient, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing,
+    Cleanup, CniError, NodeClient, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde::Serialize;
@@ -20,6 +20,8 @@ const DEFAULT_SOCKET: &str = "/run/podtether/supervisor.sock";
 const READ_WITHIN: Duration = Duration::from_secs(5);
 /// New routes are in force and on disk by then, or a step of it failed.
 const CHANGE_WITHIN: Duration = Duration::from_secs(30);
+/// How long a clean-up may take: a hundred devices, one after another.
+const CLEANUP_WITHIN: Duration = Duration::from_secs(300);
 /// More pings than this are a job for another tool.
 const MAX_PINGS: u16 = 1000;
 
@@ -40,6 +42,9 @@ pub fn commands() -> Vec<Command> {
     };
     vec![
         command("pods", "List the pods of this node"),
+        command("cleanup", "Delete the devices of pods that are no more, of this node or another").arg(
+            Arg::new("dry-run").long("dry-run").action(ArgAction::SetTrue).help("only say which"),
+        ),
         command("routing", "Show or change which routes of other nodes a pod uses, while it runs")
             .arg(pod.clone())
             .arg(
@@ -111,6 +116,12 @@ pub async fn run(name: &str, matches: &ArgMatches) -> Result<String, String> {
         "pods" => {
             let pods = pods(&client).await?;
             if json { to_json(&pods) } else { Ok(table(&pods)) }
+        }
+        "cleanup" => {
+            let dry_run = matches.get_flag("dry-run");
+            let done = client.cleanup(within(CLEANUP_WITHIN), dry_run).await;
+            let done = done.map_err(|e| broken(&e))?.map_err(|e| refused(&e))?;
+            if json { to_json(&done) } else { Ok(cleanup_text(&done, dry_run)) }
         }
         "routing" => {
             let routing = routing(
@@ -281,6 +292,25 @@ fn restarted_text(Restarted { pod, renewed }: &Restarted) -> String {
         None => String::new(),
     };
     format!("{pod}: new engine {} after {} ms{gap}\n", renewed.pid, renewed.took_ms)
+}
+
+fn cleanup_text(done: &Cleanup, dry_run: bool) -> String {
+    let mut text = String::new();
+    for ghost in &done.ghosts {
+        let what = match (ghost.deleted, dry_run) {
+            (true, _) => "deleted",
+            (false, true) => "would be deleted",
+            (false, false) => "could not be deleted",
+        };
+        let _ = writeln!(text, "{} (tailnet {}): {what}", ghost.name, ghost.tailnet);
+    }
+    for note in &done.notes {
+        let _ = writeln!(text, "{note}");
+    }
+    if done.ghosts.is_empty() {
+        text.push_str("no device of a pod that is no more was found\n");
+    }
+    text
 }
 
 fn to_json(value: &impl Serialize) -> Result<String, String> {

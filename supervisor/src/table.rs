@@ -34,7 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::choose::Choice;
 use crate::context::Context;
-use crate::credentials::Credential;
+use crate::credentials::{Credential, Device};
 use crate::distrust;
 use crate::engine::Event;
 use crate::memory;
@@ -43,7 +43,7 @@ use crate::plan::{Step, Wanted, plan};
 use crate::record::Aside;
 use crate::restart::{Cause, jittered};
 use attach::pod_name;
-use identities::Identities;
+use identities::{Identities, Identity};
 use pod::Pod;
 pub use report::{LastExit, PodReport};
 use steps::Outcome;
@@ -83,6 +83,8 @@ enum Message {
     HandedOver(AttachmentId, u64, Result<Box<handover::Successor>, handover::GivenUp>),
     PredecessorEnded(AttachmentId, u32),
     Choice(PodSelector, oneshot::Sender<Result<node::Choice, CniError>>),
+    Devices(oneshot::Sender<Vec<Device>>),
+    Cleanup(bool, oneshot::Sender<Result<node::Cleanup, CniError>>),
     Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
@@ -240,6 +242,19 @@ impl Handle {
         }
     }
 
+    /// Finds devices whose pods are no more, and deletes them unless `dry_run`.
+    ///
+    /// # Errors
+    /// No API server is asked here.
+    pub async fn cleanup(&self, dry_run: bool) -> Result<node::Cleanup, CniError> {
+        self.ask(|to| Message::Cleanup(dry_run, to)).await.unwrap_or_else(|| Err(ending()))
+    }
+
+    /// The devices of this node's pods.
+    pub async fn devices(&self) -> Vec<Device> {
+        self.ask(Message::Devices).await.unwrap_or_default()
+    }
+
     /// All pods.
     pub async fn list(&self) -> Listing {
         self.ask(Message::List).await.unwrap_or_default()
@@ -351,6 +366,10 @@ impl Table {
             Message::PredecessorEnded(id, pid) => {
                 self.predecessor_ended(&id, pid);
                 self.advance(&id);
+            }
+            Message::Cleanup(dry_run, reply) => self.cleanup(dry_run, reply),
+            Message::Devices(reply) => {
+                let _ = reply.send(self.identities.values().map(Identity::device).collect());
             }
             Message::Client(pod, reply) => {
                 let _ = reply.send(self.client(&pod));

@@ -180,3 +180,64 @@ fn a_person_who_has_to_act_is_told_where() {
         });
     });
 }
+
+#[test]
+fn devices_of_a_node_that_is_gone_are_cleaned_up() {
+    in_namespaces("devices_of_a_node_that_is_gone_are_cleaned_up", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        let mut rig = with_api(dir, &devnet, &api);
+        let long = std::time::Duration::from_secs(2 * 3600);
+        let (tags, ours) = (["tag:k8s-pod"], "0.1.0-podtether");
+        for (name, tags, version, away) in [
+            ("k8s-default-ghost", &tags[..], ours, long),
+            ("k8s-default-other-client", &tags[..], "1.90.6-t2b1c5f4a6", long),
+            ("k8s-default-other-tag", &["tag:admin"][..], ours, long),
+            ("prod-default-ghost", &tags[..], ours, long),
+            ("k8s-default-just-away", &tags[..], ours, std::time::Duration::from_secs(60)),
+            ("k8s-default-elsewhere", &tags[..], ours, long),
+        ] {
+            assert!(!devnet.add_node_of(name, tags, version, away).is_empty());
+        }
+        // Lives on another node, and nobody hears of its device just now.
+        api.pod("default", "elsewhere", "uid-elsewhere", &[]);
+        api.change_pod("default", "elsewhere", json!({"spec": {"nodeName": "node-2"}}));
+        rig.start();
+        block_on(async {
+            let client = rig.client().await;
+            rig.netns("a").await;
+            api.pod("default", "a", "uid-a", &[]);
+            rig.add("a").await.unwrap();
+            let names = || devnet.nodes().into_iter().map(|node| node.name).collect::<Vec<_>>();
+            let count = names().len();
+            assert_eq!(count, 7);
+
+            // Who cannot be sure of the pods removes nothing.
+            api.fault(|faults| {
+                faults.forbidden.insert("list pods".into());
+            });
+            let done = client.cleanup(within(TIMEOUT), false).await.unwrap().unwrap();
+            assert!(done.ghosts.is_empty() && done.notes[0].contains("ClusterRole"), "{done:?}");
+            api.fault(|faults| faults.forbidden.clear());
+
+            let socket = dir.join("run/supervisor.sock");
+            let run = |arguments: &[&str]| {
+                let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
+                let output =
+                    command.arg("cleanup").arg("--socket").arg(&socket).args(arguments).output().unwrap();
+                (String::from_utf8(output.stdout).unwrap(), output.status.success())
+            };
+            let (text, done) = run(&["--dry-run"]);
+            assert!(
+                done && text.contains("k8s-default-ghost.tailnet.test (tailnet default): would be deleted"),
+                "{text}"
+            );
+            assert_eq!((text.lines().count(), names().len()), (1, count), "{text}");
+            let done = client.cleanup(within(TIMEOUT), false).await.unwrap().unwrap();
+            assert_eq!(done.ghosts.iter().map(|ghost| ghost.deleted).collect::<Vec<_>>(), [true], "{done:?}");
+            assert!(!names().iter().any(|name| name.contains("default-ghost") && name.starts_with("k8s")));
+            assert_eq!(names().len(), count - 1);
+            assert!(client.cleanup(within(TIMEOUT), false).await.unwrap().unwrap().ghosts.is_empty());
+        });
+    });
+}

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use futures_util::StreamExt;
 use podtether_proto::engine::{PingKind, Pong};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, Choice, CniError, GcRequest, Node,
-    PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version, code,
+    AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, Choice, Cleanup, CniError, GcRequest,
+    Node, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -186,6 +186,10 @@ impl Node for Service {
     }
 
     async fn choice(self, _: Context, _: PodSelector) -> Result<Choice, CniError> {
+        unreachable!("the plugin does not ask")
+    }
+
+    async fn cleanup(self, _: Context, _: bool) -> Result<Cleanup, CniError> {
         unreachable!("the plugin does not ask")
     }
 

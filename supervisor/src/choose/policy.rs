@@ -47,6 +47,11 @@ impl Grant {
         one_matches(&self.tags, tag, namespace)
     }
 
+    /// Whether some namespace gets the tag by this.
+    pub(crate) fn has_tag_anywhere(&self, tag: &str) -> bool {
+        one_matches(&self.tags, tag, "*")
+    }
+
     pub(super) fn has_hostname(&self, name: &str, namespace: &str) -> bool {
         one_matches(&self.hostnames, name, namespace)
     }

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::caller::{Answer, Call, Caller, Proof, Wire, parse, segment};
 use super::http::Http;
 use super::limiter::wall_clock;
-use super::{CredentialError, Device, Key, Wish, v2};
+use super::{CredentialError, Device, Key, Listed, Wish, v2};
 use crate::config::SecretSource;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -176,6 +176,14 @@ impl Api {
         let request = json!({ "id": id });
         let call = Call::post("expire the unused auth key", "/api/v1/preauthkey/expire", &request);
         self.caller.call(call, deadline).await.map(drop)
+    }
+
+    pub(super) async fn devices(&self, deadline: Instant) -> Result<Vec<Listed>, CredentialError> {
+        v2::devices(&self.caller, deadline).await?.ok_or_else(|| {
+            CredentialError::Refused(
+                "this Headscale's API does not tell which client a device runs, so nobody can say which are ours".into(),
+            )
+        })
     }
 
     pub(super) async fn delete_device(

@@ -53,7 +53,7 @@ impl Limiter {
 }
 
 /// Now, for what servers say in dates.
-pub(super) fn wall_clock() -> UnixTime {
+pub(crate) fn wall_clock() -> UnixTime {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     UnixTime::from_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::caller::{Caller, Proof, Wire};
 use super::http::Http;
 use super::token::{Client, Tokens};
-use super::{CredentialError, Device, Key, Wish, v2};
+use super::{CredentialError, Device, Key, Listed, Wish, v2};
 
 /// One tailnet's API. Clones share the token and the rate limit.
 #[derive(Debug, Clone)]
@@ -28,6 +28,12 @@ impl Api {
 
     pub(super) async fn delete_key(&self, id: &str, deadline: Instant) -> Result<(), CredentialError> {
         v2::delete_key(&self.caller, id, deadline).await
+    }
+
+    pub(super) async fn devices(&self, deadline: Instant) -> Result<Vec<Listed>, CredentialError> {
+        v2::devices(&self.caller, deadline).await?.ok_or_else(|| {
+            CredentialError::Refused("cannot list devices: api_url is no admin API (404)".into())
+        })
     }
 
     pub(super) async fn delete_device(

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::caller::{Answer, Call, Caller, parse, segment};
-use super::{CredentialError, Device, Key, Wish};
+use super::{CredentialError, Device, Key, Listed, Wish};
 
 #[derive(Deserialize)]
 struct KeyAnswer {
@@ -32,6 +32,18 @@ struct DeviceAnswer {
     node_key: String,
     #[serde(default)]
     machine_key: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    hostname: String,
+    #[serde(default)]
+    client_version: String,
+    #[serde(default)]
+    tags: Option<Vec<String>>,
+    #[serde(default)]
+    connected_to_control: bool,
+    #[serde(default)]
+    last_seen: Option<String>,
 }
 
 impl DeviceAnswer {
@@ -71,6 +83,30 @@ pub(super) async fn mint(
 pub(super) async fn delete_key(caller: &Caller, id: &str, deadline: Instant) -> Result<(), CredentialError> {
     let path = format!("/api/v2/tailnet/-/keys/{}", segment(id)?);
     caller.delete("delete the unused auth key", &path, deadline).await.map(drop)
+}
+
+/// Every device; `None` when there is no such API.
+pub(super) async fn devices(
+    caller: &Caller,
+    deadline: Instant,
+) -> Result<Option<Vec<Listed>>, CredentialError> {
+    let what = "list the devices";
+    let list = Call::get(what, "/api/v2/tailnet/-/devices?fields=all");
+    let Answer::Body(body) = caller.call(list, deadline).await? else { return Ok(None) };
+    let list: DevicesAnswer = parse(what, &body)?;
+    let listed = |d: DeviceAnswer| Listed {
+        id: d.id,
+        name: d.name,
+        hostname: d.hostname,
+        tags: d.tags.unwrap_or_default(),
+        version: d.client_version,
+        machine_key: d.machine_key,
+        node_key: d.node_key,
+        stable_id: d.node_id,
+        online: d.connected_to_control,
+        last_seen: d.last_seen.and_then(|text| text.parse().ok()),
+    };
+    Ok(Some(list.devices.into_iter().map(listed).collect()))
 }
 
 /// Deletes every device with these keys; `false` when there is no such API.

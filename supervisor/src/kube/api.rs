@@ -71,7 +71,17 @@ impl Api {
     }
 
     fn request(&self, method: Method, path: &str) -> Result<reqwest::RequestBuilder, Failure> {
-        let mut request = self.http.now().request(method, format!("{}{path}", self.url));
+        self.request_as(method, path, "application/json")
+    }
+
+    fn request_as(
+        &self,
+        method: Method,
+        path: &str,
+        accept: &'static str,
+    ) -> Result<reqwest::RequestBuilder, Failure> {
+        let mut request =
+            self.http.now().request(method, format!("{}{path}", self.url)).header(ACCEPT, accept);
         if let Some(token) = &self.token {
             let token = token.read().map_err(|e| Failure::Forbidden(format!("the service account: {e}")))?;
             let value = reqwest::header::HeaderValue::from_str(&format!("Bearer {}", token.expose()));
@@ -80,7 +90,7 @@ impl Api {
             value.set_sensitive(true);
             request = request.header(AUTHORIZATION, value);
         }
-        Ok(request.header(ACCEPT, "application/json"))
+        Ok(request)
     }
 
     /// A GET's answer.
@@ -88,7 +98,21 @@ impl Api {
     /// # Errors
     /// [`Failure`].
     pub async fn get<T: DeserializeOwned>(&self, what: &str, path: &str) -> Result<T, Failure> {
-        let response = self.send(what, self.request(Method::GET, path)?.timeout(ANSWER_WITHIN)).await?;
+        self.get_as(what, path, "application/json").await
+    }
+
+    /// As [`Api::get`], of another form.
+    ///
+    /// # Errors
+    /// [`Failure`].
+    pub(super) async fn get_as<T: DeserializeOwned>(
+        &self,
+        what: &str,
+        path: &str,
+        accept: &'static str,
+    ) -> Result<T, Failure> {
+        let request = self.request_as(Method::GET, path, accept)?;
+        let response = self.send(what, request.timeout(ANSWER_WITHIN)).await?;
         let bytes = body(response).await.map_err(|e| Failure::Passing(format!("cannot {what}: {e}")))?;
         serde_json::from_slice(&bytes)
             .map_err(|e| Failure::Passing(format!("cannot {what}: the answer is not understood: {e}")))

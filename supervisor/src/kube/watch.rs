@@ -109,7 +109,7 @@ async fn follow<T: Object>(cluster: &Cluster, what: &'static str, path: &str, ap
     let mut failures = 0;
     loop {
         let ended = match &mut version {
-            None => match list::<T>(cluster, what, path).await {
+            None => match list::<T>(cluster, what, path, "application/json").await {
                 Ok((all, at)) => {
                     let count = all.len();
                     apply(Change::All(all));
@@ -149,6 +149,7 @@ async fn list<T: Object>(
     cluster: &Cluster,
     what: &'static str,
     path: &str,
+    accept: &'static str,
 ) -> Result<(Vec<T>, String), Failure> {
     let mut all = Vec::new();
     let mut next: Option<String> = None;
@@ -160,7 +161,7 @@ async fn list<T: Object>(
                 if b.is_ascii_alphanumeric() { char::from(b).to_string() } else { format!("%{b:02X}") }
             }));
         }
-        let list: List = cluster.api().get(&format!("list {what}"), &page).await?;
+        let list: List = cluster.api().get_as(&format!("list {what}"), &page, accept).await?;
         // One that is odd costs no other.
         all.extend(
             list.items.into_iter().flatten().filter_map(|item| serde_json::from_value::<T>(item).ok()),
@@ -224,7 +225,22 @@ async fn watch<T: Object>(
     }
 }
 
+/// Names, annotations and owners, and nothing else.
+const METADATA: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
+
 impl Cluster {
+    /// Every pod of the cluster, as it is now.
+    ///
+    /// # Errors
+    /// [`Failure`]; also where there are too many to be sure of all.
+    pub async fn all_pods(&self) -> Result<Vec<Seen>, Failure> {
+        let (all, _) = list::<PodObject>(self, "pods", "/api/v1/pods?", METADATA).await?;
+        if all.len() >= MAX_OBJECTS {
+            return Err(Failure::Passing(format!("there are more than {MAX_OBJECTS} pods")));
+        }
+        Ok(all.into_iter().filter_map(Seen::of).collect())
+    }
+
     /// True when that is news.
     fn works(&self, what: &'static str) -> bool {
         self.with(|store| {

@@ -2,13 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use podtether_proto::node::{AttachmentId, GcRequest, code};
+use podtether_proto::node::{AttachmentId, Cleanup, CniError, GcRequest, code};
 
 use super::attach::{error, pod_name, reply_all, with_notes};
 use super::identities::unix_now;
 use super::pod::Leaver;
 use super::steps::IdentityFate;
-use super::{DELETE_WITHIN, Message, Table, random};
+use super::{DELETE_WITHIN, Handle, Message, Table, random};
 use crate::kube::Fate;
 use crate::plan::Wanted;
 use crate::record::{Identity, IdentityKey};
@@ -87,6 +87,27 @@ impl Table {
                 Err(error(code::CLEANUP, "GC could not remove everything", failed.join("; ")))
             };
             let _ = reply.send(result);
+        });
+    }
+
+    /// Begins to look for devices whose pods are no more.
+    pub(super) fn cleanup(
+        &self,
+        dry_run: bool,
+        reply: tokio::sync::oneshot::Sender<Result<Cleanup, CniError>>,
+    ) {
+        let Some(cluster) = self.context.cluster.clone() else {
+            let what = "without the API server nobody knows which pods there are";
+            let _ = reply.send(Err(error(
+                code::BAD_CONFIG,
+                what,
+                "set node.name, as deploy/daemonset.yaml does",
+            )));
+            return;
+        };
+        let (context, table) = (std::sync::Arc::clone(&self.context), Handle { to: self.to_self.clone() });
+        tokio::spawn(async move {
+            let _ = reply.send(Ok(crate::ghosts::clean(&context, &cluster, &table, dry_run).await));
         });
     }
 

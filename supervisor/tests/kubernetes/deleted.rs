@@ -45,6 +45,20 @@ fn the_supervisors_pod_goes_and_traffic_does_not_notice() {
         let cluster = Cluster::start(names, |manifest| manifest);
         cluster.deploy("web", 2);
         let before = cluster.settled(2);
+        cluster.until("Kubernetes is told of both", || {
+            let (text, done) = kubectl(&["get", "pods", "-o", "json"], None);
+            let listed: Value = serde_json::from_str(&text).ok().filter(|_| done)?;
+            let told = |pod: &Pod| {
+                let of =
+                    listed["items"].as_array()?.iter().find(|item| item["metadata"]["name"] == pod.name)?;
+                let addresses = of["metadata"]["annotations"]["podtether.dev/addresses"].as_str()?;
+                addresses.contains(&pod.address.to_string()).then_some(())
+            };
+            before.iter().map(told).collect::<Option<Vec<()>>>()?;
+            let (events, done) =
+                kubectl(&["get", "events", "--field-selector=reason=Joined", "-o", "name"], None);
+            (done && events.lines().count() == 2).then_some(())
+        });
         assert_eq!(
             before[0].listed["limits"],
             serde_json::json!(["cgroup", "memory", "pids", "cpu", "mounts"])
