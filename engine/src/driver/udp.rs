@@ -60,7 +60,8 @@ impl Udp {
         };
         let v4 = v4.is_some();
         let seen = shield::drops(fd.as_fd()).unwrap_or_default();
-        let fd = pollable(fd, Interest::READABLE.add(Interest::WRITABLE))?;
+        // Not WRITABLE: every datagram that leaves the machine would wake us.
+        let fd = pollable(fd, Interest::READABLE)?;
         Ok(Self {
             fd,
             port,
@@ -191,12 +192,8 @@ impl Udp {
                     Err(Errno::EINTR) => {}
                     Err(Errno::EAGAIN) if may_wait => {
                         may_wait = false;
-                        let again = |fd: &OwnedFd| mmsg::send(fd.as_fd(), chunk.left()).map_err(Into::into);
-                        let wait = self.fd.async_io(Interest::WRITABLE, again);
-                        // Any failure shows again in the next round, where it is counted.
-                        if let Ok(Ok(sent)) = tokio::time::timeout(FULL_WAIT, wait).await {
-                            chunk.sent(sent);
-                        }
+                        // If there is none yet after the wait, the next round finds out.
+                        let _ = tokio::time::timeout(FULL_WAIT, writable(self.fd.get_ref())).await;
                     }
                     Err(Errno::EAGAIN | Errno::ENOBUFS) => {
                         let rest: u64 =
@@ -232,6 +229,12 @@ impl Udp {
             }
         }
     }
+}
+
+/// Waits until there is room to send.
+async fn writable(socket: &OwnedFd) -> std::io::Result<()> {
+    let watched = pollable(socket.try_clone()?, Interest::WRITABLE)?;
+    watched.writable().await.map(|_| ())
 }
 
 fn datagrams_of(message: &Message<'_>) -> u64 {
