@@ -92,7 +92,7 @@ pub struct Refused {
 pub struct Refusal {
     /// Which.
     pub key: Key,
-    /// The pod's or its namespace's.
+    /// The pod's or its namespace's; the cluster's for what no annotation is at fault for.
     pub source: Source,
     /// Its value, bounded and escaped.
     pub value: String,
@@ -105,6 +105,9 @@ pub struct Refusal {
 impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Refusal { key, source, value, why, fix } = self;
+        if *source == Source::Cluster {
+            return write!(f, "{why}: {fix}");
+        }
         let name = key.annotation();
         let whose = if *source == Source::Namespace { " of the namespace" } else { "" };
         write!(f, "annotation {name}: \"{value}\"{whose} {why}: {fix}")
@@ -246,7 +249,10 @@ fn tailnet<'c>(at: &mut Deciding<'_>, config: &'c Config) -> Option<(&'c str, &'
                 key: Key::Tailnet,
                 source: Source::Cluster,
                 value: shown(name),
-                why: "is what the CNI network's configuration names, and no tailnet is called so".into(),
+                why: format!(
+                    "no tailnet is called \"{}\", as the CNI network's configuration has it",
+                    shown(name)
+                ),
                 fix: format!("the supervisor's configuration has: {}", known.join(", ")),
             });
         }

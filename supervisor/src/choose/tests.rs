@@ -237,7 +237,12 @@ fn tailnets_bring_their_own_defaults_and_limits() {
     let own = Annotations::new();
     let facts = Facts { namespace: "a", pod: "b", own: &own, defaults: &own, owner: None, tailnet: "no" };
     let Verdict::Refused(refused) = choose(&facts, &config) else { panic!() };
-    assert!(refused.refusals[0].to_string().contains("default, fixed, prod"), "{}", refused.refusals[0]);
+    let sentence = refused.refusals[0].to_string();
+    assert!(
+        sentence.starts_with("no tailnet is called \"no\"") && !sentence.contains("annotation"),
+        "{sentence}"
+    );
+    assert!(sentence.contains("default, fixed, prod"), "{sentence}");
 }
 
 #[test]
