@@ -5,7 +5,7 @@ build: ; cargo build --workspace --bins
 # Each is run where there is nothing else; tests/names.rs with PODTETHER_TEST_SUPERVISOR looks up names with one.
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
 STATIC = -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs --cfg getrandom_backend="linux_getrandom"
-PROGRAMS = $(foreach p,supervisor engine cni devnet,target/$(TARGET)/release/podtether-$(p))
+PROGRAMS = $(foreach p,podtether podtether-supervisor podtether-engine podtether-cni podtether-devnet,target/$(TARGET)/release/$(p))
 release:
 	RUSTFLAGS='$(STATIC)' cargo build --release --workspace --bins --target $(TARGET)
 	! readelf -lW $(PROGRAMS) | grep INTERP

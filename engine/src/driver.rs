@@ -122,6 +122,12 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
             Command::Metrics(answer) => {
                 let _ = answer.send(Default::default());
             }
+            Command::Way(_, answer) => {
+                let _ = answer.send(Err(NO_IDENTITY.to_owned()));
+            }
+            Command::Netcheck(answer) => {
+                let _ = answer.send(Default::default());
+            }
             Command::Why(_, answer) => {
                 let _ = answer.send(Err(NO_IDENTITY.to_owned()));
             }
@@ -185,6 +191,10 @@ struct Driver {
     membership: Membership,
     /// Who waits for the end of a ping. The core bounds them.
     pings: HashMap<PingId, oneshot::Sender<Result<Pong, String>>>,
+    /// When this process took its start request.
+    started: Instant,
+    /// The first handshake is in the status.
+    greeted: bool,
     refused: crate::refused::Lines,
     /// Why there is no control session now; empty while there is one.
     trouble: String,
@@ -197,6 +207,8 @@ struct Driver {
     /// Whether the last snapshot that was begun is whole in its file.
     snapshot_kept: bool,
 }
+
+const NO_SUCH_PEER: &str = "no peer of the tailnet has that name or address";
 
 /// What woke the loop.
 enum Wake {
@@ -338,6 +350,10 @@ impl Driver {
         }
         if self.rest.look(self.intake.inputs(), now) {
             self.give_back();
+        }
+        if self.engine.counters().handshakes > 0 && !self.greeted {
+            self.greeted = true;
+            self.report();
         }
         self.tell_refused(now);
         self.look_after_handover(now);
@@ -561,10 +577,16 @@ impl Driver {
                         self.pings.insert(id, answer);
                     }
                     None => {
-                        let _ =
-                            answer.send(Err("no peer of the tailnet has that name or address".to_owned()));
+                        let _ = answer.send(Err(NO_SUCH_PEER.to_owned()));
                     }
                 }
+            }
+            Command::Way(peer, answer) => {
+                let way = self.way(&peer, now);
+                let _ = answer.send(way.ok_or_else(|| NO_SUCH_PEER.to_owned()));
+            }
+            Command::Netcheck(answer) => {
+                let _ = answer.send(self.netcheck(now));
             }
             Command::PeerCaps(peer, answer) => {
                 let _ = answer.send(self.peer_caps(peer));

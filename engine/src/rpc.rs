@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use podtether_proto::engine::{
-    Engine, EngineMetrics, EngineStatus, Flow, Hello, PeerStatus, PingKind, Pong, Routing, StartRequest,
-    TakenOver, Underlay, Verdict, WATCH_MARGIN, WATCH_MAX,
+    Engine, EngineMetrics, EngineStatus, Flow, Hello, NetReport, PeerStatus, PingKind, Pong, Routing,
+    StartRequest, TakenOver, Underlay, Verdict, WATCH_MARGIN, WATCH_MAX, Way,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -36,6 +36,8 @@ pub(crate) enum Command {
     SetRouting(Routing, oneshot::Sender<EngineStatus>),
     Metrics(oneshot::Sender<EngineMetrics>),
     Peers(oneshot::Sender<Vec<PeerStatus>>),
+    Way(String, oneshot::Sender<Result<Way, String>>),
+    Netcheck(oneshot::Sender<NetReport>),
     Why(Flow, oneshot::Sender<Result<Verdict, String>>),
     SetRoots(String, oneshot::Sender<Result<(), String>>),
     Ping(String, PingKind, oneshot::Sender<Result<Pong, String>>),
@@ -166,6 +168,14 @@ impl Engine for Service {
 
     async fn peers(self, _: Context) -> Vec<PeerStatus> {
         self.ask(Command::Peers).await.unwrap_or_default()
+    }
+
+    async fn way(self, _: Context, peer: String) -> Result<Way, String> {
+        self.ask(|answer| Command::Way(peer, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn netcheck(self, _: Context) -> NetReport {
+        self.ask(Command::Netcheck).await.unwrap_or_default()
     }
 
     async fn why(self, _: Context, packet: Flow) -> Result<Verdict, String> {

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineStatus, NodeState, Role};
+use podtether_proto::engine::{EngineStatus, Milestones, NodeState, Role};
 use podtether_proto::sandbox::StepReport;
 use tokio::sync::watch;
 
@@ -34,6 +34,7 @@ impl Board {
             accepted_routes: Vec::new(),
             exit_node_id: None,
             sandbox,
+            milestones: Milestones::default(),
         });
         Self(Arc::new(Inner {
             status,

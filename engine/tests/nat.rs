@@ -34,7 +34,12 @@ struct Member {
 
 impl World {
     fn new(dir: &Path) -> Self {
-        let programs = Programs { supervisor: PathBuf::new(), engine: ENGINE.into(), cni: PathBuf::new() };
+        let programs = Programs {
+            supervisor: PathBuf::new(),
+            engine: ENGINE.into(),
+            tool: PathBuf::new(),
+            cni: PathBuf::new(),
+        };
         let mut lab = Lab::new(dir, programs).unwrap();
         let (devnet, _) = lab.start_devnet(DevnetConfig::default()).unwrap();
         let key = devnet.create_auth_key(AuthKeyOptions { reusable: true, ..AuthKeyOptions::default() });

@@ -17,7 +17,12 @@ use podtether_proto::engine::PathStatus;
 #[test]
 fn a_relay_carries_what_udp_cannot_and_direct_comes_back() {
     in_namespaces("a_relay_carries_what_udp_cannot_and_direct_comes_back", |dir| {
-        let programs = Programs { supervisor: PathBuf::new(), engine: ENGINE.into(), cni: PathBuf::new() };
+        let programs = Programs {
+            supervisor: PathBuf::new(),
+            engine: ENGINE.into(),
+            tool: PathBuf::new(),
+            cni: PathBuf::new(),
+        };
         let mut lab = Lab::new(dir, programs).unwrap();
         let (devnet, _) = lab.start_devnet(DevnetConfig::default()).unwrap();
         let nodes = ["one", "two"].map(|name| lab.add_node(name).unwrap());

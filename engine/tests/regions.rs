@@ -31,7 +31,8 @@ struct World {
 impl World {
     /// With regions 1, 2, … so many milliseconds away.
     fn new(dir: &Path, distances_ms: &[u64]) -> Self {
-        let programs = Programs { supervisor: PathBuf::new(), engine: ENGINE.into(), cni: PathBuf::new() };
+        let none = PathBuf::new;
+        let programs = Programs { supervisor: none(), engine: ENGINE.into(), tool: none(), cni: none() };
         let mut lab = Lab::new(dir, programs).unwrap();
         let regions = (1..).zip(distances_ms).map(|(id, away)| RegionConfig::new(id, vec![]).at(ms(*away)));
         let config = DevnetConfig { regions: regions.collect(), ..DevnetConfig::default() };

@@ -28,6 +28,10 @@ pub trait Engine {
     async fn metrics() -> EngineMetrics;
     /// One line per peer.
     async fn peers() -> Vec<PeerStatus>;
+    /// Everything known of the way to one peer, which is named by name, address or stable id.
+    async fn way(peer: String) -> Result<Way, String>;
+    /// What the network looks like from here, as last measured.
+    async fn netcheck() -> NetReport;
     /// What would become of such a packet now, and which rule says so. Asking changes and counts nothing.
     async fn why(packet: Flow) -> Result<Verdict, String>;
     /// Certificates to trust beyond the built-in roots from now on, PEM; connections that are open stay.
@@ -239,6 +243,21 @@ pub struct EngineStatus {
     pub exit_node_id: Option<String>,
     /// What the engine has given up, step by step.
     pub sandbox: Vec<StepReport>,
+    /// How far this process has come, and when.
+    #[serde(default)]
+    pub milestones: Milestones,
+}
+
+/// When an engine got so far for the first time, microseconds after it took its start request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Milestones {
+    /// Control has taken the node in.
+    pub registered_us: Option<u64>,
+    /// A netmap is in force, from control or from the snapshot.
+    pub netmap_us: Option<u64>,
+    /// The first WireGuard handshake was complete.
+    pub handshake_us: Option<u64>,
 }
 
 /// One thing that is wrong, for people.
@@ -328,6 +347,78 @@ pub struct PeerStatus {
     pub tx_bytes: u64,
     /// Plaintext bytes received.
     pub rx_bytes: u64,
+}
+
+/// Answer to [`Engine::way`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Way {
+    /// Fully qualified name of the peer.
+    pub name: String,
+    /// Its first addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Path in use.
+    pub path: PathStatus,
+    /// Its home DERP region, 0 for none.
+    pub home_derp: u32,
+    /// Whether control thinks it is online.
+    pub online: Option<bool>,
+    /// Milliseconds since the last completed handshake.
+    pub handshake_age_ms: Option<u64>,
+    /// Where it may be reached without a relay; as many as are tried.
+    pub endpoints: Vec<WayEndpoint>,
+    /// Why packets cannot be exchanged with it at all, as a word of the metrics.
+    pub obstacle: Option<String>,
+}
+
+/// An address of a peer's on the underlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct WayEndpoint {
+    /// Where.
+    pub endpoint: SocketAddr,
+    /// Milliseconds since it was last asked; `None` when it was not.
+    pub asked_ms_ago: Option<u64>,
+    /// Whether this node has a socket that could reach it.
+    pub reachable: bool,
+}
+
+/// Answer to [`Engine::netcheck`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct NetReport {
+    /// Whether a STUN server answered in the last round.
+    pub udp: bool,
+    /// Our address over IPv4 as STUN servers see it.
+    pub mapped_v4: Option<SocketAddr>,
+    /// The same over IPv6.
+    pub mapped_v6: Option<SocketAddr>,
+    /// Whether the NAT gives a new port for each destination.
+    pub mapping_varies: Option<bool>,
+    /// Addresses that peers are told, most promising first.
+    pub endpoints: Vec<SocketAddr>,
+    /// Home DERP region, 0 for none.
+    pub home_derp: u32,
+    /// Relay regions, nearest first.
+    pub regions: Vec<NetRegion>,
+    /// Milliseconds since the last round of measurements began.
+    pub age_ms: Option<u64>,
+}
+
+/// A relay region of [`NetReport`].
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct NetRegion {
+    /// Its number.
+    pub id: u32,
+    /// Short name.
+    pub code: String,
+    /// Long name.
+    pub name: String,
+    /// Round trip, microseconds: by STUN, or by HTTPS where UDP does not get through.
+    pub latency_us: Option<u64>,
+    /// Whether a connection to it is up.
+    pub connected: bool,
 }
 
 /// A packet that opens something: for TCP a SYN, for ICMP an echo request.

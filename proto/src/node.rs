@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 pub use crate::Version;
-use crate::engine::{HealthMessage, PingKind, PodRef, Pong};
+use crate::engine::{Flow, HealthMessage, NetReport, PeerStatus, PingKind, PodRef, Pong, Verdict, Way};
 use crate::sandbox::StepReport;
 
 /// Served by the supervisor on `run_dir/supervisor.sock`.
@@ -27,8 +27,21 @@ pub trait Node {
     /// Which routes of other nodes a pod uses.
     async fn routing(pod: PodSelector) -> Result<PodRouting, CniError>;
     /// Pods on this node from number `skip` on, in the order of their names: as many as fit into an answer,
-    /// at least one while there are any.
-    async fn pods(skip: u32) -> Vec<PodSummary>;
+    /// at least one while there are any. `live`: with what their engines have to be asked for.
+    async fn pods(skip: u32, live: bool) -> Vec<PodSummary>;
+    /// How a pod came to be what it is.
+    async fn explain(pod: PodSelector) -> Result<Explained, CniError>;
+    /// Peers of a pod from number `skip` on, as many as fit into an answer.
+    async fn peers(pod: PodSelector, skip: u32) -> Result<Vec<PeerStatus>, CniError>;
+    /// Everything known of the way from a pod to a peer, which is named by name, address or stable id.
+    async fn way(pod: PodSelector, peer: String) -> Result<Way, CniError>;
+    /// What would become of such a packet in a pod's engine, and which rule says so.
+    async fn why(pod: PodSelector, packet: Flow) -> Result<Verdict, CniError>;
+    /// What the network looks like from a pod's engine.
+    async fn netcheck(pod: PodSelector) -> Result<NetReport, CniError>;
+    /// What the supervisor and the pod's engines logged of the pod, from line `after` on: as many lines as fit into
+    /// an answer. Also of a pod that has gone, as long as there is room.
+    async fn logs(pod: PodSelector, after: u64) -> Vec<LogLine>;
     /// Pings a peer of a pod, named by name, address or stable id.
     async fn ping(pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError>;
     /// Replaces the pod's engine by a new process, and answers when that is as far as the one before it was.
@@ -135,6 +148,110 @@ pub struct PodSummary {
     pub exit_node: Option<String>,
     /// What control, the engine and the supervisor find wrong.
     pub health: Vec<HealthMessage>,
+    /// Kubernetes pod UID.
+    #[serde(default)]
+    pub uid: String,
+    /// ACL tags.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// Milliseconds since the epoch of its ADD, 0 when unknown.
+    #[serde(default)]
+    pub added_unix_ms: u64,
+    /// Pid of its engine as the supervisor sees it.
+    #[serde(default)]
+    pub engine_pid: Option<u32>,
+    /// Memory that its engine alone has (`RssAnon`), bytes.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
+    /// Processor time that its engine has used, microseconds.
+    #[serde(default)]
+    pub cpu_us: Option<u64>,
+    /// What its engine says, where it was asked and answered.
+    #[serde(default)]
+    pub live: Option<Live>,
+}
+
+/// What an engine says of a pod's link.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Live {
+    /// Peers in the netmap.
+    pub peers: u64,
+    /// Peers with a direct path.
+    pub peers_direct: u64,
+    /// Peers with traffic through a relay.
+    pub peers_relay: u64,
+    /// Seconds since the epoch of the last handshake, 0 for none.
+    pub last_handshake_unix_s: u64,
+    /// Plaintext bytes from the pod since the engine started.
+    pub tx_bytes: u64,
+    /// Plaintext bytes to the pod since the engine started.
+    pub rx_bytes: u64,
+    /// Packets dropped since the engine started, for whatever reason.
+    pub drops: u64,
+}
+
+/// How a pod came to be what it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Explained {
+    /// What became of it when.
+    pub timeline: Timeline,
+    /// What it uses, and which rule gave it that.
+    pub settings: Vec<Setting>,
+    /// How its last engine ended, empty while none has.
+    pub last_exit: String,
+}
+
+/// What became of a pod when. Only the first time counts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Timeline {
+    /// Milliseconds since the epoch of its ADD, 0 when unknown.
+    pub added_unix_ms: u64,
+    /// In the order in which they were noted.
+    pub milestones: Vec<Milestone>,
+}
+
+/// A moment of a [`Timeline`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Milestone {
+    /// Of `saved`, `link`, `key`, `engine`, `registered`, `netmap`, `configured`, `answered`, `handshake`; other words
+    /// may come.
+    pub what: String,
+    /// Since ADD, microseconds.
+    pub after_us: u64,
+}
+
+/// A setting of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Setting {
+    /// What it is called.
+    pub name: String,
+    /// Its value, for people.
+    pub value: String,
+    /// Which rule gave it.
+    pub source: String,
+}
+
+/// A line of [`Node::logs`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogLine {
+    /// Its number: ask for the lines after it with this.
+    pub seq: u64,
+    /// Milliseconds since the epoch.
+    pub unix_ms: u64,
+    /// `ERROR`, `WARN`, `INFO`, `DEBUG` or `TRACE`.
+    pub level: String,
+    /// `engine`, or the part of the supervisor that said it.
+    pub from: String,
+    /// What was said.
+    pub message: String,
+    /// Further fields, as JSON.
+    pub fields: String,
 }
 
 /// What [`Node::cleanup`] found.

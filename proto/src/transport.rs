@@ -192,6 +192,7 @@ mod tests {
     #[test]
     fn fields_of_a_later_minor_are_passed_over_and_those_of_an_earlier_one_are_enough() {
         let status = EngineStatus {
+            milestones: Default::default(),
             seq: 3,
             state: NodeState::Connecting { reason: "r".into() },
             control_connected: true,

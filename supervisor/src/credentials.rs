@@ -17,6 +17,7 @@ use podtether_proto::secret::SecretString;
 
 use crate::config::{self, SecretSource};
 
+pub(crate) use http::{client, say};
 pub(crate) use limiter::wall_clock;
 pub use roots::Roots;
 

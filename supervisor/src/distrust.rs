@@ -165,6 +165,7 @@ mod tests {
         };
         let problem = HealthMessage { title: long.clone(), text: long.clone(), severity: long.clone() };
         let said = EngineStatus {
+            milestones: Default::default(),
             seq: 1,
             state: NodeState::Connecting { reason: long.clone() },
             control_connected: true,

@@ -7,9 +7,11 @@ use std::time::Duration;
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
 use podtether_supervisor::log::JsonLines;
+use podtether_supervisor::lookup;
 use podtether_supervisor::memory;
-use podtether_supervisor::operator;
+use podtether_supervisor::recent::Keep;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::prelude::*;
 
 /// Exit code for a configuration that cannot be used.
 const BAD_CONFIG: u8 = 78;
@@ -19,11 +21,8 @@ const DISK_THREADS: usize = 8;
 const DISK_THREADS_STAY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 fn main() -> ExitCode {
-    look_names_up_alone();
+    lookup::without_modules();
     let matches = config::arguments().get_matches();
-    if let Some((name, matches)) = matches.subcommand() {
-        return operate(name, matches);
-    }
     logs();
     let config = match load(&matches) {
         Ok(config) => config,
@@ -63,43 +62,6 @@ fn main() -> ExitCode {
     }
 }
 
-/// A static program's C library would load the node's modules for host names (`resolve`, `myhostname`), which are
-/// made for the node's own C library. Files and DNS are built in.
-fn look_names_up_alone() {
-    #[cfg(all(target_os = "linux", target_env = "gnu", target_feature = "crt-static"))]
-    {
-        unsafe extern "C" {
-            fn __nss_configure_lookup(
-                database: *const libc::c_char,
-                services: *const libc::c_char,
-            ) -> libc::c_int;
-        }
-        // SAFETY: both are strings that live for ever, and nothing else runs yet.
-        unsafe {
-            __nss_configure_lookup(c"hosts".as_ptr(), c"files dns".as_ptr());
-        }
-    }
-}
-
-/// A sub-command of the person who runs the node.
-fn operate(name: &str, matches: &clap::ArgMatches) -> ExitCode {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let answer = match runtime {
-        Ok(runtime) => runtime.block_on(operator::run(name, matches)),
-        Err(e) => Err(format!("cannot start: {e}")),
-    };
-    match answer {
-        Ok(text) => {
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
-        }
-        Err(sentence) => {
-            let _ = writeln!(std::io::stderr(), "podtether-supervisor: {sentence}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
 fn load(matches: &clap::ArgMatches) -> Result<Config, ConfigError> {
     Config::load(&config::inputs_from(matches)?)
 }
@@ -118,10 +80,11 @@ fn logs() {
     // tarpc warns of every connection that an engine's death breaks; the table reports the death itself.
     let filter =
         EnvFilter::try_from_env("PODTETHER_LOG").unwrap_or_else(|_| EnvFilter::new("info,tarpc=error"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let registry = tracing_subscriber::registry().with(filter).with(Keep);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     if std::io::stderr().is_terminal() {
-        builder.with_target(false).init();
+        registry.with(lines.with_target(false)).init();
     } else {
-        builder.event_format(JsonLines).init();
+        registry.with(lines.event_format(JsonLines)).init();
     }
 }

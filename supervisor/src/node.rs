@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use podtether_proto::engine::{PingKind, Pong};
+use podtether_proto::engine::{Flow, NetReport, PeerStatus, PingKind, Pong, Verdict, Way};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachmentId, CheckRequest, Choice, Cleanup, CniError, GcRequest, Node, PodRouting,
-    PodSelector, PodSummary, Renewal, Renewed, Routing, Version,
+    AddRequest, Attached, AttachmentId, CheckRequest, Choice, Cleanup, CniError, Explained, GcRequest,
+    LogLine, Node, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -19,8 +19,9 @@ use tokio::task::JoinSet;
 
 use crate::choose::{Chooser, Decision};
 use crate::distrust;
+use crate::recent::recent;
 use crate::refused::{Reason, Refused};
-use crate::table::{Handle, PodReport};
+use crate::table::Handle;
 
 /// Characters of a plugin's complaint that are told.
 const MAX_MESSAGE: usize = 500;
@@ -154,43 +155,8 @@ impl Service {
     }
 }
 
-/// Bytes of pods, as JSON, in one answer: far below what a frame takes.
-const PAGE_BYTES: usize = 256 << 10;
-
-/// As many as fit, at least one.
-fn page(pods: impl Iterator<Item = PodSummary>) -> Vec<PodSummary> {
-    let mut bytes = 0;
-    let mut page = Vec::new();
-    for pod in pods {
-        bytes += serde_json::to_string(&pod).map_or(0, |text| text.len());
-        if bytes > PAGE_BYTES && !page.is_empty() {
-            break;
-        }
-        page.push(pod);
-    }
-    page
-}
-
-fn summary(report: PodReport) -> PodSummary {
-    PodSummary {
-        namespace: report.namespace,
-        pod: report.pod,
-        container_id: report.container_id,
-        tailnet: report.tailnet,
-        state: report.state.to_owned(),
-        reason: report.reason,
-        name: report.name,
-        addresses: report.addresses,
-        restarts: report.restarts,
-        handovers: report.handovers,
-        limits: report.limits.into_iter().map(str::to_owned).collect(),
-        sandbox: report.sandbox,
-        control_connected: report.control_connected,
-        home_derp: report.home_derp,
-        accept_routes: report.accept_routes,
-        exit_node: report.exit_node,
-        health: report.health,
-    }
+fn number(skip: u32) -> usize {
+    usize::try_from(skip).unwrap_or(usize::MAX)
 }
 
 impl Node for Service {
@@ -233,9 +199,43 @@ impl Node for Service {
         self.table.routing(pod).await
     }
 
-    async fn pods(self, _: Context, skip: u32) -> Vec<PodSummary> {
-        let skip = usize::try_from(skip).unwrap_or(usize::MAX);
-        page(self.table.list().await.pods.into_iter().skip(skip).map(summary))
+    async fn pods(self, _: Context, skip: u32, live: bool) -> Vec<PodSummary> {
+        self.table.pods(number(skip), live).await
+    }
+
+    async fn explain(self, _: Context, pod: PodSelector) -> Result<Explained, CniError> {
+        self.table.explain(pod).await
+    }
+
+    async fn peers(self, _: Context, pod: PodSelector, skip: u32) -> Result<Vec<PeerStatus>, CniError> {
+        self.table.peers(pod, number(skip)).await
+    }
+
+    async fn way(self, _: Context, pod: PodSelector, peer: String) -> Result<Way, CniError> {
+        self.table.way(pod, peer).await
+    }
+
+    async fn why(self, _: Context, pod: PodSelector, packet: Flow) -> Result<Verdict, CniError> {
+        self.table.why(pod, packet).await
+    }
+
+    async fn netcheck(self, _: Context, pod: PodSelector) -> Result<NetReport, CniError> {
+        self.table.netcheck(pod).await
+    }
+
+    async fn logs(self, _: Context, pod: PodSelector, after: u64) -> Vec<LogLine> {
+        match pod {
+            PodSelector::Pod { namespace, name } => recent().after(&namespace, &name, after),
+            PodSelector::Attachment(id) => {
+                let pods = self.table.list().await.pods;
+                let found = pods.iter().find(|pod| {
+                    pod.container_id == id.container_id
+                        && pod.ifname == id.ifname
+                        && pod.network == id.network
+                });
+                found.map(|pod| recent().after(&pod.namespace, &pod.pod, after)).unwrap_or_default()
+            }
+        }
     }
 
     async fn ping(
@@ -317,7 +317,7 @@ mod tests {
         let calls: Vec<_> = (0..3 * MAX_CALLS)
             .map(|_| {
                 let client = client.clone();
-                tokio::spawn(async move { client.pods(context::current(), 0).await })
+                tokio::spawn(async move { client.pods(context::current(), 0, false).await })
             })
             .collect();
         tokio::time::sleep(Duration::from_millis(200)).await;

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use podtether_proto::engine::PodRef;
-use podtether_proto::node::{AttachmentId, Choice, Routing};
+use podtether_proto::node::{AttachmentId, Choice, Routing, Timeline};
 use podtether_proto::secret::SecretKey;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -75,6 +75,9 @@ pub struct Attachment {
     /// What was decided about the pod.
     #[serde(default)]
     pub choice: Choice,
+    /// What became of it when.
+    #[serde(default)]
+    pub timeline: Timeline,
 }
 
 /// One identity: a device in a tailnet.

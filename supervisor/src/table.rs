@@ -5,9 +5,11 @@
 //! a task of its own. The table itself never waits, so no pod waits for another, and since nothing else
 //! touches its state there is no lock.
 
+mod asked;
 mod attach;
 mod check;
 mod choice;
+mod explain;
 mod guard;
 mod handover;
 mod identities;
@@ -20,6 +22,7 @@ mod renew;
 mod report;
 mod routing;
 mod steps;
+mod timeline;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -86,6 +89,7 @@ enum Message {
     Devices(oneshot::Sender<Vec<Device>>),
     Cleanup(bool, oneshot::Sender<Result<node::Cleanup, CniError>>),
     Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
+    Explain(PodSelector, explain::Asker),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
     Engine(AttachmentId, u64, Event),
@@ -374,6 +378,7 @@ impl Table {
             Message::Client(pod, reply) => {
                 let _ = reply.send(self.client(&pod));
             }
+            Message::Explain(pod, reply) => self.explain(&pod, reply),
             Message::List(reply) => {
                 let _ = reply.send(self.listing());
             }

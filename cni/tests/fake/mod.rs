@@ -8,10 +8,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use futures_util::StreamExt;
-use podtether_proto::engine::{PingKind, Pong};
+use podtether_proto::engine::{Flow, NetReport, PeerStatus, PingKind, Pong, Verdict, Way};
 use podtether_proto::node::{
-    AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, Choice, Cleanup, CniError, GcRequest,
-    Node, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version, code,
+    AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, Choice, Cleanup, CniError, Explained,
+    GcRequest, LogLine, Node, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -198,16 +198,40 @@ impl Node for Service {
         Err(CniError { code: code::IO, msg, details: String::new() })
     }
 
-    async fn pods(self, _: Context, _: u32) -> Vec<PodSummary> {
+    async fn pods(self, _: Context, _: u32, _: bool) -> Vec<PodSummary> {
         Vec::new()
     }
 
     async fn ping(self, _: Context, _: PodSelector, _: String, _: PingKind) -> Result<Pong, CniError> {
-        Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
+        Err(no_pods())
+    }
+
+    async fn explain(self, _: Context, _: PodSelector) -> Result<Explained, CniError> {
+        Err(no_pods())
+    }
+
+    async fn peers(self, _: Context, _: PodSelector, _: u32) -> Result<Vec<PeerStatus>, CniError> {
+        Err(no_pods())
+    }
+
+    async fn way(self, _: Context, _: PodSelector, _: String) -> Result<Way, CniError> {
+        Err(no_pods())
+    }
+
+    async fn why(self, _: Context, _: PodSelector, _: Flow) -> Result<Verdict, CniError> {
+        Err(no_pods())
+    }
+
+    async fn netcheck(self, _: Context, _: PodSelector) -> Result<NetReport, CniError> {
+        Err(no_pods())
+    }
+
+    async fn logs(self, _: Context, _: PodSelector, _: u64) -> Vec<LogLine> {
+        Vec::new()
     }
 
     async fn renew(self, _: Context, _: PodSelector, _: Renewal) -> Result<Renewed, CniError> {
-        Err(CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() })
+        Err(no_pods())
     }
 
     async fn misread(self, _: Context, error: CniError) {
@@ -220,6 +244,10 @@ impl Node for Service {
         }
         self.script.version
     }
+}
+
+fn no_pods() -> CniError {
+    CniError { code: code::UNKNOWN_CONTAINER, msg: "no pods here".into(), details: String::new() }
 }
 
 /// What a pod gets.

@@ -347,7 +347,7 @@ impl Shell {
         let settled = self.traffic.wait_answered(&[victim], Instant::now(), REPLIES, EVENT_LIMIT);
         anyhow::ensure!(settled, "pod-{victim} does not answer before its engine is replaced");
         let begun = Instant::now();
-        self.world.home.operate(&["restart", "--engine", &self.world.pods[victim].name])?;
+        self.world.home.operate(&["restart", &self.world.pods[victim].name])?;
         Ok(Outcome { figure: self.silence(victim, begun, Instant::now()), ..Outcome::default() })
     }
 

@@ -407,7 +407,7 @@ mod tests {
 
     fn programs() -> Programs {
         let none = || PathBuf::from("/nonexistent");
-        Programs { supervisor: none(), engine: none(), cni: none() }
+        Programs { supervisor: none(), engine: none(), tool: none(), cni: none() }
     }
 
     #[test]

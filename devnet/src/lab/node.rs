@@ -301,12 +301,12 @@ impl Node {
     /// # Errors
     /// What it printed as an error.
     pub fn operate(&self, arguments: &[&str]) -> Result<String> {
-        let program = &self.programs.supervisor;
+        let program = &self.programs.tool;
         let output = Command::new(program).args(arguments).arg("--socket").arg(self.socket()).output();
         let output = output.with_context(|| format!("start {}", program.display()))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
-            bail!("podtether-supervisor {}: {}", arguments.join(" "), said.trim());
+            bail!("podtether {}: {}", arguments.join(" "), said.trim());
         }
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }

@@ -14,6 +14,8 @@ pub struct Programs {
     pub supervisor: PathBuf,
     /// `podtether-engine`.
     pub engine: PathBuf,
+    /// `podtether`.
+    pub tool: PathBuf,
     /// `podtether-cni`.
     pub cni: PathBuf,
 }
@@ -39,6 +41,7 @@ impl Programs {
         Ok(Self {
             supervisor: find("podtether-supervisor")?,
             engine: find("podtether-engine")?,
+            tool: find("podtether")?,
             cni: find("podtether-cni")?,
         })
     }

@@ -89,7 +89,7 @@ fn direct_peers_lose_nothing_at_a_planned_restart() {
         for _ in 0..ROUNDS {
             let pid = engine_pid(&rig.nodes[0], "near");
             let round = gaps(&pings, || {
-                let restarted = json(&rig.nodes[0], &["restart", "--engine", "near"]);
+                let restarted = json(&rig.nodes[0], &["restart", "near"]);
                 unread.push(Duration::from_micros(restarted[0]["gapUs"].as_u64().unwrap()));
             });
             assert_ne!(engine_pid(&rig.nodes[0], "near"), pid);
@@ -116,7 +116,7 @@ fn direct_peers_lose_nothing_at_a_planned_restart() {
             .map(|(_, _, address)| Pinging::start(&near.netns, *address, INTERVAL, None).unwrap())
             .collect();
         let crash = gaps(&pings, || {
-            json(&rig.nodes[0], &["restart", "--engine", "near", "--kill"]);
+            json(&rig.nodes[0], &["restart", "near", "--kill"]);
         });
         println!("the same with --kill: {:?}", crash.iter().map(|(busy, _)| *busy).collect::<Vec<_>>());
         drop(pings);
@@ -136,7 +136,7 @@ fn direct_peers_lose_nothing_at_a_planned_restart() {
                 .map(|(ns, at)| Transfer::start(ns, at, BYTES, Duration::ZERO).unwrap());
             for part in 1..4 {
                 wait_for("part of the transfer", || (transfers[0].sent() >= BYTES / 4 * part).then_some(()));
-                json(&rig.nodes[0], &["restart", "--engine", "near"]);
+                json(&rig.nodes[0], &["restart", "near"]);
             }
             for transfer in transfers {
                 let report = transfer.finish().unwrap();
@@ -162,7 +162,7 @@ fn a_peer_by_relay_alone_does_not_wait_for_a_dial() {
         let mut both = [Vec::new(), Vec::new()];
         for _ in 0..ROUNDS {
             let round = gaps(&pings, || {
-                json(&rig.nodes[0], &["restart", "--engine", "near"]);
+                json(&rig.nodes[0], &["restart", "near"]);
             });
             for ((busy, _), all) in round.into_iter().zip(&mut both) {
                 all.push(busy);
@@ -178,7 +178,7 @@ fn a_peer_by_relay_alone_does_not_wait_for_a_dial() {
         }
         let pings = [Pinging::start(&near.netns, far.v4().unwrap(), INTERVAL, None).unwrap()];
         let crash = gaps(&pings, || {
-            json(&rig.nodes[0], &["restart", "--engine", "near", "--kill"]);
+            json(&rig.nodes[0], &["restart", "near", "--kill"]);
         });
         println!("the same with --kill: {:?}", crash[0].0);
     });

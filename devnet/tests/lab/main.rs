@@ -18,6 +18,7 @@ mod routes;
 mod rules;
 mod stock;
 mod tailnets;
+mod tool;
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};

@@ -12,15 +12,15 @@ use crate::{Rig, lab_test, wait_for, wait_reachable};
 
 /// Whether it succeeded, and what it said where.
 fn operate(node: &Node, arguments: &[&str]) -> (bool, String, String) {
-    let program = Programs::find(Path::new(env!("CARGO_BIN_EXE_podtether-devnet"))).unwrap().supervisor;
+    let program = Programs::find(Path::new(env!("CARGO_BIN_EXE_podtether-devnet"))).unwrap().tool;
     let output = Command::new(program).args(arguments).arg("--socket").arg(node.socket()).output().unwrap();
     let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    println!("$ podtether-supervisor {}\n{out}{err}", arguments.join(" "));
+    println!("$ podtether {}\n{out}{err}", arguments.join(" "));
     (output.status.success(), out, err)
 }
 
 pub(crate) fn json(node: &Node, arguments: &[&str]) -> Value {
-    let (success, out, err) = operate(node, &[arguments, &["--json"]].concat());
+    let (success, out, err) = operate(node, &[arguments, &["-o", "json"]].concat());
     assert!(success && err.is_empty(), "{err}");
     serde_json::from_str(&out).unwrap()
 }
@@ -29,23 +29,27 @@ pub(crate) fn json(node: &Node, arguments: &[&str]) -> Value {
 fn a_person_lists_pods_changes_their_routing_and_pings_their_peers() {
     lab_test("operator::a_person_lists_pods_changes_their_routing_and_pings_their_peers", |dir| {
         let mut rig = Rig::start(dir, 1, DevnetConfig::default());
-        assert_eq!(json(&rig.nodes[0], &["pods"]), serde_json::json!([]));
+        assert_eq!(json(&rig.nodes[0], &["status"])["pods"], serde_json::json!([]));
         let pods = rig.join(&[(0, "one"), (0, "two")]);
         let node = &rig.nodes[0];
         wait_reachable(&pods[0], pods[1].v4().unwrap());
         let two = format!("two.{}", rig.devnet.base_domain());
 
-        let listed = json(node, &["pods"]);
+        let listed = json(node, &["status"])["pods"].clone();
         let names: Vec<&str> =
             listed.as_array().unwrap().iter().map(|p| p["pod"].as_str().unwrap()).collect();
         assert_eq!(names, ["one", "two"]);
         assert!(listed[1]["state"] == "running" && listed[1]["name"] == two.as_str(), "{listed}");
-        let (success, table, _) = operate(node, &["pods"]);
+        let (success, table, _) = operate(node, &["status"]);
         let line = table.lines().find(|line| line.starts_with("default/two ")).unwrap();
-        assert!(success && line.contains("running") && line.contains(&two), "{table}");
+        assert!(
+            success && line.contains("running") && line.contains(&pods[1].v4().unwrap().to_string()),
+            "{table}"
+        );
+        assert!(table.ends_with("2 pods: 2 joined, 0 pending, 0 failed\n"), "{table}");
 
         for (peer, kind) in [("two", "disco"), (&two, "tsmp"), (&pods[1].v4().unwrap().to_string(), "icmp")] {
-            let pongs = json(node, &["ping", "one", peer, "--kind", kind, "-c", "2"]);
+            let pongs = json(node, &["ping", "one", peer, "--kind", kind, "-c", "2"])["pongs"].clone();
             assert_eq!(pongs.as_array().unwrap().len(), 2);
             assert!(pongs[0]["kind"] == kind && pongs[0]["name"] == two.as_str(), "{pongs}");
             assert!(pongs[1]["latencyUs"].as_u64().unwrap() < 5_000_000, "{pongs}");
@@ -73,14 +77,14 @@ fn a_person_lists_pods_changes_their_routing_and_pings_their_peers() {
             (&["routing", "one", "--exit-node", "a b"], "pod default/one"),
         ] {
             let (success, out, err) = operate(node, arguments);
-            assert!(!success && out.is_empty() && err.starts_with("podtether-supervisor: "), "{arguments:?}");
+            assert!(!success && out.is_empty() && err.starts_with("podtether: "), "{arguments:?}");
             assert!(err.contains(says), "{arguments:?}: {err}");
         }
         // New engines, one after another, while packets flow; the pod is the one it was.
         let before: Vec<Value> = ["one", "two"].map(|pod| rig.nodes[0].pod_report(pod).unwrap()).into();
-        let restarted = json(&rig.nodes[0], &["restart", "--engine", "one"]);
+        let restarted = json(&rig.nodes[0], &["restart", "one"]);
         assert!(restarted[0]["pod"] == "one" && restarted[0]["pid"] != before[0]["enginePid"], "{restarted}");
-        let (success, text, err) = operate(&rig.nodes[0], &["restart", "--engine", "--all", "--pause", "0"]);
+        let (success, text, err) = operate(&rig.nodes[0], &["restart", "--all", "--pause", "0"]);
         assert!(
             success && text.lines().count() == 2 && text.contains("default/two: new engine"),
             "{text}{err}"
@@ -93,13 +97,13 @@ fn a_person_lists_pods_changes_their_routing_and_pings_their_peers() {
             }
         }
         wait_reachable(&pods[0], pods[1].v4().unwrap());
-        let (success, _, err) = operate(&rig.nodes[0], &["restart", "--engine", "three"]);
+        let (success, _, err) = operate(&rig.nodes[0], &["restart", "three"]);
         assert!(!success && err.contains("no pod default/three has joined here"), "{err}");
-        let (success, _, _) = operate(&rig.nodes[0], &["restart", "--engine"]);
+        let (success, _, _) = operate(&rig.nodes[0], &["restart"]);
         assert!(!success, "which one?");
 
         rig.nodes[0].kill_supervisor().unwrap();
-        let (success, _, err) = operate(&rig.nodes[0], &["pods"]);
+        let (success, _, err) = operate(&rig.nodes[0], &["status"]);
         assert!(!success && err.contains("no supervisor answers at") && err.contains("--socket"), "{err}");
     });
 }

@@ -42,8 +42,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 pub use api::{
-    Config, ControlEvent, Counters, DerpEvent, DropReason, Event, Gauges, HostUpdate, PathView, PeerList,
-    PeerView, RoutesView, SelfView, Status,
+    Config, ControlEvent, Counters, DerpEvent, DropReason, EndpointView, Event, Gauges, HostUpdate, NetView,
+    PathView, PeerList, PeerView, RegionView, RoutesView, SelfView, Status, WayView,
 };
 
 pub use ping::{ControlAnswer, PingError, PingId, PingKind, PingReply, PingResult};

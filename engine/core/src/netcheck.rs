@@ -250,6 +250,11 @@ impl Netcheck {
         self.mapped_v4.is_some() || self.mapped_v6.is_some()
     }
 
+    /// When the last round of measurements began.
+    pub(crate) fn last_round(&self) -> Option<Instant> {
+        self.last_round
+    }
+
     /// Last measured latencies: region, IPv4, IPv6.
     pub(crate) fn latencies(&self) -> impl Iterator<Item = (RegionId, Option<Duration>, Option<Duration>)> {
         self.regions.iter().map(|(id, r)| (*id, r.latency.or(r.latency_https), r.latency_v6))

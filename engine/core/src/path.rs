@@ -295,6 +295,12 @@ impl PathAgent {
         self.best.filter(|b| !self.doubt && now < b.trusted_until).map(|b| (b.addr, b.latency))
     }
 
+    /// Where the peer may be, each with how long ago it was asked.
+    pub(crate) fn candidates(&self, now: Instant) -> impl Iterator<Item = (SocketAddr, Option<Duration>)> {
+        let age = move |at: Instant| now.saturating_duration_since(at);
+        self.candidates.iter().map(move |c| (c.addr, c.last_ping.map(age)))
+    }
+
     /// The best address, trusted or not.
     pub(crate) fn best(&self) -> Option<SocketAddr> {
         self.best.map(|b| b.addr)

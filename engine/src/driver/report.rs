@@ -7,8 +7,8 @@ use podtether_core::dns;
 use podtether_core::engine::{self as core, PathView, PeerView, SelfView, Status};
 use podtether_core::health::{HealthMessage as Health, Severity};
 use podtether_proto::engine::{
-    Decision, EngineMetrics, Flow, HealthMessage, NodeState, PathStatus, PeerStatus, PingKind, Pong,
-    SelfNode, Verdict,
+    Decision, EngineMetrics, Flow, HealthMessage, NetRegion, NetReport, NodeState, PathStatus, PeerStatus,
+    PingKind, Pong, SelfNode, Verdict, Way, WayEndpoint,
 };
 
 use super::Driver;
@@ -46,6 +46,18 @@ impl Driver {
                 status.health.push(health(&lost));
             }
             status.node = core.node.map(self_node);
+            let so_far = || Some(micros(self.started.elapsed()));
+            let reached = [
+                (
+                    matches!(self.membership, Membership::Registered { .. }),
+                    &mut status.milestones.registered_us,
+                ),
+                (core.running, &mut status.milestones.netmap_us),
+                (self.engine.counters().handshakes > 0, &mut status.milestones.handshake_us),
+            ];
+            for (_, at) in reached.into_iter().filter(|(is, at)| *is && at.is_none()) {
+                *at = so_far();
+            }
             // Thousands, perhaps.
             if status.routes_version != self.engine.routes_version() {
                 let routes = self.engine.routes();
@@ -141,6 +153,47 @@ impl Driver {
         let bad = self.engine.counters().drops().filter(|(why, _)| why.is_bad_input());
         let bad = bad.map(|(why, n)| (why.name(), n)).chain(self.engine.dns_counts());
         bad.chain(crate::refused::named()).chain(odd_map(self.engine.counters()))
+    }
+
+    pub(super) fn way(&self, peer: &str, now: Instant) -> Option<Way> {
+        let ip = peer.parse().ok().or_else(|| self.engine.find_peer(peer))?;
+        let view = self.engine.way(ip, now)?;
+        let endpoint = |seen: core::EndpointView| WayEndpoint {
+            endpoint: seen.address,
+            asked_ms_ago: seen.asked_age.map(millis),
+            reachable: seen.reachable,
+        };
+        Some(Way {
+            name: view.peer.name,
+            addresses: view.peer.addresses,
+            path: path(view.peer.path),
+            home_derp: view.home.0,
+            online: view.online,
+            handshake_age_ms: view.peer.handshake_age.map(millis),
+            endpoints: view.endpoints.into_iter().map(endpoint).collect(),
+            obstacle: view.obstacle.map(|why| why.name().to_owned()),
+        })
+    }
+
+    pub(super) fn netcheck(&self, now: Instant) -> NetReport {
+        let view = self.engine.net_view(now);
+        let region = |seen: core::RegionView| NetRegion {
+            id: seen.id.0,
+            code: seen.code,
+            name: seen.name,
+            latency_us: seen.latency.map(micros),
+            connected: seen.connected,
+        };
+        NetReport {
+            udp: view.udp,
+            mapped_v4: view.mapped[0],
+            mapped_v6: view.mapped[1],
+            mapping_varies: view.mapping_varies,
+            endpoints: view.endpoints,
+            home_derp: view.home.0,
+            regions: view.regions.into_iter().map(region).collect(),
+            age_ms: view.age.map(millis),
+        }
     }
 
     pub(super) fn peers(&self, now: Instant) -> Vec<PeerStatus> {

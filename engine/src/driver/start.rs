@@ -192,6 +192,8 @@ impl Checked {
             snapshot_piece: Vec::new(),
             membership: Membership::Connecting,
             pings: std::collections::HashMap::new(),
+            started: Instant::now(),
+            greeted: false,
             refused: crate::refused::Lines::default(),
             trouble: String::new(),
             logging_out: None,

@@ -197,7 +197,12 @@ async fn full_size(pod: &Pod, from: IpAddr, to: SocketAddr) {
 }
 
 fn scenario(dir: &Path, daemon: &Path, client: &Path) {
-    let programs = Programs { supervisor: PathBuf::new(), engine: ENGINE.into(), cni: PathBuf::new() };
+    let programs = Programs {
+        supervisor: PathBuf::new(),
+        engine: ENGINE.into(),
+        tool: PathBuf::new(),
+        cni: PathBuf::new(),
+    };
     let mut lab = Lab::new(dir, programs).unwrap();
     let (devnet, _) = lab.start_devnet(DevnetConfig::default()).unwrap();
     let nodes = ["ours", "theirs"].map(|name| lab.add_node(name).unwrap());

@@ -45,7 +45,12 @@ async fn path(pod: &Pod, to: IpAddr) -> PathStatus {
 }
 
 pub(super) fn scenario(dir: &Path, daemon: &Path, client: &Path) {
-    let programs = Programs { supervisor: PathBuf::new(), engine: ENGINE.into(), cni: PathBuf::new() };
+    let programs = Programs {
+        supervisor: PathBuf::new(),
+        engine: ENGINE.into(),
+        tool: PathBuf::new(),
+        cni: PathBuf::new(),
+    };
     let mut lab = Lab::new(dir, programs).unwrap();
     let (devnet, _) = lab.start_devnet(DevnetConfig::default()).unwrap();
     let theirs = KINDS.map(|(name, nat)| (name, nat, behind(&mut lab, "theirs", name, nat)));

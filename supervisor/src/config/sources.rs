@@ -29,7 +29,6 @@ pub fn arguments() -> clap::Command {
     let mut command = clap::Command::new("podtether-supervisor")
         .about("Gives the pods of a node their own tailnet identities")
         .version(env!("CARGO_PKG_VERSION"))
-        .subcommands(crate::operator::commands())
         .arg(
             clap::Arg::new("config")
                 .long("config")

@@ -56,7 +56,7 @@ impl Http {
 }
 
 /// A client that trusts the public roots and those in `pem`.
-fn client(pem: &str) -> Result<reqwest::Client, String> {
+pub(crate) fn client(pem: &str) -> Result<reqwest::Client, String> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()

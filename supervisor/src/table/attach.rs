@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use podtether_proto::engine::{NodeState, PodRef};
-use podtether_proto::node::{AddRequest, Attached, AttachmentId, CniError, code};
+use podtether_proto::node::{AddRequest, Attached, AttachmentId, CniError, Timeline, code};
 
 use super::identities::Identity;
 use super::pod::{Adder, Join, Pod, Waiting};
@@ -155,8 +155,11 @@ impl Table {
             primary: request.primary.clone(),
             unhurried: !choice.required,
             choice: told,
+            timeline: Timeline::default(),
         };
-        Ok(Pod { had_device, ..Pod::new(record, key, false) })
+        let mut pod = Pod { had_device, ..Pod::new(record, key, false) };
+        pod.record.timeline = pod.clock.begin(Instant::now());
+        Ok(pod)
     }
 
     fn free_slot(&self) -> u32 {
@@ -242,6 +245,7 @@ impl Table {
         let Some(pod) = self.pods.get_mut(id) else { return };
         let Some(join) = pod.join.take() else { return };
         let Some(attached) = pod.attached() else { return };
+        pod.reached("answered");
         if !pod.adders.is_empty() && pod.adders.iter().all(Adder::is_closed) {
             // The runtime has given up, so it will never learn of this interface.
             let msg = format!("{}: who asked for it has gone", pod_name(&pod.record.pod));

@@ -185,6 +185,7 @@ impl Table {
         let memory_kills = self.context.cgroups.memory_kills(&pod.record.id);
         let holds = self.context.cgroups.holds(&pod.record.id, pid);
         let interception = names.interception_with(&pod.record);
+        pod.clock.set_engine(None);
         pod.engine = Some(Running {
             epoch,
             process: Arc::clone(&process),

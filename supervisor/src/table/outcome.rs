@@ -26,6 +26,7 @@ impl Table {
                 pod.saved = attachment;
                 identity.saved = identity.saved.max(record);
                 pod.failures = 0;
+                pod.reached("saved");
             }
             Outcome::Saved(Err(e)) => {
                 let what = format!("{}: {e}", pod_name(&pod.record.pod));
@@ -33,6 +34,7 @@ impl Table {
             }
             Outcome::Built(Ok(fds)) => {
                 pod.failures = 0;
+                pod.reached("link");
                 pod.taken = None;
                 pod.link = Link::Up;
                 pod.underlay = fds.underlay.clone();
@@ -62,6 +64,7 @@ impl Table {
             }
             Outcome::Minted(Ok(key)) => {
                 pod.failures = 0;
+                pod.reached("key");
                 pod.key = Some((key, Instant::now()));
             }
             Outcome::Minted(Err(e)) => {
@@ -82,6 +85,7 @@ impl Table {
             }
             Outcome::Configured(wanted, Ok(made)) => {
                 pod.failures = 0;
+                pod.reached("configured");
                 if pod.record.addresses != made.addresses {
                     pod.record.addresses.clone_from(&made.addresses);
                     pod.changed();

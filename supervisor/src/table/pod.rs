@@ -16,6 +16,7 @@ use super::handover::Handover;
 use super::identities::Identity;
 use super::renew::Renewal;
 use super::routing::Router;
+use super::timeline::Clock;
 use crate::cgroup::Hold;
 use crate::choose::Choice;
 use crate::context::MTU;
@@ -161,6 +162,7 @@ pub(super) type Leaver = oneshot::Sender<Result<(), CniError>>;
 #[derive(Debug)]
 pub(super) struct Pod {
     pub(super) record: record::Attachment,
+    pub(super) clock: Clock,
     /// Grows with every change of the record; what the disk has is `saved`.
     pub(super) version: u64,
     pub(super) saved: u64,
@@ -244,6 +246,7 @@ impl Pod {
     pub(super) fn new(record: record::Attachment, identity: IdentityKey, saved: bool) -> Pod {
         Pod {
             record,
+            clock: Clock::default(),
             version: 1,
             saved: u64::from(saved),
             identity,

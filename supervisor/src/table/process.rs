@@ -248,6 +248,8 @@ impl Table {
                     let build = hello.build;
                     tracing::info!(namespace, pod = name, pid, build, ready_us, "engine started");
                 }
+                pod.reached("engine");
+                pod.clock.set_engine(Some(Instant::now()));
                 if let Some(interception) = interception {
                     self.intercept(id, epoch, pid, interception);
                 }
@@ -304,6 +306,7 @@ impl Table {
         if pod.logout_tried {
             return;
         }
+        pod.engine_reached(status.milestones);
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return };
         if let NodeState::Connecting { reason } = &status.state {
             pod.reason.clone_from(reason);

@@ -46,6 +46,10 @@ pub struct PodReport {
     pub engine_pid: Option<u32>,
     /// How often the engine has run since it began, where the kernel counts that. Asking does not wake it.
     pub engine_runs: Option<u64>,
+    /// Processor time that the engine has used, microseconds.
+    pub engine_cpu_us: Option<u64>,
+    /// Milliseconds since the epoch of its ADD, 0 when unknown.
+    pub added_unix_ms: u64,
     /// Engine restarts since the supervisor started.
     pub restarts: u64,
     /// How the engine before ended, absent while none has.
@@ -110,6 +114,7 @@ impl Table {
         for pod in pods {
             let status = pod.engine.as_ref().and_then(|e| e.status.as_ref());
             let node = status.and_then(|s| s.node.as_ref());
+            let used = pod.engine.as_ref().and_then(|e| e.process.used().ok());
             let known = self.known_addresses(&pod.identity);
             listing.pods.push(PodReport {
                 uid: pod.record.pod.uid.clone(),
@@ -121,7 +126,9 @@ impl Table {
                 state: pod.state(now),
                 reason: pod.reason.clone(),
                 engine_pid: pod.engine.as_ref().map(|e| e.process.pid()),
-                engine_runs: pod.engine.as_ref().and_then(|e| e.process.runs()),
+                engine_runs: used.map(|used| used.times).filter(|times| *times > 0),
+                engine_cpu_us: used.map(|used| u64::try_from(used.ran.as_micros()).unwrap_or(u64::MAX)),
+                added_unix_ms: pod.record.timeline.added_unix_ms,
                 restarts: pod.restarts,
                 last_exit: pod.last_exit.as_ref().map(|exit| LastExit {
                     kind: exit.kind,

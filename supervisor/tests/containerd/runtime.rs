@@ -179,7 +179,8 @@ impl Runtime {
     /// As [`Runtime::import_image`], for a namespace of the runtime's.
     pub(crate) fn import_supervisor(&self, namespace: &str) {
         let supervisor = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
-        self.import(namespace, IMAGE, &[supervisor, &supervisor.with_file_name("podtether-engine")], "");
+        let beside = |name: &str| supervisor.with_file_name(name);
+        self.import(namespace, IMAGE, &[supervisor, &beside("podtether-engine"), &beside("podtether")], "");
     }
 
     /// What pods run.

@@ -122,6 +122,7 @@ impl Engine for Standin {
             key_expiry_unix_s: None,
         };
         EngineStatus {
+            milestones: Default::default(),
             seq: 1,
             state: NodeState::Running,
             control_connected: true,
@@ -148,6 +149,14 @@ impl Engine for Standin {
 
     async fn peers(self, _: Context) -> Vec<PeerStatus> {
         Vec::new()
+    }
+
+    async fn way(self, _: Context, _: String) -> Result<Way, String> {
+        Err("a stand-in".into())
+    }
+
+    async fn netcheck(self, _: Context) -> NetReport {
+        NetReport::default()
     }
 
     async fn why(self, _: Context, _: Flow) -> Result<Verdict, String> {

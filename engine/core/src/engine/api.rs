@@ -231,6 +231,66 @@ pub struct PeerView {
     pub rx_bytes: u64,
 }
 
+/// The way to one peer, for people.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WayView {
+    /// The peer.
+    pub peer: PeerView,
+    /// Its home region.
+    pub home: RegionId,
+    /// Whether control thinks it is online.
+    pub online: Option<bool>,
+    /// Where it may be reached without a relay.
+    pub endpoints: Vec<EndpointView>,
+    /// What keeps packets from being exchanged with it at all.
+    pub obstacle: Option<DropReason>,
+}
+
+/// An address of a peer's on the underlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EndpointView {
+    /// Where.
+    pub address: SocketAddr,
+    /// Since it was last asked.
+    pub asked_age: Option<Duration>,
+    /// Whether there is a socket of its family.
+    pub reachable: bool,
+}
+
+/// What the network looks like from here, for people.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct NetView {
+    /// Whether a STUN server answered in the last round.
+    pub udp: bool,
+    /// Our address as STUN servers see it, over IPv4 and IPv6.
+    pub mapped: [Option<SocketAddr>; 2],
+    /// Whether the NAT gives a new port for each destination.
+    pub mapping_varies: Option<bool>,
+    /// What peers are told.
+    pub endpoints: Vec<SocketAddr>,
+    /// Home region.
+    pub home: RegionId,
+    /// Relay regions, nearest first.
+    pub regions: Vec<RegionView>,
+    /// Since the last round of measurements began.
+    pub age: Option<Duration>,
+}
+
+/// A relay region.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RegionView {
+    /// Its number.
+    pub id: RegionId,
+    /// Short name.
+    pub code: String,
+    /// Long name.
+    pub name: String,
+    /// Best round trip.
+    pub latency: Option<Duration>,
+    /// Whether a connection to it is up.
+    pub connected: bool,
+}
+
 macro_rules! drop_reasons {
     ($(#[doc = $doc:literal] $name:ident = $text:literal,)*) => {
         /// Why a packet was dropped. A bounded set: these become metric labels.

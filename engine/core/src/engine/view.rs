@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::*;
 use crate::health::{HealthMessage, Severity};
+use crate::peer::Peer;
 use crate::tailcfg::ControlDialPlan;
 
 impl Engine {
@@ -79,23 +80,76 @@ impl Engine {
     /// One entry per peer.
     #[must_use]
     pub fn peers(&self, now: Instant) -> Vec<PeerView> {
-        let view = |(_, peer): (Slot, &crate::peer::Peer)| {
-            let active = peer.active.as_deref();
-            let age = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
-            PeerView {
-                id: peer.id,
-                key: peer.key,
-                name: peer.facts.called(),
-                addresses: peer.facts.addresses().map(|net| net.addr()).collect(),
-                path: active.map_or(PathView::Idle, |a| self.path_view(a, peer.home, now)),
-                handshake_age: age(active.and_then(|a| a.tunnel.established())),
-                last_tx_age: age(active.and_then(|a| a.last_tx)),
-                last_rx_age: age(active.and_then(|a| a.last_rx)),
-                tx_bytes: active.map_or(0, |a| a.tx_bytes),
-                rx_bytes: active.map_or(0, |a| a.rx_bytes),
-            }
+        self.peers.iter().map(|(_, peer)| self.peer_view(peer, now)).collect()
+    }
+
+    fn peer_view(&self, peer: &Peer, now: Instant) -> PeerView {
+        let active = peer.active.as_deref();
+        let age = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
+        PeerView {
+            id: peer.id,
+            key: peer.key,
+            name: peer.facts.called(),
+            addresses: peer.facts.addresses().map(|net| net.addr()).collect(),
+            path: active.map_or(PathView::Idle, |a| self.path_view(a, peer.home, now)),
+            handshake_age: age(active.and_then(|a| a.tunnel.established())),
+            last_tx_age: age(active.and_then(|a| a.last_tx)),
+            last_rx_age: age(active.and_then(|a| a.last_rx)),
+            tx_bytes: active.map_or(0, |a| a.tx_bytes),
+            rx_bytes: active.map_or(0, |a| a.rx_bytes),
+        }
+    }
+
+    /// Everything known of the way to the peer that has this address.
+    #[must_use]
+    pub fn way(&self, ip: IpAddr, now: Instant) -> Option<WayView> {
+        let slot = self.peers.by_ip(ip)?;
+        let peer = self.peers.get(slot)?;
+        let view = |(address, asked_age)| EndpointView {
+            address,
+            asked_age,
+            reachable: if address.is_ipv4() { self.underlay.v4() } else { self.underlay.v6() },
         };
-        self.peers.iter().map(view).collect()
+        let endpoints = match peer.active.as_deref() {
+            Some(active) => active.path.candidates(now).map(view).collect(),
+            None => peer.facts.endpoints().map(|address| view((address, None))).collect(),
+        };
+        Some(WayView {
+            peer: self.peer_view(peer, now),
+            home: peer.home,
+            online: peer.online,
+            endpoints,
+            obstacle: self.obstacle(slot, now),
+        })
+    }
+
+    /// What the network looks like from here, as last measured.
+    #[must_use]
+    pub fn net_view(&self, now: Instant) -> NetView {
+        let mut regions: Vec<RegionView> = self
+            .netcheck
+            .latencies()
+            .map(|(id, v4, v6)| {
+                let region = self.netmap.derp_map().region(id);
+                RegionView {
+                    id,
+                    code: region.map(|r| r.region_code.clone()).unwrap_or_default(),
+                    name: region.map(|r| r.region_name.clone()).unwrap_or_default(),
+                    latency: [v4, v6].into_iter().flatten().min(),
+                    connected: self.relays.is_connected(id),
+                }
+            })
+            .collect();
+        regions.sort_by_key(|region| (region.latency.unwrap_or(Duration::MAX), region.id));
+        NetView {
+            udp: self.netcheck.udp_works(),
+            mapped: self.netcheck.mapped(),
+            mapping_varies: self.netcheck.mapping_varies(),
+            endpoints: self.endpoints.iter().map(|(address, _)| *address).collect(),
+            home: self.relays.home(),
+            regions,
+            age: self.netcheck.last_round().map(|at| now.saturating_duration_since(at)),
+        }
     }
 
     pub(super) fn path_view(&self, active: &Active, home: RegionId, now: Instant) -> PathView {

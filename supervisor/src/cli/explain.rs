@@ -1,0 +1,177 @@
+//! `explain`: how a pod came to be what it is: when, and by which rules.
+
+use std::fmt::Write as _;
+
+use clap::{ArgMatches, Command};
+use podtether_proto::node::{Explained, NodeClient, PodSummary, Timeline};
+use serde::Serialize;
+
+use super::call::{self, READ_WITHIN, answered, named, selector};
+use super::status::{node_name, now_ms};
+use super::text::{Look, Paint, Table, fixed, flexible, paragraph, time, utc};
+use super::{Exit, Output, Screen, output, output_arg, pod_arg, status, text_of, to_json};
+use crate::engine::within;
+
+pub(super) fn command() -> Command {
+    Command::new("explain")
+        .about("Tell how a pod came to be what it is: from CNI ADD to the first handshake, and which rule gave each setting")
+        .arg(pod_arg())
+        .arg(output_arg(false))
+}
+
+/// What `-o json` prints.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Explanation {
+    pub(super) pod: Option<PodSummary>,
+    #[serde(flatten)]
+    pub(super) explained: Explained,
+}
+
+pub(super) async fn run(
+    client: &NodeClient,
+    matches: &ArgMatches,
+    screen: &mut Screen<'_>,
+) -> Result<Exit, String> {
+    let wanted = text_of(matches, "pod");
+    let explained = answered(client.explain(within(READ_WITHIN), selector(&wanted)).await)?;
+    let (namespace, name) = named(&wanted);
+    let pods = call::pods(client, true).await?;
+    let pod = pods.into_iter().find(|pod| pod.namespace == namespace && pod.pod == name);
+    let explanation = Explanation { pod, explained };
+    screen.print(&match output(matches) {
+        Output::Json => to_json(&explanation)?,
+        Output::Text | Output::Wide => text(&explanation, &node_name(), now_ms(), screen.look),
+    });
+    Ok(Exit::Done)
+}
+
+/// What a milestone is called for people.
+fn step(what: &str) -> &str {
+    match what {
+        "saved" => "records on disk",
+        "link" => "interfaces and sockets made",
+        "key" => "auth key minted",
+        "engine" => "engine started, in its sandbox",
+        "registered" => "registered with control",
+        "netmap" => "netmap in force, addresses known",
+        "configured" => "ts0 configured",
+        "answered" => "CNI ADD answered",
+        "handshake" => "first WireGuard handshake",
+        other => other,
+    }
+}
+
+pub(super) fn text(explanation: &Explanation, node: &str, now_ms: u64, look: Look) -> String {
+    let mut text = String::new();
+    if let Some(pod) = &explanation.pod {
+        status::block(&mut text, pod, node, now_ms, look);
+    }
+    let Explained { timeline: line, settings, last_exit } = &explanation.explained;
+    text.push_str(&timeline(line, look));
+    if !settings.is_empty() {
+        let mut table = Table::new(vec![fixed("SETTING"), flexible("VALUE", 20), flexible("GIVEN BY", 20)]);
+        for setting in settings {
+            table.row(vec![
+                setting.name.as_str().into(),
+                setting.value.as_str().into(),
+                setting.source.as_str().into(),
+            ]);
+        }
+        let _ = write!(text, "\n{}", table.render(look));
+    }
+    if !last_exit.is_empty() {
+        text.push('\n');
+        text.push_str(&paragraph("its engine ended ", last_exit));
+    }
+    text
+}
+
+fn timeline(timeline: &Timeline, look: Look) -> String {
+    if timeline.added_unix_ms == 0 {
+        return "no timeline: the pod was added by an earlier build\n".to_owned();
+    }
+    let mut milestones = timeline.milestones.clone();
+    milestones.sort_by_key(|milestone| milestone.after_us);
+    let mut table = Table::new(vec![fixed("AFTER"), flexible("STEP", 20), fixed("TOOK")]);
+    let added = format!("CNI ADD at {} UTC", utc(timeline.added_unix_ms / 1000));
+    table.row(vec!["0".into(), added.into(), "".into()]);
+    let mut before = 0;
+    for milestone in &milestones {
+        let took = milestone.after_us.saturating_sub(before);
+        table.row(vec![time(milestone.after_us).into(), step(&milestone.what).into(), time(took).into()]);
+        before = milestone.after_us;
+    }
+    if !milestones.iter().any(|milestone| milestone.what == "handshake") {
+        table.row(vec![
+            "-".into(),
+            super::text::Cell::painted(
+                "no handshake noted: no traffic yet, or the supervisor was restarted",
+                Paint::Warn,
+            ),
+            "".into(),
+        ]);
+    }
+    table.render(look)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::text::WIDTH;
+    use podtether_proto::node::{Milestone, Setting};
+
+    #[test]
+    fn a_timeline_has_every_step_with_its_time() {
+        let milestone = |what: &str, after_us| Milestone { what: what.into(), after_us };
+        let all = [
+            ("saved", 2_100),
+            ("link", 9_300),
+            ("key", 21_000),
+            ("engine", 29_400),
+            ("netmap", 52_000),
+            ("registered", 41_000),
+            ("configured", 54_100),
+            ("answered", 56_700),
+            ("handshake", 1_230_000),
+        ];
+        let explained = Explained {
+            timeline: Timeline {
+                added_unix_ms: 1_795_314_786_000,
+                milestones: all.iter().map(|(what, us)| milestone(what, *us)).collect(),
+            },
+            settings: vec![Setting {
+                name: "tags".into(),
+                value: "tag:k8s-pod".into(),
+                source: "tailnet.default.tags".into(),
+            }],
+            last_exit: "3 s ago: the engine crashed (crash)".into(),
+        };
+        let explanation = Explanation { pod: None, explained };
+        assert_eq!(
+            text(&explanation, "node-a", 0, Look::PLAIN),
+            "AFTER    STEP                                TOOK\n\
+             0        CNI ADD at 2026-11-22 02:33:06 UTC\n\
+             2.1 ms   records on disk                     2.1 ms\n\
+             9.3 ms   interfaces and sockets made         7.2 ms\n\
+             21.0 ms  auth key minted                     11.7 ms\n\
+             29.4 ms  engine started, in its sandbox      8.4 ms\n\
+             41.0 ms  registered with control             11.6 ms\n\
+             52.0 ms  netmap in force, addresses known    11.0 ms\n\
+             54.1 ms  ts0 configured                      2.1 ms\n\
+             56.7 ms  CNI ADD answered                    2.6 ms\n\
+             1.23 s   first WireGuard handshake           1.17 s\n\
+             \n\
+             SETTING  VALUE        GIVEN BY\n\
+             tags     tag:k8s-pod  tailnet.default.tags\n\
+             \n\
+             its engine ended 3 s ago: the engine crashed (crash)\n"
+        );
+        let none = timeline(&Timeline { added_unix_ms: 1, ..Timeline::default() }, Look::PLAIN);
+        assert!(
+            none.contains("no handshake noted") && none.lines().all(|l| l.chars().count() <= WIDTH),
+            "{none}"
+        );
+        assert!(timeline(&Timeline::default(), Look::PLAIN).starts_with("no timeline"));
+    }
+}
