@@ -166,7 +166,7 @@ const NAMES: [&str; 7] =
 fn redacted_line(line: &str) -> String {
     let mut line = line.to_owned();
     for beginning in BEGINNINGS {
-        replace(&mut line, beginning, |rest| secret_end(rest));
+        replace(&mut line, beginning, secret_end);
     }
     for name in NAMES {
         // `name = "value"`, `"name": "value"`, `name=value`; not `name_file = …`, which is a path.

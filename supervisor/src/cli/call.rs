@@ -40,15 +40,13 @@ pub(super) async fn connect(socket: &Path) -> Result<NodeClient, String> {
 
 fn unconnected(socket: &Path, error: &std::io::Error) -> String {
     let at = socket.display();
-    match error.kind() {
-        std::io::ErrorKind::PermissionDenied => {
-            format!("the supervisor's socket {at} is root's: {error}; try it with sudo")
-        }
-        _ => format!(
-            "no supervisor answers at {at}: {error}; is podtether-supervisor running, and is node.run_dir another \
-             (--socket)?"
-        ),
+    if error.kind() == std::io::ErrorKind::PermissionDenied {
+        return format!("the supervisor's socket {at} is root's: {error}; try it with sudo");
     }
+    format!(
+        "no supervisor answers at {at}: {error}; is podtether-supervisor running, and is node.run_dir another \
+         (--socket)?"
+    )
 }
 
 /// A call that got no answer, as a sentence.

@@ -111,7 +111,10 @@ fn subnets(dir: &Path) -> Vec<Used> {
                     left.extend(object.values());
                 }
                 serde_json::Value::Array(array) => left.extend(array),
-                _ => {}
+                serde_json::Value::Null
+                | serde_json::Value::Bool(_)
+                | serde_json::Value::Number(_)
+                | serde_json::Value::String(_) => {}
             }
         }
     }
