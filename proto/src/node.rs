@@ -197,8 +197,10 @@ pub struct Live {
 pub struct Explained {
     /// What became of it when.
     pub timeline: Timeline,
-    /// What it uses, and which rule gave it that.
-    pub settings: Vec<Setting>,
+    /// What was decided when it was added, and by which rules.
+    pub choice: Choice,
+    /// What is in force besides, or was changed since.
+    pub further: Vec<Setting>,
     /// How its last engine ended, empty while none has.
     pub last_exit: String,
 }
@@ -222,18 +224,6 @@ pub struct Milestone {
     pub what: String,
     /// Since ADD, microseconds.
     pub after_us: u64,
-}
-
-/// A setting of a pod.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Setting {
-    /// What it is called.
-    pub name: String,
-    /// Its value, for people.
-    pub value: String,
-    /// Which rule gave it.
-    pub source: String,
 }
 
 /// A line of [`Node::logs`].

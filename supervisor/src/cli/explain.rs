@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use clap::{ArgMatches, Command};
-use podtether_proto::node::{Explained, NodeClient, PodSummary, Timeline};
+use podtether_proto::node::{Explained, NodeClient, PodSummary, Setting, Timeline};
 use serde::Serialize;
 
 use super::call::{self, READ_WITHIN, answered, named, selector};
@@ -34,7 +34,14 @@ pub(super) async fn run(
     screen: &mut Screen<'_>,
 ) -> Result<Exit, String> {
     let wanted = text_of(matches, "pod");
-    let explained = answered(client.explain(within(READ_WITHIN), selector(&wanted)).await)?;
+    let explained = match answered(client.explain(within(READ_WITHIN), selector(&wanted)).await) {
+        Ok(explained) => explained,
+        // One that joins nothing has no link, but somebody decided so.
+        Err(why) => match answered(client.choice(within(READ_WITHIN), selector(&wanted)).await) {
+            Ok(choice) => Explained { choice, ..Explained::default() },
+            Err(_) => return Err(why),
+        },
+    };
     let (namespace, name) = named(&wanted);
     let pods = call::pods(client, true).await?;
     let pod = pods.into_iter().find(|pod| pod.namespace == namespace && pod.pod == name);
@@ -67,18 +74,30 @@ pub(super) fn text(explanation: &Explanation, node: &str, now_ms: u64, look: Loo
     if let Some(pod) = &explanation.pod {
         status::block(&mut text, pod, node, now_ms, look);
     }
-    let Explained { timeline: line, settings, last_exit } = &explanation.explained;
-    text.push_str(&timeline(line, look));
+    let Explained { timeline: line, choice, further, last_exit } = &explanation.explained;
+    if explanation.pod.is_some() {
+        text.push_str(&timeline(line, look));
+    } else {
+        text.push_str(if choice.joins { "it has not joined\n" } else { "it joins no tailnet\n" });
+    }
+    let settings: Vec<&Setting> = choice.settings.iter().chain(further).collect();
     if !settings.is_empty() {
-        let mut table = Table::new(vec![fixed("SETTING"), flexible("VALUE", 20), flexible("GIVEN BY", 20)]);
+        let columns = vec![fixed("SETTING"), flexible("VALUE", 20), fixed("FROM"), flexible("RULE", 20)];
+        let mut table = Table::new(columns);
         for setting in settings {
             table.row(vec![
                 setting.name.as_str().into(),
-                setting.value.as_str().into(),
-                setting.source.as_str().into(),
+                if setting.value.is_empty() { "none".into() } else { setting.value.as_str().into() },
+                setting.source.to_string().into(),
+                setting.rule.as_str().into(),
             ]);
         }
         let _ = write!(text, "\n{}", table.render(look));
+    }
+    for (what, sentences) in [("refused: ", &choice.refusals), ("note: ", &choice.notes)] {
+        for sentence in sentences {
+            text.push_str(&paragraph(what, sentence));
+        }
     }
     if !last_exit.is_empty() {
         text.push('\n');
@@ -119,7 +138,7 @@ fn timeline(timeline: &Timeline, look: Look) -> String {
 mod tests {
     use super::*;
     use crate::cli::text::WIDTH;
-    use podtether_proto::node::{Milestone, Setting};
+    use podtether_proto::node::{Choice, Milestone, Source};
 
     #[test]
     fn a_timeline_has_every_step_with_its_time() {
@@ -140,16 +159,27 @@ mod tests {
                 added_unix_ms: 1_795_314_786_000,
                 milestones: all.iter().map(|(what, us)| milestone(what, *us)).collect(),
             },
-            settings: vec![Setting {
-                name: "tags".into(),
-                value: "tag:k8s-pod".into(),
-                source: "tailnet.default.tags".into(),
-            }],
+            choice: Choice {
+                joins: true,
+                settings: vec![Setting {
+                    name: "tags".into(),
+                    value: "tag:k8s-pod".into(),
+                    source: Source::Cluster,
+                    rule: "tailnet.default.tags".into(),
+                }],
+                refusals: Vec::new(),
+                notes: vec!["a note".into()],
+            },
+            further: Vec::new(),
             last_exit: "3 s ago: the engine crashed (crash)".into(),
         };
-        let explanation = Explanation { pod: None, explained };
+        let pod = crate::cli::status::tests::pod("shop", "web", "running");
+        let mut explanation = Explanation { pod: Some(pod), explained };
+        let whole = text(&explanation, "node-a", 0, Look::PLAIN);
+        let (block, rest) = whole.split_once("\n\n").unwrap();
+        assert!(block.starts_with("shop/web  running\n"), "{block}");
         assert_eq!(
-            text(&explanation, "node-a", 0, Look::PLAIN),
+            rest,
             "AFTER    STEP                                TOOK\n\
              0        CNI ADD at 2026-11-22 02:33:06 UTC\n\
              2.1 ms   records on disk                     2.1 ms\n\
@@ -162,10 +192,19 @@ mod tests {
              56.7 ms  CNI ADD answered                    2.6 ms\n\
              1.23 s   first WireGuard handshake           1.17 s\n\
              \n\
-             SETTING  VALUE        GIVEN BY\n\
-             tags     tag:k8s-pod  tailnet.default.tags\n\
+             SETTING  VALUE        FROM     RULE\n\
+             tags     tag:k8s-pod  cluster  tailnet.default.tags\n\
+             note: a note\n\
              \n\
              its engine ended 3 s ago: the engine crashed (crash)\n"
+        );
+        explanation.pod = None;
+        explanation.explained.choice.joins = false;
+        explanation.explained.choice.refusals.push("tag:x is not allowed here".into());
+        let refused = text(&explanation, "node-a", 0, Look::PLAIN);
+        assert!(
+            refused.starts_with("it joins no tailnet\n") && refused.contains("refused: tag:x"),
+            "{refused}"
         );
         let none = timeline(&Timeline { added_unix_ms: 1, ..Timeline::default() }, Look::PLAIN);
         assert!(

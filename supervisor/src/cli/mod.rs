@@ -6,6 +6,7 @@
 pub mod bugreport;
 mod call;
 mod check;
+pub mod cluster;
 mod explain;
 mod logs;
 mod netcheck;

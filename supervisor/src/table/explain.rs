@@ -1,6 +1,6 @@
 //! How a pod came to be what it is: when, and by which rules.
 
-use podtether_proto::node::{CniError, Explained, PodSelector, Setting, code};
+use podtether_proto::node::{CniError, Explained, PodSelector, Setting, Source, code};
 use tokio::sync::oneshot;
 
 use super::Table;
@@ -23,52 +23,45 @@ impl Table {
         let exit = exit.map(|e| format!("{} s ago: {} ({})", e.at.elapsed().as_secs(), e.reason, e.kind));
         Explained {
             timeline: pod.record.timeline.clone(),
-            settings: self.settings(pod),
+            choice: pod.record.choice.clone(),
+            further: self.further(pod),
             last_exit: exit.unwrap_or_default(),
         }
     }
 
-    fn settings(&self, pod: &Pod) -> Vec<Setting> {
+    fn further(&self, pod: &Pod) -> Vec<Setting> {
         let record = &pod.record;
         let mut settings = Vec::new();
-        let mut put = |name: &str, value: String, source: String| {
-            settings.push(Setting { name: name.to_owned(), value, source });
+        let mut put = |name: &str, value: String, source: Source, rule: String| {
+            settings.push(Setting { name: name.to_owned(), value, source, rule });
         };
-        let tailnet = &record.tailnet;
-        put("tailnet", tailnet.clone(), "the network configuration (conflist)".to_owned());
-        if let Some(identity) = self.identities.get(&pod.identity) {
-            let source = format!("tailnet.{tailnet}.hostname_template");
-            put("hostname", identity.record.hostname.clone(), source);
+        let chosen = |name: &str| record.choice.settings.iter().find(|setting| setting.name == name);
+        let routes = record.routing.accept_routes.to_string();
+        let exit_node = record.routing.exit_node.clone().unwrap_or_default();
+        for (name, value) in [("accept-routes", routes), ("exit-node", exit_node)] {
+            if chosen(name).is_some_and(|setting| setting.value != value) {
+                put(name, value, Source::Pod, "changed since by `podtether routing`".to_owned());
+            }
         }
+        let tailnet = &record.tailnet;
         let Some(config) = self.context.config.tailnets.get(tailnet) else { return settings };
-        let of = |key: &str| format!("tailnet.{tailnet}.{key}");
-        let list = |items: &[String]| if items.is_empty() { "none".to_owned() } else { items.join(" ") };
-        put("control-url", config.control_url.clone(), of("control_url"));
-        put("tags", list(&config.tags), of("tags"));
-        put("ephemeral", config.ephemeral.to_string(), of("ephemeral"));
-        let chosen = |same: bool, key: &str| {
-            if same { of(key) } else { "the pod's annotation, or `podtether routing`".to_owned() }
-        };
         put(
-            "accept-routes",
-            record.routing.accept_routes.to_string(),
-            chosen(record.routing.accept_routes == config.routing.accept_routes, "accept_routes"),
-        );
-        put(
-            "exit-node",
-            record.routing.exit_node.clone().unwrap_or_else(|| "none".to_owned()),
-            chosen(record.routing.exit_node == config.routing.exit_node, "exit_node"),
+            "control-url",
+            config.control_url.clone(),
+            Source::Cluster,
+            format!("tailnet.{tailnet}.control_url"),
         );
         let servers: Vec<String> = record.name_servers.iter().map(ToString::to_string).collect();
-        let (dns, source) = if servers.is_empty() {
-            ("off".to_owned(), format!("{} or the pod's annotation", of("dns")))
-        } else {
-            (
+        let (dns, rule) = match servers.is_empty() {
+            true => ("off".to_owned(), format!("tailnet.{tailnet}.dns, or the pod's annotation")),
+            false => (
                 format!("intercept {}", servers.join(" ")),
-                format!("{} or annotation; servers of the runtime", of("dns")),
-            )
+                format!(
+                    "tailnet.{tailnet}.dns, or the pod's annotation; servers of the runtime or dns_servers"
+                ),
+            ),
         };
-        put("dns", dns, source);
+        put("dns", dns, Source::Cluster, rule);
         settings
     }
 }

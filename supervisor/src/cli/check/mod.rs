@@ -10,14 +10,14 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::text::{Look, Paint, WIDTH, printable, wrap};
 use super::{Exit, Output, Screen, output, output_arg, to_json};
 use crate::config::{self, Config, DEFAULT_PATH};
 
 /// How a check ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Grade {
     Ok,
@@ -29,19 +29,19 @@ pub(super) enum Grade {
 }
 
 /// One check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Check {
-    group: String,
-    grade: Grade,
+    pub(super) group: String,
+    pub(super) grade: Grade,
     /// What was found.
-    what: String,
+    pub(super) what: String,
     /// What to do, in a sentence; empty when nothing.
-    fix: String,
+    pub(super) fix: String,
 }
 
 /// What one check found, before it is known in which group it stands.
-pub(super) struct Found(Grade, String, String);
+pub(super) struct Found(pub(super) Grade, pub(super) String, pub(super) String);
 
 impl Found {
     pub(super) fn ok(what: impl Into<String>) -> Found {
@@ -215,7 +215,7 @@ impl Checks<'_, '_> {
     }
 }
 
-fn text(group: &str, checks: &[Check], look: Look) -> String {
+pub(super) fn text(group: &str, checks: &[Check], look: Look) -> String {
     let mut text = format!("{}\n", look.paint(Paint::Head, &printable(group)));
     for check in checks {
         let (mark, paint) = match check.grade {

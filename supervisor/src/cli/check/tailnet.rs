@@ -9,7 +9,7 @@ use tokio::net::UdpSocket;
 
 use super::Found;
 use crate::config::{Credentials, Tailnet};
-use crate::credentials::{self, Credential, CredentialError, Roots};
+use crate::credentials::{self, Credential, CredentialError, Roots, Wish};
 
 /// How long control, or the API, may take.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -114,8 +114,9 @@ async fn credential(name: &str, tailnet: &Tailnet, roots: &Arc<Roots>) -> Found 
     }
     let deadline = Instant::now() + WITHIN;
     let tags = tailnet.tags.join(" ");
+    let wish = Wish { hostname: TRIED, tags: &tailnet.tags, ephemeral: tailnet.ephemeral };
     let minted = match Credential::new(tailnet, roots) {
-        Ok(credential) => credential.mint(TRIED, deadline).await.map(|minted| (credential, minted)),
+        Ok(credential) => credential.mint(wish, deadline).await.map(|minted| (credential, minted)),
         Err(e) => Err(CredentialError::Refused(e)),
     };
     match minted {
