@@ -222,7 +222,7 @@ fn devices_of_a_node_that_is_gone_are_cleaned_up() {
 
             let socket = dir.join("run/supervisor.sock");
             let run = |arguments: &[&str]| {
-                let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
+                let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_podtether"));
                 let output =
                     command.arg("cleanup").arg("--socket").arg(&socket).args(arguments).output().unwrap();
                 (String::from_utf8(output.stdout).unwrap(), output.status.success())

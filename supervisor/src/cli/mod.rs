@@ -6,6 +6,7 @@
 pub mod bugreport;
 mod call;
 mod check;
+mod cleanup;
 pub mod cluster;
 mod explain;
 mod logs;
@@ -133,6 +134,7 @@ pub fn command() -> Command {
             netcheck::command(),
             routing::command(),
             restart::command(),
+            cleanup::command(),
             top::command(),
             logs::command(),
             check::command(),
@@ -162,6 +164,7 @@ pub async fn run(matches: &ArgMatches, screen: &mut Screen<'_>) -> Result<Exit, 
         "explain" => explain::run(&client, matches, screen).await,
         "why" => why::run(&client, matches, screen).await,
         "netcheck" => netcheck::run(&client, matches, screen).await,
+        "cleanup" => cleanup::run(&client, matches, screen).await,
         "top" => top::run(&client, matches, screen).await,
         "logs" => logs::run(&client, matches, screen).await,
         "ping" => ping::run(&client, matches, screen).await,
