@@ -194,7 +194,7 @@ fn an_intercepted_pod_knows_both_worlds_and_keeps_the_clusters_when_its_engine_d
 
             // Another engine takes them over.
             let pid = engine_pid(&rig.nodes[0], "pod");
-            crate::operator::json(&rig.nodes[0], &["restart", "--engine", "pod"]);
+            crate::operator::json(&rig.nodes[0], &["restart", "pod"]);
             assert_ne!(engine_pid(&rig.nodes[0], "pod"), pid);
             assert_eq!(over_udp(&pod, servers[0], theirs), ELSEWHERE);
             tailnet_names_are_known(&pod);
