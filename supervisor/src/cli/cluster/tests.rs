@@ -198,7 +198,6 @@ fn checks_of_all_nodes_and_one_failure_among_them() {
 
 /// A kubectl that answers as one does in front of five nodes: `FAULTS` of them fail, hang, are forbidden or break off.
 fn stand_in(dir: &std::path::Path, faults: &[&str]) -> Kubectl {
-    use std::os::unix::fs::PermissionsExt as _;
     let item = |n: usize| {
         json!({
             "metadata": {"name": format!("podtether-{n}")},
@@ -219,18 +218,18 @@ fn stand_in(dir: &std::path::Path, faults: &[&str]) -> Kubectl {
          shift\n\
          case \"$1 $4\" in\n\
          {faults}\n\
-         'get -l') exec cat {dir}/pods;;\n\
+         'get podtether') exec cat {dir}/pods;;\n\
          exec*) [ \"$*\" = \"exec -n podtether $4 -c supervisor -- podtether status -o json\" ] && exec cat {dir}/$4;;\n\
          esac\n\
          exit 9\n",
         dir = dir.display()
     );
-    let program = dir.join("kubectl");
-    std::fs::write(&program, script).unwrap();
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = dir.join("kubectl");
+    std::fs::write(&path, script).unwrap();
     Kubectl {
-        program,
-        common: vec!["--context=c".into()],
+        // Not the script itself: a file that another thread's child still has open for writing is not executed.
+        program: "/bin/sh".into(),
+        common: vec![path.display().to_string(), "--context=c".into()],
         daemonset_namespace: "podtether".into(),
         selector: "app=podtether".into(),
         namespace: "default".into(),
