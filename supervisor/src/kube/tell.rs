@@ -61,9 +61,10 @@ pub(super) struct FailedAdd {
     pub(super) error: CniError,
 }
 
-/// Annotations of a pod that has addresses.
+/// Annotations of a pod that runs. Not before, though its addresses may be known: whoever finds them there takes
+/// the pod for one of which it was told that it joined.
 fn annotations(pod: &PodReport) -> Option<BTreeMap<&'static str, String>> {
-    if pod.addresses.is_empty() || pod.name.is_empty() || pod.state == "leaving" {
+    if pod.addresses.is_empty() || pod.name.is_empty() || pod.state != "running" {
         return None;
     }
     let addresses: Vec<String> = pod.addresses.iter().map(ToString::to_string).collect();
@@ -409,7 +410,9 @@ mod tests {
             ("web.tail.example", "2027-01-15T08:00:00Z")
         );
         assert_eq!(annotations(&pod("running")).unwrap()[KEY_EXPIRY], "never");
-        assert!(annotations(&pod("leaving")).is_none());
+        for state in ["joining", "restarting", "leaving"] {
+            assert!(annotations(&pod(state)).is_none(), "{state}");
+        }
         assert!(annotations(&PodReport { addresses: vec![], ..pod("joining") }).is_none());
     }
 
