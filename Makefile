@@ -10,6 +10,7 @@ release:
 	RUSTFLAGS='$(STATIC)' cargo build --release --workspace --bins --target $(TARGET)
 	! readelf -lW $(PROGRAMS) | grep INTERP
 	for p in $(PROGRAMS); do d=$$(mktemp -d) && cp $$p $$d/p && unshare -r chroot $$d /p --version && rm -r $$d || exit 1; done
+	test $$(stat -c %s $(filter %engine,$(PROGRAMS))) -le 6000000
 test: build ; cargo test --workspace
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.

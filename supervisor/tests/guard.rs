@@ -214,6 +214,43 @@ fn an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed() {
 }
 
 #[test]
+fn an_engine_that_hangs_right_after_it_answered_is_killed() {
+    in_namespaces("an_engine_that_hangs_right_after_it_answered_is_killed", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = with_standins(dir, &devnet);
+        rig.start();
+        block_on(async {
+            rig.netns("calm").await;
+            rig.add("calm").await.unwrap();
+            let before = rig.until("calm", "running", running).await;
+            let pid = before["enginePid"].as_u64().unwrap();
+            let runs = || std::fs::read_to_string(format!("/proc/{pid}/schedstat")).unwrap();
+            let begun = Instant::now();
+            loop {
+                assert!(begun.elapsed() < TIMEOUT, "no heartbeat is seen");
+                // A question makes it run, so that the next beat asks it. That it is asked shows in its runs.
+                http("/metrics");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                let (still, since) = (runs(), Instant::now());
+                while runs() == still && since.elapsed() < Duration::from_millis(1200) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                if runs() != still {
+                    break;
+                }
+            }
+            // It has answered, and the supervisor has not yet seen it back asleep.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            signal(u32::try_from(pid).unwrap(), libc::SIGSTOP);
+            let begun = Instant::now();
+            counted("podtether_engine_exits_total{kind=\"silent\"} 1", TIMEOUT).await;
+            println!("killed after {:?}", begun.elapsed());
+            assert!(begun.elapsed() < Duration::from_secs(9), "5.5 s, and what a busy machine adds");
+        });
+    });
+}
+
+#[test]
 fn an_engine_that_does_not_read_its_tun_is_replaced() {
     in_namespaces("an_engine_that_does_not_read_its_tun_is_replaced", |dir| {
         let devnet = devnet(|_| {});
