@@ -175,7 +175,7 @@ impl Engine {
         }
         let netcheck = Netcheck::new(watch.marks.stun);
         let dns = Dns::new(random.bytes());
-        let earlier = config.snapshot.as_ref().map(|snapshot| snapshot.body.stamped);
+        let earlier = config.snapshot.as_ref().map(|snapshot| (snapshot.body.wall, snapshot.body.stamped));
         let stamped = warm::stamped(config.wall, earlier);
         let mut engine = Self {
             identity: Identity::new(*config.node_key.expose(), stamped, now),
@@ -301,6 +301,7 @@ impl Engine {
         path.set_endpoints(&peer.facts.endpoints().collect::<Vec<_>>());
         let disco = peer.disco;
         let mut tunnel = Tunnel::new(&self.identity, *peer.key.as_bytes(), index, jitter, now);
+        tunnel.remember(peer.newest_initiation);
         if self.patience == Patience::Stock {
             tunnel.be_patient();
         } else if self.by_index.len() < MAX_EAGER {

@@ -236,14 +236,28 @@ impl Tunnel {
         session.filter(|session| session.index == index && is_live(session, now))
     }
 
-    /// An index for a new handshake: none of the last ones, and not in the place of the session that encrypts.
+    /// An index for a new handshake: none of the last ones, and not in the place of the session that encrypts nor of
+    /// the one that our own handshake would give.
     fn next_index(&mut self) -> u32 {
-        let next = |index: u32| (index & !0xff) | (index.wrapping_add(1) & 0xff);
-        self.index = next(self.index);
-        if Self::slot(self.index) == Self::slot(self.current) && self.session(self.current).is_some() {
-            self.index = next(self.index);
+        let current = self.session(self.current).map(|session| session.index);
+        let taken = [current, self.attempt.as_ref().map(Attempt::index)].map(|index| index.map(Self::slot));
+        loop {
+            self.index = (self.index & !0xff) | (self.index.wrapping_add(1) & 0xff);
+            if !taken.contains(&Some(Self::slot(self.index))) {
+                return self.index;
+            }
         }
-        self.index
+    }
+
+    /// Initiations of the peer that are not newer than this one are replays.
+    pub(crate) fn remember(&mut self, timestamp: Timestamp) {
+        self.newest_timestamp = self.newest_timestamp.max(timestamp);
+    }
+
+    fn forget_expired(&mut self, now: Instant) {
+        for slot in &mut self.sessions {
+            slot.take_if(|session| !is_live(session, now));
+        }
     }
 
     /// Whether a packet can be encrypted now.
@@ -350,6 +364,7 @@ impl Tunnel {
         if self.last_initiation.is_some_and(|last| now.duration_since(last) < MIN_SPACING) {
             return None;
         }
+        self.forget_expired(now);
         let mut message = [0; INITIATION_LEN];
         let (index, timestamp) = (self.next_index(), self.clock.timestamp(now));
         let state = self.handshaker.initiate(index, timestamp, now, &mut message)?;
@@ -459,16 +474,17 @@ impl Tunnel {
         if self.superseded(index, now) {
             return Opened::Duplicate;
         }
+        if self.attempt.as_ref().is_none_or(|attempt| attempt.index() != index) {
+            // A response to no open initiation is nearly always the second copy of one.
+            return Opened::Duplicate;
+        }
         if !self.responses.take(RESPONSES, now) {
             return Opened::TooMany;
         }
         if !self.is_addressed(response) {
             return Opened::Rejected;
         }
-        let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.index() == index) else {
-            // A response to no open initiation is nearly always the second copy of one.
-            return Opened::Duplicate;
-        };
+        let Some(attempt) = self.attempt.as_mut() else { return Opened::Duplicate };
         let Some(keys) = Handshaker::finish(&mut attempt.state, response) else { return Opened::Rejected };
         self.attempt = None;
         self.add_session(index, true, keys, now);
@@ -488,9 +504,7 @@ impl Tunnel {
     }
 
     fn add_session(&mut self, index: u32, initiator: bool, keys: Keys, now: Instant) {
-        for slot in &mut self.sessions {
-            slot.take_if(|session| !is_live(session, now));
-        }
+        self.forget_expired(now);
         self.epoch += 1;
         let session = Session::new(index, initiator, self.epoch, keys, now);
         self.sessions[Self::slot(index)] = Some(Box::new(session));

@@ -17,12 +17,14 @@ const SNAPSHOT_PORTION: usize = 256;
 /// By how much a life may have outlived its last snapshot, which follows every handshake within seconds.
 const UNRECORDED: Duration = Duration::from_hours(1);
 
-/// What the first initiation is stamped with, given the wall clock and an earlier life's last stamps: peers ignore what is
-/// not newer than those, so a clock that was set back must not be followed.
-pub(super) fn stamped(wall: UnixTime, earlier: Option<UnixTime>) -> UnixTime {
+/// What the first initiation is stamped with, given the wall clock, and the wall clock and the stamps of an earlier life's
+/// snapshot: peers ignore what is not newer than those, so a clock that was set back since must not be followed. What the
+/// stamps were ahead then they stay ahead.
+pub(super) fn stamped(wall: UnixTime, earlier: Option<(UnixTime, UnixTime)>) -> UnixTime {
     match earlier {
-        Some(earlier) if wall < earlier => earlier.saturating_add(UNRECORDED),
-        Some(_) | None => wall,
+        None => wall,
+        Some((then, stamps)) if wall < then => stamps.max(then).saturating_add(UNRECORDED),
+        Some((then, stamps)) => stamps.saturating_add(wall.saturating_since(then)).max(wall),
     }
 }
 
@@ -178,12 +180,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn stamps_follow_the_clock_unless_it_was_set_back() {
+    fn stamps_follow_the_clock_and_are_ahead_of_it_once_it_was_set_back() {
+        let hour = 3_600_000;
         let wall = UnixTime::from_secs(1_800_000_000);
         assert_eq!(stamped(wall, None), wall);
-        assert_eq!(stamped(wall, Some(wall)), wall);
-        assert_eq!(stamped(wall, Some(wall.offset_millis(-5))), wall);
-        let later = wall.offset_millis(90 * 86_400_000);
-        assert_eq!(stamped(wall, Some(later)), later.offset_millis(3_600_000));
+        assert_eq!(stamped(wall, Some((wall, wall))), wall);
+        let earlier = wall.offset_millis(-5);
+        assert_eq!(stamped(wall, Some((earlier, earlier))), wall);
+        assert_eq!(stamped(wall, Some((earlier, UnixTime::default()))), wall, "a snapshot without stamps");
+        // Set back once; the lives after that keep the lead as it is.
+        let later = wall.offset_millis(5000);
+        let mut stamps = stamped(wall, Some((later, later)));
+        assert_eq!(stamps, later.offset_millis(hour));
+        for life in 1..20_i64 {
+            let (then, now) = (wall.offset_millis((life - 1) * 7000), wall.offset_millis(life * 7000));
+            stamps = stamped(now, Some((then, stamps)));
+            assert_eq!(stamps.millis_from(now), hour + 5000, "life {life}");
+        }
     }
 }

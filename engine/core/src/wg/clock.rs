@@ -5,8 +5,8 @@ use std::time::Instant;
 use super::Timestamp;
 use crate::tailcfg::UnixTime;
 
-/// TAI64's label of 1970: 2^62, and the ten seconds that TAI was ahead then.
-const EPOCH: u64 = (1 << 62) + 10;
+/// 1970 as other WireGuards label it; who compares a node's stamps has seen those of its earlier builds too.
+const EPOCH: u64 = (1 << 62) + 37;
 
 /// The wall clock as it was at some moment, counted on from there.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +44,7 @@ mod tests {
     fn timestamps_are_tai64n_and_grow_by_the_nanosecond() {
         let at = Instant::now();
         let clock = Clock::new(UnixTime::from_millis(1_500), at);
-        assert_eq!(clock.timestamp(at), [0x40, 0, 0, 0, 0, 0, 0, 11, 0x1d, 0xcd, 0x65, 0]);
+        assert_eq!(clock.timestamp(at), [0x40, 0, 0, 0, 0, 0, 0, 38, 0x1d, 0xcd, 0x65, 0]);
         assert_eq!(clock.timestamp(at + Duration::from_nanos(1))[8..], [0x1d, 0xcd, 0x65, 1]);
         assert!(
             clock.timestamp(at + Duration::from_millis(500))

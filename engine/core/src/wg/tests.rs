@@ -153,6 +153,39 @@ fn initiations_whose_answers_are_lost_leave_the_session_in_use() {
 }
 
 #[test]
+fn a_slow_answer_takes_no_newer_sessions_place() {
+    let Pair { mut a, mut b, mut now } = pair();
+    let mut out = [0; 256];
+    let slow = a.initiate(now).expect("first");
+    let Opened::Response(len) = b.open(&slow, &mut out, now) else { panic!("no response") };
+    let slow = out[..len].to_vec();
+    let mut newest = Vec::new();
+    for _ in 0..10 {
+        now += Duration::from_millis(200);
+        let init = b.make_initiation(now).expect("spaced");
+        let Opened::Response(len) = a.open(&init, &mut out, now) else { panic!("no response") };
+        newest = out[..len].to_vec();
+    }
+    assert!(matches!(a.open(&slow, &mut out, now), Opened::Established(_)));
+    assert!(matches!(b.open(&newest, &mut out, now), Opened::Established(_)));
+    assert_eq!(send(&mut b, &mut a, now), Opened::Packet(60), "the newest answer's session is there");
+    assert_eq!(send(&mut a, &mut b, now), Opened::Packet(60));
+}
+
+#[test]
+fn expired_keys_are_forgotten_while_nobody_answers_and_old_initiations_stay_old() {
+    let Pair { mut a, mut b, now } = pair();
+    let old = a.initiate(now).expect("first");
+    let mut out = [0; 256];
+    assert!(matches!(b.open(&old, &mut out, now), Opened::Response(_)));
+    let later = now + REJECT_AFTER;
+    assert!(b.initiate(later).is_some() && b.sessions.iter().all(Option::is_none));
+    let mut again = Tunnel::new(&identity(9), identity(7).public.to_bytes(), 6, 4, later);
+    again.remember(b.newest_timestamp());
+    assert_eq!(again.open(&old, &mut out, later), Opened::Duplicate);
+}
+
+#[test]
 fn a_clock_that_was_set_back_makes_no_old_timestamps() {
     let now = Instant::now();
     let b = identity(9);
