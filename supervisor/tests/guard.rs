@@ -184,6 +184,15 @@ fn sleeps(pid: u64) -> u64 {
     tasks.map(|task| of(std::fs::read_to_string(task.path().join("status")).unwrap())).sum()
 }
 
+/// Stops the node's one engine, and waits until it is killed for its silence.
+async fn is_killed_once_stopped(pid: u64) {
+    signal(u32::try_from(pid).unwrap(), libc::SIGSTOP);
+    let begun = Instant::now();
+    counted("podtether_engine_exits_total{kind=\"silent\"} 1", TIMEOUT).await;
+    println!("killed after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(9), "5.5 s, and what a busy machine adds");
+}
+
 #[test]
 fn an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed() {
     in_namespaces("an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed", |dir| {
@@ -204,11 +213,7 @@ fn an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed() {
             // One slow beat may fall into them.
             assert!(slept <= 4, "{slept}");
             // Stopped, it runs for as long as that takes, and is asked.
-            signal(u32::try_from(pid).unwrap(), libc::SIGSTOP);
-            let begun = Instant::now();
-            counted("podtether_engine_exits_total{kind=\"silent\"} 1", TIMEOUT).await;
-            println!("killed after {:?}", begun.elapsed());
-            assert!(begun.elapsed() < Duration::from_secs(9), "5.5 s, and what a busy machine adds");
+            is_killed_once_stopped(pid).await;
         });
     });
 }
@@ -241,11 +246,7 @@ fn an_engine_that_hangs_right_after_it_answered_is_killed() {
             }
             // It has answered, and the supervisor has not yet seen it back asleep.
             tokio::time::sleep(Duration::from_millis(10)).await;
-            signal(u32::try_from(pid).unwrap(), libc::SIGSTOP);
-            let begun = Instant::now();
-            counted("podtether_engine_exits_total{kind=\"silent\"} 1", TIMEOUT).await;
-            println!("killed after {:?}", begun.elapsed());
-            assert!(begun.elapsed() < Duration::from_secs(9), "5.5 s, and what a busy machine adds");
+            is_killed_once_stopped(pid).await;
         });
     });
 }

@@ -1,8 +1,8 @@
 //! What this node does for others in a second, at most.
 //!
-//! A Curve25519 operation takes some 40 µs, a handshake five of them; a stranger can ask for one with every
-//! datagram. The figures below bound that work to a tenth of a core, and the shares by origin let peers
-//! through while one sender asks for too much.
+//! A Curve25519 operation takes some 40 µs, a handshake seven of them, one that is forged in a peer's name four; a
+//! stranger can ask for one with every datagram. The figures below bound that work to a ninth of a core, and the shares
+//! by origin let peers through while one sender asks for too much.
 
 use super::*;
 use crate::budget::{Bucket, Origin, Rate, Shares};
