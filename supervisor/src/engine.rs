@@ -513,26 +513,9 @@ async fn heartbeat(process: &Process, client: &EngineClient) -> Verdict {
         }
         tokio::time::sleep(BACK_TO_SLEEP).await;
         let used = process.used().ok();
-        // One that hangs since it answered has run for the last time as well.
-        let used = used.filter(|_| is_waiting(state(process.pid()), system_call(process.pid()).as_deref()));
-        answered = used.map(|used| (Instant::now(), used));
+        // Who was stopped since it answered, or is stuck in the kernel, has run for the last time as well.
+        answered = used.filter(|_| state(process.pid()) == Some('S')).map(|used| (Instant::now(), used));
     }
-}
-
-/// Whether a process waits for whatever comes next: it is asleep, and in `epoll_wait` where `/proc/PID/syscall`
-/// can be read.
-fn is_waiting(state: Option<char>, system_call: Option<&str>) -> bool {
-    let number = system_call.and_then(|text| text.split(' ').next()).map(str::parse::<libc::c_long>);
-    state == Some('S') && number.is_none_or(|number| WAITS.iter().any(|wait| number == Ok(*wait)))
-}
-
-#[cfg(target_arch = "x86_64")]
-const WAITS: [libc::c_long; 3] = [libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
-#[cfg(not(target_arch = "x86_64"))]
-const WAITS: [libc::c_long; 2] = [libc::SYS_epoll_pwait, libc::SYS_epoll_pwait2];
-
-fn system_call(pid: u32) -> Option<String> {
-    std::fs::read_to_string(format!("/proc/{pid}/syscall")).ok()
 }
 
 /// The kernel's letter for what a process is at.
@@ -567,27 +550,4 @@ pub fn within(time: Duration) -> Context {
     let mut context = context::current();
     context.deadline = Instant::now() + time;
     context
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_sleeps_in_the_loop_waits_and_nobody_else() {
-        let waiting = format!("{} 0x5 0x7ffd 0x400 0xbb 0x0 0x8 0x7ffd 0x7f1", WAITS[0]);
-        let reading = format!("{} 0x5 0x7ffd", libc::SYS_read);
-        for (state, call, waits) in [
-            (Some('S'), Some(waiting.as_str()), true),
-            (Some('S'), None, true),
-            (Some('S'), Some(reading.as_str()), false),
-            (Some('S'), Some("running"), false),
-            (Some('R'), Some("running"), false),
-            (Some('T'), Some(waiting.as_str()), false),
-            (Some('D'), None, false),
-            (None, None, false),
-        ] {
-            assert_eq!(is_waiting(state, call), waits, "{state:?} {call:?}");
-        }
-    }
 }

@@ -222,7 +222,7 @@ fn an_engine_that_has_not_run_is_left_asleep_and_one_that_hangs_is_killed() {
 fn an_engine_that_hangs_right_after_it_answered_is_killed() {
     in_namespaces("an_engine_that_hangs_right_after_it_answered_is_killed", |dir| {
         let devnet = devnet(|_| {});
-        let mut rig = with_standins(dir, &devnet);
+        let mut rig = Rig::oauth(dir, &devnet);
         rig.start();
         block_on(async {
             rig.netns("calm").await;
