@@ -1,7 +1,7 @@
 //! ChaCha20-Poly1305 (RFC 8439) as WireGuard's data messages use it: a counter for a nonce, no additional data.
 //!
-//! A third of a busy engine's time is spent here. On processors with AVX-512 it is our own, 1.4 times as fast as ring's; on
-//! others it is ring's.
+//! A third of a busy engine's time is spent here. On processors with AVX-512 it is our own, which is faster than ring's
+//! (`docs/bench.md` has what that does to a stream); on others it is ring's.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
