@@ -484,6 +484,8 @@ pub struct EngineMetrics {
     /// Packets that the packet filter let in, by rule (`rule base/0`) or what else let them; at most 64
     /// rules one by one, then `other rules`.
     pub filter_passed: Vec<(String, u64)>,
+    /// Packets that no rule lets in, by protocol: `tcp`, `udp`, `icmp`, `other`.
+    pub filter_unruled: Vec<(String, u64)>,
     /// Rules of the packet filter in force.
     pub filter_rules: u64,
     /// Parts of rules that are left out because they do not parse or are too many.
@@ -502,12 +504,31 @@ pub struct EngineMetrics {
     pub peers_direct: u64,
     /// Peers with traffic through a relay now.
     pub peers_relay: u64,
+    /// Peers that have not answered a handshake for 5 s; they count in neither of the others.
+    pub peers_unanswered: u64,
+    /// Round trips of the direct paths now.
+    pub rtt: Option<Rtt>,
     /// Whether the map stream is up.
     pub control_connected: bool,
     /// DERP regions connected.
     pub derp_connected: u64,
+    /// Whether the home region is one of them.
+    pub home_derp_connected: bool,
+    /// Round trip to the home region as last measured, microseconds.
+    pub home_derp_rtt_us: Option<u64>,
     /// Home region, 0 for none.
     pub home_derp: u32,
     /// Seconds since the epoch of the last completed handshake, 0 for none.
     pub last_handshake_unix_s: u64,
+}
+
+/// Round trips of several paths, microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rtt {
+    /// The shortest.
+    pub min_us: u64,
+    /// Their mean.
+    pub mean_us: u64,
+    /// The longest.
+    pub max_us: u64,
 }

@@ -267,7 +267,7 @@ impl FilterState {
     pub fn check_in(&mut self, packet: &Parsed, has_cap: impl Fn(&str) -> bool) -> Verdict {
         let flows = &mut self.flows;
         let verdict = self.filter.judge(packet, |flow| flows.hit(flow), Some(has_cap));
-        self.tally.count(verdict);
+        self.tally.count(verdict, packet.protocol);
         verdict
     }
 
@@ -275,7 +275,7 @@ impl FilterState {
     pub fn check_in_jailed(&mut self, packet: &Parsed) -> Verdict {
         let flows = &mut self.flows;
         let verdict = self.filter.judge(packet, |flow| flows.hit(flow), None::<fn(&str) -> bool>);
-        self.tally.count(verdict);
+        self.tally.count(verdict, packet.protocol);
         verdict
     }
 
@@ -289,6 +289,12 @@ impl FilterState {
     #[must_use]
     pub fn passed(&self) -> Vec<(String, u64)> {
         self.tally.passed(&self.filter.names)
+    }
+
+    /// What no rule let in, by protocol.
+    #[must_use]
+    pub fn unruled(&self) -> [(&'static str, u64); 4] {
+        self.tally.unruled()
     }
 
     /// The flows that are remembered, for another process of this node.

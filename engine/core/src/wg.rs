@@ -270,6 +270,11 @@ impl Tunnel {
         self.attempt.is_some()
     }
 
+    /// Since when a handshake of ours is under way.
+    pub(crate) fn attempted(&self, now: Instant) -> Option<Duration> {
+        self.attempt.as_ref().map(|a| now.saturating_duration_since(a.started))
+    }
+
     /// The initiation under way, for a second path: its receiver ignores the copy that comes later.
     pub(crate) fn current_initiation(&self) -> Option<&[u8; INITIATION_LEN]> {
         self.attempt.as_ref().map(|a| &a.message)

@@ -192,3 +192,35 @@ fn a_lock_without_our_signature_is_told() {
     world.run_for(secs(1));
     assert!(!locked(&mut world));
 }
+
+#[test]
+fn a_node_without_traffic_is_told_from_one_whose_peer_does_not_answer() {
+    let mut world = world();
+    let gauges = |world: &mut World| {
+        let now = world.now;
+        world.engine(0).gauges(now)
+    };
+    let idle = gauges(&mut world);
+    assert_eq!((idle.peers, idle.peers_direct, idle.peers_relay, idle.peers_unanswered), (1, 0, 0, 0));
+    assert!(idle.home_connected && idle.rtt.is_none(), "{idle:?}");
+    assert!(idle.home_latency.is_some_and(|latency| latency > ms(1) && latency < secs(1)), "{idle:?}");
+
+    for seq in 0..20 {
+        world.send(0, 1, seq);
+        world.run_for(ms(200));
+    }
+    let busy = gauges(&mut world);
+    assert_eq!((busy.peers_direct, busy.peers_unanswered), (1, 0));
+    let [least, sum, most] = busy.rtt.unwrap();
+    assert!(least == sum && sum == most && most > ms(1) && most < secs(1), "{busy:?}");
+
+    // WireGuard suspects the session after 15 s of silence, and an unanswered handshake counts 5 s later.
+    world.kill(1);
+    for seq in 20..50 {
+        world.send(0, 1, seq);
+        world.run_for(secs(1));
+    }
+    let silent = gauges(&mut world);
+    assert_eq!((silent.peers_direct, silent.peers_relay, silent.peers_unanswered), (0, 0, 1));
+    assert!(silent.home_connected && silent.rtt.is_none(), "the node itself is connected: {silent:?}");
+}

@@ -8,7 +8,7 @@ use podtether_core::engine::{self as core, PathView, PeerView, SelfView, Status}
 use podtether_core::health::{HealthMessage as Health, Severity};
 use podtether_proto::engine::{
     Decision, EngineMetrics, Flow, HealthMessage, NetRegion, NetReport, NodeState, PathStatus, PeerStatus,
-    PingKind, Pong, SelfNode, Verdict, Way, WayEndpoint,
+    PingKind, Pong, Rtt, SelfNode, Verdict, Way, WayEndpoint,
 };
 
 use super::Driver;
@@ -91,6 +91,7 @@ impl Driver {
                 .map(|(why, n)| (why.to_owned(), n))
                 .collect(),
             filter_passed: self.engine.filter_passed(),
+            filter_unruled: self.engine.filter_unruled().map(|(what, n)| (what.to_owned(), n)).into(),
             filter_rules: wide(gauges.filter_rules),
             filter_skipped: wide(gauges.filter_skipped),
             rejects_sent: counters.rejects_sent,
@@ -100,8 +101,12 @@ impl Driver {
             peers: wide(gauges.peers),
             peers_direct: wide(gauges.peers_direct),
             peers_relay: wide(gauges.peers_relay),
+            peers_unanswered: wide(gauges.peers_unanswered),
+            rtt: rtt(&gauges),
             control_connected: status.control_connected,
             derp_connected: wide(gauges.derp_connected),
+            home_derp_connected: gauges.home_connected,
+            home_derp_rtt_us: gauges.home_latency.map(micros),
             home_derp: status.home_derp.0,
             last_handshake_unix_s: counters
                 .last_handshake
@@ -300,6 +305,12 @@ pub(super) fn ping_kind(kind: PingKind) -> core::PingKind {
         PingKind::Tsmp => core::PingKind::Tsmp,
         PingKind::Icmp => core::PingKind::Icmp,
     }
+}
+
+fn rtt(gauges: &core::Gauges) -> Option<Rtt> {
+    let [least, sum, most] = gauges.rtt?;
+    let paths = wide(gauges.peers_direct).max(1);
+    Some(Rtt { min_us: micros(least), mean_us: micros(sum) / paths, max_us: micros(most) })
 }
 
 fn micros(time: Duration) -> u64 {

@@ -459,6 +459,9 @@ impl Counters {
     }
 }
 
+/// A peer whose handshake is under way for so long does not answer: retries come after 0.5, 1.5 and 3.5 s.
+pub const UNANSWERED_AFTER: Duration = Duration::from_secs(5);
+
 /// Gauges of now.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Gauges {
@@ -468,8 +471,16 @@ pub struct Gauges {
     pub peers_direct: usize,
     /// Peers with traffic through a relay.
     pub peers_relay: usize,
+    /// Peers that have not answered a handshake for [`UNANSWERED_AFTER`]; they count in neither of the others.
+    pub peers_unanswered: usize,
+    /// Round trips of the direct paths: the shortest, their sum, the longest.
+    pub rtt: Option<[Duration; 3]>,
     /// Regions connected.
     pub derp_connected: usize,
+    /// Whether the home region is one of them.
+    pub home_connected: bool,
+    /// Round trip to the home region, as last measured.
+    pub home_latency: Option<Duration>,
     /// Rules of the packet filter in force.
     pub filter_rules: usize,
     /// Parts of rules that were left out because they do not parse or are too many.

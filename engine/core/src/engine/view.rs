@@ -175,6 +175,8 @@ impl Engine {
         let mut gauges = Gauges {
             peers: self.peers.len(),
             derp_connected: self.relays.connected(),
+            home_connected: self.relays.is_connected(self.relays.home()),
+            home_latency: self.home_latency(),
             filter_rules: self.filter.filter().rules(),
             filter_skipped: self.filter.filter().skipped(),
             ..Gauges::default()
@@ -182,13 +184,27 @@ impl Engine {
         for slot in self.by_index.values() {
             let Some(peer) = self.peers.get(*slot) else { continue };
             let Some(active) = peer.active.as_deref() else { continue };
+            if active.tunnel.attempted(now).is_some_and(|since| since >= UNANSWERED_AFTER) {
+                gauges.peers_unanswered += 1;
+                continue;
+            }
             match self.path_view(active, peer.home, now) {
-                PathView::Direct(..) => gauges.peers_direct += 1,
+                PathView::Direct(_, rtt) => {
+                    gauges.peers_direct += 1;
+                    let [least, sum, most] = gauges.rtt.unwrap_or([rtt, Duration::ZERO, rtt]);
+                    gauges.rtt = Some([least.min(rtt), sum + rtt, most.max(rtt)]);
+                }
                 PathView::Relay(_) => gauges.peers_relay += 1,
                 PathView::Idle => {}
             }
         }
         gauges
+    }
+
+    fn home_latency(&self) -> Option<Duration> {
+        let home = self.relays.home();
+        let (_, v4, v6) = self.netcheck.latencies().find(|(region, ..)| *region == home)?;
+        [v4, v6].into_iter().flatten().min()
     }
 
     /// TCP ports of the servers that the netmap names: relays and name servers. Empty without a relay map.

@@ -146,4 +146,10 @@ impl Engine {
     pub fn filter_passed(&self) -> Vec<(String, u64)> {
         self.filter.passed()
     }
+
+    /// Packets that no rule lets in, by what they are: a rule that lets them in would name that protocol.
+    #[must_use]
+    pub fn filter_unruled(&self) -> [(&'static str, u64); 4] {
+        self.filter.unruled()
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Pass, Rule, Verdict};
+use super::{DropReason, Pass, Rule, Verdict, protocol};
 
 /// Most rules counted one by one in [`super::FilterState::passed`]; the rest share one count.
 pub const MAX_NAMED_RULES: usize = 64;
@@ -73,6 +73,8 @@ pub(super) struct Tally {
     tcp_segment: u64,
     icmp_answer: u64,
     fragment: u64,
+    /// What no rule let in: TCP, UDP, ICMP, anything else.
+    unruled: [u64; 4],
 }
 
 impl Tally {
@@ -80,8 +82,23 @@ impl Tally {
         Self { rules: vec![0; rules], ..Self::default() }
     }
 
-    pub(super) fn count(&mut self, verdict: Verdict) {
-        let Verdict::Accept(pass) = verdict else { return };
+    /// `protocol` is the packet's.
+    pub(super) fn count(&mut self, verdict: Verdict, protocol: u8) {
+        let pass = match verdict {
+            Verdict::Accept(pass) => pass,
+            Verdict::Drop(DropReason::NoRule) => {
+                let [tcp, udp, icmp, other] = &mut self.unruled;
+                let counter = match protocol {
+                    protocol::TCP => tcp,
+                    protocol::UDP => udp,
+                    protocol::ICMPV4 | protocol::ICMPV6 => icmp,
+                    _ => other,
+                };
+                *counter += 1;
+                return;
+            }
+            Verdict::Drop(_) => return,
+        };
         let counter = match pass {
             Pass::Rule(rule) => match usize::try_from(rule).ok().and_then(|at| self.rules.get_mut(at)) {
                 Some(counter) => counter,
@@ -112,6 +129,11 @@ impl Tally {
                 *counter = count;
             }
         }
+    }
+
+    pub(super) fn unruled(&self) -> [(&'static str, u64); 4] {
+        let [tcp, udp, icmp, other] = self.unruled;
+        [("tcp", tcp), ("udp", udp), ("icmp", icmp), ("other", other)]
     }
 
     pub(super) fn passed(&self, names: &Names) -> Vec<(String, u64)> {
@@ -189,6 +211,22 @@ mod tests {
         assert_eq!(passed(&state), ["rule a/0=1", "rule b/0=3"]);
         state.set_filter(Filter::of_chunks([], &own()));
         assert!(passed(&state).is_empty());
+    }
+
+    #[test]
+    fn what_no_rule_lets_in_is_counted_by_protocol() {
+        let mut state = FilterState::new(Filter::of_chunks([], &own()));
+        for (protocol, times) in [(6, 4), (17, 3), (1, 2), (99, 1)] {
+            let payload = if protocol == 1 { vec![8, 0, 0, 0, 0, 1, 0, 1] } else { ports(9, 7, SYN) };
+            let packet = ip("100.64.0.1", "100.64.0.2", protocol, &payload);
+            for _ in 0..times {
+                assert!(!state.check_in(&Parsed::parse(&packet).unwrap(), |_| false).is_accept());
+            }
+        }
+        assert_eq!(state.unruled(), [("tcp", 4), ("udp", 3), ("icmp", 2), ("other", 1)]);
+        state.set_filter(Filter::of_chunks([("a", &[rule(1)][..])], &own()));
+        assert!(knock(&mut state, 1).is_accept() && !knock(&mut state, 2).is_accept());
+        assert_eq!(state.unruled()[0], ("tcp", 5), "what passes is not counted");
     }
 
     #[test]
