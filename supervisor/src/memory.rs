@@ -1,4 +1,5 @@
-//! The heap: one arena whatever threads there are, and given back when many pods have come or gone.
+//! The heap: one arena whatever threads there are, and given back when many pods have come or gone. And what a
+//! process has of memory.
 
 use std::time::{Duration, Instant};
 
@@ -56,9 +57,31 @@ pub fn give_back() {
     }
 }
 
+/// `RssAnon` of a process, bytes.
+#[must_use]
+pub fn of_process(pid: u32) -> Option<u64> {
+    rss_anon(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+fn rss_anon(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kib.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_what_the_process_alone_has() {
+        assert_eq!(
+            rss_anon("Name:\tx\nVmRSS:\t  9 kB\nRssAnon:\t    1480 kB\nRssFile:\t 1 kB\n"),
+            Some(1_515_520)
+        );
+        assert_eq!(rss_anon("Name:\tkthread\n"), None);
+        assert!(of_process(std::process::id()).is_some_and(|bytes| bytes > 0));
+    }
 
     #[test]
     fn memory_is_given_back_once_after_each_burst() {

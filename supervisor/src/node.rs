@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use podtether_proto::engine::{Flow, NetReport, PeerStatus, PingKind, Pong, Verdict, Way};
@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 
 use crate::choose::{Chooser, Decision};
 use crate::distrust;
+use crate::metrics::spans::cni_answered;
 use crate::recent::recent;
 use crate::refused::{Reason, Refused};
 use crate::table::Handle;
@@ -161,6 +162,7 @@ fn number(skip: u32) -> usize {
 
 impl Node for Service {
     async fn add(self, _: Context, request: AddRequest) -> Result<Attached, CniError> {
+        let begun = Instant::now();
         let pod = request.pod.clone();
         let answer = match self.chooser.decide(request).await {
             Decision::Nothing => Ok(Attached::default()),
@@ -168,20 +170,28 @@ impl Node for Service {
             Decision::Refused(error) => Err(error),
         };
         self.chooser.answered(&pod, &answer);
+        cni_answered("ADD", &answer, begun);
         self.told(answer)
     }
 
     async fn del(self, _: Context, request: AttachmentId) -> Result<(), CniError> {
-        self.table.del(request).await
+        let begun = Instant::now();
+        let answer = self.table.del(request).await;
+        cni_answered("DEL", &answer, begun);
+        answer
     }
 
     async fn check(self, _: Context, request: CheckRequest) -> Result<(), CniError> {
+        let begun = Instant::now();
         let answer = self.table.check(request).await;
+        cni_answered("CHECK", &answer, begun);
         self.told(answer)
     }
 
     async fn gc(self, _: Context, request: GcRequest) -> Result<(), CniError> {
+        let begun = Instant::now();
         let answer = self.table.gc(request).await;
+        cni_answered("GC", &answer, begun);
         self.told(answer)
     }
 

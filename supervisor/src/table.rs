@@ -498,7 +498,6 @@ impl Table {
             Step::MintKey => {
                 let deadline = pod.join.map_or(now + MINT_WITHIN, |j| j.deadline - SAY_WHY);
                 let device = identity.record.clone();
-                self.counters.mints.inc();
                 self.run_step(id, step, steps::mint(context, device, deadline));
             }
             Step::StartEngine => return self.start_engine(id),

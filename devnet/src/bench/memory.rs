@@ -86,12 +86,13 @@ fn joined(world: &mut World, name: &str, crowd: Crowd) -> Result<u64> {
     let mut pod: Pod = node.create_pod(name)?;
     let result = (|| {
         pod.add(node)?;
-        let wanted = format!("podtether_pod_peers{{namespace=\"default\",path=\"all\",pod=\"{name}\"");
+        let own = format!("pod=\"{name}\"");
         let until = Instant::now() + PATIENCE;
         let known = || -> Result<Option<f64>> {
             let text = node.http_get("/metrics")?;
-            let line = text.lines().find(|line| line.starts_with(&wanted));
-            Ok(line.and_then(|line| line.rsplit(' ').next()?.parse().ok()))
+            let lines =
+                text.lines().filter(|line| line.starts_with("podtether_pod_peers{") && line.contains(&own));
+            Ok(lines.map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
         };
         while known()?.is_none_or(|peers| peers < f64::from(crowd.peers)) {
             if Instant::now() > until {

@@ -15,6 +15,7 @@ use super::http::{Http, body, say};
 use super::limiter::Limiter;
 use super::token::{Token, Tokens};
 use crate::config::SecretSource;
+use crate::metrics::spans;
 use crate::restart::jittered;
 
 /// First pause after a failed call; doubles to [`MAX_PAUSE`].
@@ -228,7 +229,11 @@ impl Wire {
             let header = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).map(str::to_owned);
             Ok::<_, String>((status, header, body(response).await?))
         };
-        let (status, retry_after, body) = match tokio::time::timeout(left, exchange).await {
+        let exchange = tokio::time::timeout(left, exchange).await;
+        let result = exchange.as_ref().ok().and_then(|got| got.as_ref().ok());
+        let result = result.map_or("failed", |(status, ..)| spans::of_status(status.as_u16()));
+        spans::api_called(spans::Api::Tailnet, result, now);
+        let (status, retry_after, body) = match exchange {
             Ok(Ok(answer)) => answer,
             Ok(Err(text)) => return Err(passing(format!("cannot {what}: {text}"))),
             Err(_) => return Err(passing(format!("cannot {what}: no answer in time"))),

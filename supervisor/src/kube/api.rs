@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use reqwest::{Method, StatusCode};
@@ -13,6 +13,7 @@ use super::object::{Event, Status};
 use crate::config::{Node, SecretSource};
 use crate::credentials::Roots;
 use crate::credentials::http::{Http, body, say};
+use crate::metrics::spans;
 
 /// How long one answer may take.
 const ANSWER_WITHIN: Duration = Duration::from_secs(60);
@@ -146,10 +147,12 @@ impl Api {
     }
 
     async fn send(&self, what: &str, request: reqwest::RequestBuilder) -> Result<reqwest::Response, Failure> {
-        let response = request
-            .send()
-            .await
-            .map_err(|e| Failure::Passing(format!("cannot {what}: {}", say(&e.without_url()))))?;
+        let begun = Instant::now();
+        let sent = request.send().await;
+        let result = sent.as_ref().map_or("failed", |got| spans::of_status(got.status().as_u16()));
+        spans::api_called(spans::Api::Kubernetes, result, begun);
+        let response =
+            sent.map_err(|e| Failure::Passing(format!("cannot {what}: {}", say(&e.without_url()))))?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);

@@ -2,21 +2,17 @@
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{IntCounterVec, IntGaugeVec, Opts};
+use prometheus::{IntCounterVec, IntGaugeVec};
 
 use super::Cluster;
+use crate::metrics::table;
 
-const LABELS: [&str; 1] = ["what"];
+const CURRENT: &str = "podtether_kubernetes_current";
+const FAILURES: &str = "podtether_kubernetes_failures_total";
 
-fn current() -> Opts {
-    Opts::new(
-        "podtether_kubernetes_current",
-        "Whether what is known of the API server's objects is up to date.",
-    )
-}
-
-fn failures() -> Opts {
-    Opts::new("podtether_kubernetes_failures_total", "Calls to the API server that failed.")
+fn made() -> Result<(IntGaugeVec, IntCounterVec), prometheus::Error> {
+    let ((current, of_current), (failures, of_failures)) = (table::opts(CURRENT)?, table::opts(FAILURES)?);
+    Ok((IntGaugeVec::new(current, of_current)?, IntCounterVec::new(failures, of_failures)?))
 }
 
 impl Collector for Cluster {
@@ -25,11 +21,7 @@ impl Collector for Cluster {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let (Ok(current), Ok(failures)) =
-            (IntGaugeVec::new(current(), &LABELS), IntCounterVec::new(failures(), &LABELS))
-        else {
-            return Vec::new();
-        };
+        let Ok((current, failures)) = made() else { return Vec::new() };
         for health in self.health() {
             current.with_label_values(&[health.what]).set(i64::from(health.current));
             failures.with_label_values(&[health.what]).inc_by(health.failures);
@@ -40,7 +32,6 @@ impl Collector for Cluster {
 
 /// What [`Collector::desc`] borrows.
 pub(super) fn descriptions() -> Vec<Desc> {
-    let labels = || LABELS.map(str::to_owned).to_vec();
-    let desc = |opts: Opts| Desc::new(opts.name, opts.help, labels(), Default::default());
-    [current(), failures()].into_iter().filter_map(|opts| desc(opts).ok()).collect()
+    let Ok((current, failures)) = made() else { return Vec::new() };
+    current.desc().into_iter().chain(failures.desc()).cloned().collect()
 }

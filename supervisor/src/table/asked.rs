@@ -10,6 +10,7 @@ use tarpc::client::RpcError;
 use super::{Handle, MAX_REASON, Message, PodReport, ending};
 use crate::distrust::{self, tame};
 use crate::engine::within;
+use crate::memory;
 
 /// How long an engine may take to answer.
 const ENGINE_WITHIN: Duration = Duration::from_secs(1);
@@ -159,7 +160,7 @@ fn page<T: serde::Serialize>(all: Vec<T>) -> Vec<T> {
 
 fn summary(report: PodReport) -> PodSummary {
     PodSummary {
-        memory_bytes: report.engine_pid.and_then(memory),
+        memory_bytes: report.engine_pid.and_then(memory::of_process),
         namespace: report.namespace,
         pod: report.pod,
         container_id: report.container_id,
@@ -186,17 +187,6 @@ fn summary(report: PodReport) -> PodSummary {
     }
 }
 
-/// `RssAnon` of a process, bytes.
-fn memory(pid: u32) -> Option<u64> {
-    rss_anon(&std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
-}
-
-fn rss_anon(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kib.checked_mul(1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,15 +197,5 @@ mod tests {
         assert_eq!(page(vec![big.clone(), big.clone()]).len(), 1);
         assert_eq!(page(vec!["a", "b"]), ["a", "b"]);
         assert_eq!(page(Vec::<u8>::new()), [0; 0]);
-    }
-
-    #[test]
-    fn memory_is_what_the_process_alone_has() {
-        assert_eq!(
-            rss_anon("Name:\tx\nVmRSS:\t  9 kB\nRssAnon:\t    1480 kB\nRssFile:\t 1 kB\n"),
-            Some(1_515_520)
-        );
-        assert_eq!(rss_anon("Name:\tkthread\n"), None);
-        assert!(memory(std::process::id()).is_some_and(|bytes| bytes > 0));
     }
 }

@@ -256,7 +256,6 @@ impl Table {
         }
         let took = join.started.elapsed();
         self.counters.adds.inc();
-        self.counters.add_seconds.observe(took.as_secs_f64());
         tracing::info!(
             namespace = pod.record.pod.namespace,
             pod = pod.record.pod.name,

@@ -63,11 +63,14 @@ impl Table {
                 }
             }
             Outcome::Minted(Ok(key)) => {
+                self.counters.mints.with_label_values(&["minted"]).inc();
                 pod.failures = 0;
                 pod.reached("key");
                 pod.key = Some((key, Instant::now()));
             }
             Outcome::Minted(Err(e)) => {
+                let result = if matches!(e, CredentialError::Refused(_)) { "refused" } else { "failed" };
+                self.counters.mints.with_label_values(&[result]).inc();
                 let failure = credential_error(pod, &e);
                 self.failed(id, failure);
             }

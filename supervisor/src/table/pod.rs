@@ -1,9 +1,10 @@
 //! One attachment as the table knows it.
 
+use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podtether_net::link::{Configured, DnsSockets, Link as NetLink, PodConfig};
@@ -235,6 +236,10 @@ pub(super) struct Pod {
     pub(super) notes: Vec<String>,
 
     pub(super) restarts: u64,
+    /// The same by how the engine before had ended.
+    pub(super) restarts_by: BTreeMap<&'static str, u64>,
+    /// From the death of the engine before to the first answer of this one.
+    pub(super) last_recovery: Option<Duration>,
     /// How its last engine ended.
     pub(super) last_exit: Option<LastExit>,
     pub(super) handovers: u64,
@@ -291,6 +296,8 @@ impl Pod {
             failure: None,
             notes: Vec::new(),
             restarts: 0,
+            restarts_by: BTreeMap::new(),
+            last_recovery: None,
             last_exit: None,
             handovers: 0,
             reason: String::new(),
@@ -394,6 +401,12 @@ impl Pod {
                 None | Some(_) => "joining",
             },
         }
+    }
+
+    /// Another engine comes after one that ended like this.
+    pub(super) fn restarts_after(&mut self, kind: &'static str) {
+        self.restarts += 1;
+        *self.restarts_by.entry(kind).or_default() += 1;
     }
 
     pub(super) fn changed(&mut self) {

@@ -116,7 +116,7 @@ impl Table {
         let (namespace, name) = (&pod.record.pod.namespace, &pod.record.pod.name);
         tracing::warn!(namespace, pod = name, kind, "no engine taken up: {reason}");
         self.counters.engine_exits.with_label_values(&[kind]).inc();
-        pod.restarts += 1;
+        pod.restarts_after(kind);
         pod.last_exit = Some(LastExit { kind, reason, at: Instant::now() });
     }
 
@@ -242,6 +242,7 @@ impl Table {
                 if let Some(since) = running.replaces_since {
                     let took = since.elapsed();
                     self.counters.recovery_seconds.observe(took.as_secs_f64());
+                    pod.last_recovery = Some(took);
                     let us = micros(took);
                     tracing::info!(namespace, pod = name, pid, us, ready_us, "engine restarted");
                 } else {
@@ -403,7 +404,7 @@ impl Table {
         let delay_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX);
         tracing::info!(namespace, pod = name, ?next, delay_ms, "what comes after the engine");
         pod.reason.clone_from(&reason);
-        pod.restarts += 1;
+        pod.restarts_after(kind);
         pod.died_at = Some(now);
         if !delay.is_zero() {
             pod.hold_until = Some(now + delay);

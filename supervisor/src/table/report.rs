@@ -1,5 +1,6 @@
 //! What people and metrics see of a pod.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
@@ -52,6 +53,10 @@ pub struct PodReport {
     pub added_unix_ms: u64,
     /// Engine restarts since the supervisor started.
     pub restarts: u64,
+    /// The same by how the engine before had ended, as `podtether_engine_exits_total` has it.
+    pub restarts_by: BTreeMap<&'static str, u64>,
+    /// From the death of the engine before to the first answer of this one, microseconds.
+    pub last_recovery_us: Option<u64>,
     /// How the engine before ended, absent while none has.
     pub last_exit: Option<LastExit>,
     /// Planned handovers since the supervisor started.
@@ -130,6 +135,8 @@ impl Table {
                 engine_cpu_us: used.map(|used| u64::try_from(used.ran.as_micros()).unwrap_or(u64::MAX)),
                 added_unix_ms: pod.record.timeline.added_unix_ms,
                 restarts: pod.restarts,
+                restarts_by: pod.restarts_by.clone(),
+                last_recovery_us: pod.last_recovery.map(|t| u64::try_from(t.as_micros()).unwrap_or(u64::MAX)),
                 last_exit: pod.last_exit.as_ref().map(|exit| LastExit {
                     kind: exit.kind,
                     reason: exit.reason.clone(),

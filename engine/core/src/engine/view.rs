@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::api::UNANSWERED_AFTER;
 use super::*;
 use crate::health::{HealthMessage, Severity};
 use crate::peer::Peer;
