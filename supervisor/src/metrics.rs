@@ -24,8 +24,11 @@ use seen::Seen;
 
 /// How long an engine may take to answer a scrape.
 const SCRAPE_WITHIN: Duration = Duration::from_secs(1);
-/// What becomes of a wish for an auth key.
+/// What becomes of a wish for an auth key. These, and the ends below, are there from the beginning: of a series that
+/// begins with its first event no increase is seen.
 const MINTED: [&str; 3] = ["failed", "minted", "refused"];
+/// Ends of engines that somebody has to know of.
+const ENDS: [&str; 4] = ["crash", "forbidden_call", "memory", "silent"];
 
 /// The supervisor's own counters.
 #[derive(Debug, Clone)]
@@ -114,13 +117,17 @@ impl Counters {
         for result in MINTED {
             mints.with_label_values(&[result]);
         }
+        let engine_exits = make.counters("podtether_engine_exits_total")?;
+        for kind in ENDS {
+            engine_exits.with_label_values(&[kind]);
+        }
         Ok(Counters {
             adds: make.counter("podtether_adds_total")?,
             adds_failed: make.counter("podtether_adds_failed_total")?,
             mints,
             steps: make.counters("podtether_steps_total")?,
             reports: make.counter("podtether_engine_reports_total")?,
-            engine_exits: make.counters("podtether_engine_exits_total")?,
+            engine_exits,
             link_repairs: make.counters("podtether_link_repairs_total")?,
             adoptions: make.counters("podtether_engine_adoptions_total")?,
             handovers: make.counters("podtether_handovers_total")?,

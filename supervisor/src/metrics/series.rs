@@ -170,7 +170,11 @@ impl Values {
         }
         if let Some(address) = pod.addresses.first() {
             let name: String = pod.name.chars().take(MAX_INFO).collect();
-            self.0.insert((Of::Info, [address.to_string(), name]), Value::Count(1));
+            let address = address.to_string();
+            // The engine says both, and may say others each time.
+            if seen.admits(pod, Of::Info as u8, &format!("{address} {name}")) {
+                self.0.insert((Of::Info, [address, name]), Value::Count(1));
+            }
         }
         if let Some(runs) = pod.engine_runs {
             self.add(Of::Runs, "", runs);
@@ -462,7 +466,12 @@ mod tests {
                 filter_unruled: (0..1000).map(made_up).collect(),
                 ..EngineMetrics::default()
             };
-            let text = text_of(&[pod("a")], &[Some(hostile)], &mut seen);
+            let named = PodReport {
+                name: format!("name{round}.test"),
+                addresses: vec![std::net::Ipv4Addr::from(u32::try_from(round).unwrap()).into()],
+                ..pod("a")
+            };
+            let text = text_of(&[named], &[Some(hostile)], &mut seen);
             ever.extend(series(&text).into_iter().map(str::to_owned));
         }
         assert!(ever.len() < 400, "{} series of one pod", ever.len());

@@ -12,7 +12,15 @@ use super::table;
 static CNI: LazyLock<Result<HistogramVec, prometheus::Error>> = LazyLock::new(|| {
     let buckets = [0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
     let (opts, labels) = table::buckets("podtether_cni_duration_seconds", &buckets)?;
-    HistogramVec::new(opts, labels)
+    let made = HistogramVec::new(opts, labels)?;
+    // There from the beginning: of a series that begins with its first call no increase is seen.
+    for verb in ["ADD", "CHECK", "DEL", "GC"] {
+        made.with_label_values(&["ok", verb]);
+    }
+    for result in ["bad_config", "link", "needs_action", "refused", "try_again"] {
+        made.with_label_values(&[result, "ADD"]);
+    }
+    Ok(made)
 });
 
 static API: LazyLock<Result<HistogramVec, prometheus::Error>> = LazyLock::new(|| {
