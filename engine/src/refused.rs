@@ -135,6 +135,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_reason_is_documented_with_its_meaning() {
+        let document = include_str!("../../docs/metrics.md");
+        for (_, name, meaning) in Refused::NAMES {
+            assert!(document.contains(&format!("\n| `{name}` | {meaning} |\n")), "{name}");
+        }
+    }
+
+    #[test]
     fn every_reason_has_its_own_counter() {
         for (index, (why, name, _)) in Refused::NAMES.iter().enumerate() {
             assert_eq!(*why as usize, index, "{name}");

@@ -65,6 +65,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_reason_is_documented() {
+        let document = include_str!("../../../docs/metrics.md");
+        for (_, name) in Drop::NAMES {
+            assert!(document.contains(&format!("\n| `{name}` | ")), "{name} is not in docs/metrics.md");
+        }
+    }
+
+    #[test]
     fn every_reason_has_its_own_counter() {
         let mut drops = Drops::default();
         for (index, (why, _)) in Drop::NAMES.iter().enumerate() {

@@ -357,6 +357,19 @@ mod tests {
     }
 
     #[test]
+    fn every_reason_is_documented_with_its_meaning() {
+        let document = include_str!("../../../docs/metrics.md");
+        let of_core = core::DropReason::ALL.iter().map(|why| (why.name(), why.meaning()));
+        for (name, meaning) in of_core.chain(ODD_MAP) {
+            let row = document.lines().find_map(|line| line.strip_prefix(&format!("| `{name}` | ")));
+            let said =
+                row.unwrap_or_else(|| panic!("{name} is not in docs/metrics.md")).trim_end_matches(" |");
+            let same = meaning.trim_end_matches('.');
+            assert!(said.eq_ignore_ascii_case(same), "{name}: {said:?} is not {same:?}");
+        }
+    }
+
+    #[test]
     fn what_the_core_passes_over_in_a_netmap_has_a_name_and_a_meaning() {
         let mut counters = core::Counters::default();
         (counters.map_ignored, counters.map_unknown) = (3, 5);

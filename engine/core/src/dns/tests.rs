@@ -487,3 +487,11 @@ fn code(message: &Message) -> ResponseCode {
 fn addresses(message: &Message) -> Vec<String> {
     message.answers.iter().map(|record| record.data.to_string()).collect()
 }
+
+#[test]
+fn every_count_is_documented() {
+    let document = include_str!("../../../../docs/metrics.md");
+    for name in Count::NAMES {
+        assert!(document.contains(&format!("\n| `{name}` | ")), "{name} is not in docs/metrics.md");
+    }
+}
