@@ -9,7 +9,10 @@ mod cni;
 mod handover;
 mod headscale;
 mod kills;
+#[path = "../../../supervisor/tests/kubeapi/mod.rs"]
+mod kubeapi;
 mod leave;
+mod metrics;
 mod names;
 mod operator;
 mod pairs;
