@@ -484,6 +484,37 @@ mod tests {
     }
 
     #[test]
+    fn a_full_node_takes_some_kilobytes_a_pod() {
+        use podtether_proto::sandbox::{Step, StepReport};
+        let sandbox: Vec<StepReport> = Step::ALL
+            .iter()
+            .map(|step| StepReport { step: step.name().into(), state: StepState::Held, why: String::new() })
+            .collect();
+        let pods: Vec<PodReport> = (0..250)
+            .map(|n| PodReport {
+                namespace: "a-namespace-of-usual-length".into(),
+                tailnet: "default".into(),
+                sandbox: sandbox.clone(),
+                addresses: vec!["100.64.0.1".parse().unwrap()],
+                engine_cpu_us: Some(n),
+                engine_runs: Some(n),
+                ..pod(&format!("deployment-name-7f9c6d5b4-{n:05}"))
+            })
+            .collect();
+        let engine = EngineMetrics {
+            drops: (0..12).map(|n| (format!("some_reason_{n}"), n)).collect(),
+            filter_passed: (0..10).map(|n| (format!("rule base/{n}"), n)).collect(),
+            rtt: Some(Rtt::default()),
+            home_derp_rtt_us: Some(1),
+            ..EngineMetrics::default()
+        };
+        let begun = std::time::Instant::now();
+        let text = text_of(&pods, &vec![Some(engine); pods.len()], &mut Seen::default());
+        println!("{} bytes of 250 pods in {:?}", text.len(), begun.elapsed());
+        assert!(text.len() < 250 * (12 << 10), "{} bytes", text.len());
+    }
+
+    #[test]
     fn totals_have_every_state_of_pods_that_are_and_are_not() {
         let mut text = String::new();
         let pods = [pod("a"), pod("b"), PodReport { state: "backoff", ..pod("c") }];

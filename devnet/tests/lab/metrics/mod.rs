@@ -278,8 +278,9 @@ fn every_metric_panel_and_rule_has_data_of_a_live_lab() {
         world.live();
         scrape(&world);
         world.suffer();
-        let up = prometheus.now("podtether_pod_link{pod=\"quiet\",state=\"idle\"}");
-        assert_eq!(up.len(), 1, "a pod without traffic is idle");
+        wait_for("a pod without traffic to be told idle", || {
+            (prometheus.now("podtether_pod_link{pod=\"quiet\",state=\"idle\"}").len() == 1).then_some(())
+        });
         scrape(&world);
 
         // Nobody is reached: what was idle is disconnected, and the alert for it waits for its time.
