@@ -12,6 +12,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use podtether_core::backoff::Backoff;
@@ -57,7 +58,8 @@ pub(crate) struct Identity {
     pub(crate) interactive: bool,
     /// The URL that an earlier engine waited for.
     pub(crate) login_url: Option<String>,
-    pub(crate) hostname: String,
+    /// It may be changed while the task runs.
+    pub(crate) hostname: std::sync::Mutex<String>,
     pub(crate) ephemeral: bool,
     pub(crate) request_tags: Vec<String>,
 }
@@ -65,7 +67,7 @@ pub(crate) struct Identity {
 impl Identity {
     fn hostinfo(&self, host: &HostUpdate) -> Hostinfo {
         Hostinfo::outgoing(&HostParams {
-            hostname: self.hostname.clone(),
+            hostname: self.hostname.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             version: concat!(env!("CARGO_PKG_VERSION"), "-podtether").to_owned(),
             request_tags: self.request_tags.clone(),
             net_info: Some(host.net_info.clone()),
@@ -125,7 +127,7 @@ impl Failure {
     }
 }
 
-fn wall_clock() -> UnixTime {
+pub(crate) fn wall_clock() -> UnixTime {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     UnixTime::from_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
@@ -185,6 +187,7 @@ type LogoutAnswer = oneshot::Sender<Result<(), String>>;
 #[derive(Debug)]
 pub(crate) struct Control {
     host: watch::Sender<HostUpdate>,
+    identity: Arc<Identity>,
     answers: mpsc::Sender<ControlAnswer>,
     logouts: mpsc::Sender<LogoutAnswer>,
     events: mpsc::Receiver<Event>,
@@ -205,10 +208,11 @@ impl Control {
         let (answers, answers_out) = mpsc::channel(ANSWER_QUEUE);
         let (logouts, logouts_out) = mpsc::channel(1);
         let mut task = JoinSet::new();
+        let identity = Arc::new(identity);
         let client = Client {
             dialer,
             login: identity.login_url.clone().filter(|_| identity.interactive),
-            identity: identity.into(),
+            identity: Arc::clone(&identity),
             timing,
             host: host_changes,
             events: events_in,
@@ -221,7 +225,7 @@ impl Control {
             map: MapStream::new(),
         };
         task.spawn(client.run());
-        Self { host, answers, logouts, events, _task: task }
+        Self { host, identity, answers, logouts, events, _task: task }
     }
 
     /// The next thing that happened; `None` never comes while the task lives.
@@ -236,6 +240,12 @@ impl Control {
             *old = host;
             changed
         });
+    }
+
+    /// Asks for this host name from now on.
+    pub(crate) fn rename(&self, hostname: String) {
+        *self.identity.hostname.lock().unwrap_or_else(PoisonError::into_inner) = hostname;
+        self.host.send_modify(|_| {});
     }
 
     /// Gives control what it asked for; too many at once are dropped, which control sees as no answer.
@@ -255,7 +265,7 @@ impl Control {
 
 struct Client {
     dialer: Dialer,
-    identity: std::sync::Arc<Identity>,
+    identity: Arc<Identity>,
     host: watch::Receiver<HostUpdate>,
     events: mpsc::Sender<Event>,
     answers: mpsc::Receiver<ControlAnswer>,

@@ -131,7 +131,7 @@ pub(crate) async fn run(link: Link, board: Board, mut commands: mpsc::Receiver<C
             Command::Why(_, answer) => {
                 let _ = answer.send(Err(NO_IDENTITY.to_owned()));
             }
-            Command::SetRoots(_, answer) => {
+            Command::SetRoots(_, answer) | Command::Rename(_, answer) => {
                 let _ = answer.send(Err(NO_IDENTITY.to_owned()));
             }
             Command::Ping(_, _, answer) => {
@@ -570,6 +570,9 @@ impl Driver {
                 }
                 let _ = answer.send(replaced);
             }
+            Command::Rename(hostname, answer) => {
+                let _ = answer.send(self.rename(hostname));
+            }
             Command::Ping(peer, kind, answer) => {
                 match peer.parse().ok().or_else(|| self.engine.find_peer(&peer)) {
                     Some(ip) => {
@@ -665,6 +668,13 @@ impl Driver {
         let port = |udp: &Option<Udp>| udp.as_ref().map(Udp::port);
         let (v4, v6) = (port(&self.udp4), port(&self.udp6));
         self.engine.handle_underlay(&underlay.addresses, v4, v6, now, &mut self.outbox);
+    }
+
+    fn rename(&self, hostname: String) -> Result<(), String> {
+        start::check_label(&hostname)?;
+        let control = self.control.as_ref().ok_or("another engine is in charge of the pod")?;
+        control.rename(hostname);
+        Ok(())
     }
 
     /// Leaves no TCP port to connect to but those known by now.

@@ -40,6 +40,7 @@ pub(crate) enum Command {
     Netcheck(oneshot::Sender<NetReport>),
     Why(Flow, oneshot::Sender<Result<Verdict, String>>),
     SetRoots(String, oneshot::Sender<Result<(), String>>),
+    Rename(String, oneshot::Sender<Result<(), String>>),
     Ping(String, PingKind, oneshot::Sender<Result<Pong, String>>),
     PeerCaps(IpAddr, oneshot::Sender<Vec<(String, Vec<String>)>>),
     Logout(oneshot::Sender<Result<(), String>>),
@@ -184,6 +185,11 @@ impl Engine for Service {
 
     async fn set_roots(self, _: Context, extra_roots_pem: String) -> Result<(), String> {
         let asked = self.ask(|answer| Command::SetRoots(extra_roots_pem, answer)).await;
+        asked.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn rename(self, _: Context, hostname: String) -> Result<(), String> {
+        let asked = self.ask(|answer| Command::Rename(hostname, answer)).await;
         asked.unwrap_or_else(|| Err(ENDING.to_owned()))
     }
 

@@ -37,6 +37,9 @@ pub trait Engine {
     /// Certificates to trust beyond the built-in roots from now on, PEM; connections that are open stay.
     /// Refused, with the former ones in force, when they do not parse.
     async fn set_roots(extra_roots_pem: String) -> Result<(), String>;
+    /// Asks the control server for this host name, one DNS label, from now on. What the node is called then is in
+    /// [`EngineStatus::node`] when the server has answered.
+    async fn rename(hostname: String) -> Result<(), String>;
     /// Pings a peer, which is named by name, address or stable id; at the latest after [`PING_MAX`].
     async fn ping(peer: String, kind: PingKind) -> Result<Pong, String>;
     /// The application capabilities that the tailnet's policy gives the peer at this address towards the

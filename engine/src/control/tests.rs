@@ -55,7 +55,7 @@ impl Node {
             auth_key: self.auth_key.clone().map(SecretString::new),
             interactive: self.interactive,
             login_url: self.login_url.clone(),
-            hostname: "pod".into(),
+            hostname: std::sync::Mutex::new("pod".into()),
             ephemeral: false,
             request_tags: Vec::new(),
         }

@@ -76,10 +76,7 @@ impl Checked {
         if request.mtu < MIN_MTU {
             return Err(format!("an MTU of {} is below IPv6's minimum of {MIN_MTU}", request.mtu));
         }
-        if !is_label(&request.hostname) {
-            let name = &request.hostname;
-            return Err(format!("the host name {name:?} is not a DNS label (a-z, 0-9, -, at most 63 long)"));
-        }
+        check_label(&request.hostname)?;
         let url: ControlUrl = request.control_url.parse().map_err(|e| format!("{e}"))?;
         let tls = Tls::new(&request.extra_roots_pem).map_err(|e| e.to_string())?;
         let resolver = Resolver::default();
@@ -99,7 +96,7 @@ impl Checked {
             auth_key: request.auth_key.clone(),
             interactive: request.interactive,
             login_url: request.login_url.clone(),
-            hostname: request.hostname.clone(),
+            hostname: std::sync::Mutex::new(request.hostname.clone()),
             ephemeral: request.ephemeral,
             request_tags: request.request_tags.clone(),
         };
@@ -228,10 +225,15 @@ fn wall_clock() -> UnixTime {
     UnixTime::from_millis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
-fn is_label(name: &str) -> bool {
+/// What a host name has to be.
+pub(super) fn check_label(name: &str) -> Result<(), String> {
     let inner = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
-    (1..=63).contains(&name.len())
+    let fits = (1..=63).contains(&name.len())
         && name.bytes().all(inner)
         && !name.starts_with('-')
-        && !name.ends_with('-')
+        && !name.ends_with('-');
+    if fits {
+        return Ok(());
+    }
+    Err(format!("the host name {name:?} is not a DNS label (a-z, 0-9, -, at most 63 long)"))
 }

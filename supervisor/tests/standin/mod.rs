@@ -167,6 +167,10 @@ impl Engine for Standin {
         Ok(())
     }
 
+    async fn rename(self, _: Context, _: String) -> Result<(), String> {
+        Err("a stand-in".into())
+    }
+
     async fn ping(self, _: Context, _: String, _: PingKind) -> Result<Pong, String> {
         Err("a stand-in".into())
     }
