@@ -1,5 +1,6 @@
 //! A certificate authority for a devnet or a test: one root and one server certificate.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rcgen::{
@@ -27,7 +28,15 @@ pub struct Issued {
 /// # Errors
 /// When a name does not fit a certificate.
 pub fn issue(names: Vec<String>) -> Result<Issued, StartError> {
-    let (root, certificate, key) = make(names)?;
+    issue_for(names, 1975..4096)
+}
+
+/// As [`issue`], a certificate for the years `years`.
+///
+/// # Errors
+/// When a name does not fit a certificate.
+pub fn issue_for(names: Vec<String>, years: Range<i32>) -> Result<Issued, StartError> {
+    let (root, certificate, key) = make(names, years)?;
     Ok(Issued { root: root.pem(), certificate: certificate.pem(), key: key.serialize_pem() })
 }
 
@@ -45,7 +54,7 @@ impl Authority {
     /// # Errors
     /// When a name does not fit a certificate.
     pub(crate) fn new(names: Vec<String>) -> Result<Self, StartError> {
-        let (root_certificate, leaf_certificate, leaf_key) = make(names)?;
+        let (root_certificate, leaf_certificate, leaf_key) = make(names, 1975..4096)?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
@@ -58,7 +67,7 @@ impl Authority {
     }
 }
 
-fn make(names: Vec<String>) -> Result<(Certificate, Certificate, KeyPair), StartError> {
+fn make(names: Vec<String>, years: Range<i32>) -> Result<(Certificate, Certificate, KeyPair), StartError> {
     let root_key = KeyPair::generate()?;
     let mut root = CertificateParams::new(Vec::new())?;
     root.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
@@ -71,6 +80,8 @@ fn make(names: Vec<String>) -> Result<(Certificate, Certificate, KeyPair), Start
     leaf.distinguished_name.push(DnType::CommonName, "podtether devnet");
     leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    leaf.not_before = rcgen::date_time_ymd(years.start, 1, 1);
+    leaf.not_after = rcgen::date_time_ymd(years.end, 1, 1);
     leaf.use_authority_key_identifier_extension = true;
     let leaf_certificate = leaf.signed_by(&leaf_key, &Issuer::from_params(&root, &root_key))?;
     Ok((root_certificate, leaf_certificate, leaf_key))

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use podtether_core::dial_plan::Attempt;
+use podtether_proto::clock;
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use crate::control::wall_clock;
 use crate::proxy::Proxy;
 use crate::resolve::Resolver;
 use crate::tls::{Tls, Trust};
@@ -193,7 +195,8 @@ impl Dialer {
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, handshake)
             .await
             .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the TLS handshake took too long"))?;
-        Ok(Box::new(stream.map_err(|e| io::Error::other(format!("TLS: {e}")))?))
+        let failed = |e| io::Error::other(clock::blamed(format!("TLS: {e}"), wall_clock()));
+        Ok(Box::new(stream.map_err(failed)?))
     }
 }
 

@@ -7,6 +7,7 @@
 //! * [`node`]: served by the supervisor on `run_dir/supervisor.sock` for the CNI plugin and the tools.
 //! * [`transport`]: how both are carried (length-delimited JSON over a Unix socket, bounded).
 
+pub mod clock;
 pub mod engine;
 pub mod exit;
 pub mod fds;

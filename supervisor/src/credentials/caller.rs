@@ -2,17 +2,20 @@
 //! passing one.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use podtether_core::retry_after;
+use podtether_core::tailcfg::UnixTime;
 use podtether_proto::secret::SecretString;
-use reqwest::header::{AUTHORIZATION, RETRY_AFTER};
+use reqwest::header::{AUTHORIZATION, DATE, RETRY_AFTER};
 use reqwest::{Method, StatusCode};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::CredentialError;
 use super::http::{Http, body, say};
-use super::limiter::Limiter;
+use super::limiter::{Limiter, wall_clock};
 use super::token::{Token, Tokens};
 use crate::config::SecretSource;
 use crate::metrics::spans;
@@ -21,6 +24,8 @@ use crate::restart::jittered;
 /// First pause after a failed call; doubles to [`MAX_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(8);
+/// A clock that is further off is told of with whatever fails.
+const CLOCK_OFF: Duration = Duration::from_secs(60);
 /// Longest part of a server's answer that goes into a sentence.
 const MAX_QUOTE: usize = 200;
 
@@ -104,17 +109,51 @@ pub(super) struct Wire {
     /// Without a slash at its end.
     pub(super) url: String,
     limiter: Limiter,
+    /// By how many milliseconds the API's clock is ahead of this node's, as its last answer had it.
+    ahead_ms: AtomicI64,
 }
 
 impl Wire {
     pub(super) fn new(http: Http, url: String) -> Arc<Wire> {
-        Arc::new(Wire { http, url, limiter: Limiter::default() })
+        Arc::new(Wire { http, url, limiter: Limiter::default(), ahead_ms: AtomicI64::new(0) })
+    }
+}
+
+impl Wire {
+    /// Now, by the API's clock: what it compares a time with that it is told.
+    fn now(&self) -> UnixTime {
+        let ahead = self.ahead_ms.load(Ordering::Relaxed);
+        UnixTime::from_millis(wall_clock().as_millis().saturating_add(ahead))
+    }
+
+    /// Notes the time of an answer.
+    fn heard(&self, date: Option<&str>) {
+        if let Some(there) = date.and_then(retry_after::http_date) {
+            let ahead = there.as_millis().saturating_sub(wall_clock().as_millis());
+            self.ahead_ms.store(ahead, Ordering::Relaxed);
+        }
+    }
+
+    /// What a refusal may be due to.
+    fn clock(&self) -> String {
+        let ahead = self.ahead_ms.load(Ordering::Relaxed);
+        let off = Duration::from_millis(ahead.unsigned_abs());
+        if off < CLOCK_OFF {
+            return String::new();
+        }
+        let side = if ahead > 0 { "behind" } else { "ahead of" };
+        format!("; this node's clock is {} s {side} the API's: set it and let NTP keep it", off.as_secs())
     }
 }
 
 impl Caller {
     pub(super) fn new(wire: Arc<Wire>, proof: Proof) -> Caller {
         Caller { inner: Arc::new(Inner { wire, proof }) }
+    }
+
+    /// Now, by the API's clock as far as that is known.
+    pub(super) fn now(&self) -> UnixTime {
+        self.inner.wire.now()
     }
 
     /// One call, tried again until `deadline` while the reason to fail is a passing one.
@@ -226,7 +265,9 @@ impl Wire {
         let exchange = async {
             let response = builder.send().await.map_err(|e| say(&e))?;
             let status = response.status();
-            let header = response.headers().get(RETRY_AFTER).and_then(|v| v.to_str().ok()).map(str::to_owned);
+            let told = |name| response.headers().get(name).and_then(|v| v.to_str().ok());
+            self.heard(told(DATE));
+            let header = told(RETRY_AFTER).map(str::to_owned);
             Ok::<_, String>((status, header, body(response).await?))
         };
         let exchange = tokio::time::timeout(left, exchange).await;
@@ -241,7 +282,7 @@ impl Wire {
         if status.is_success() {
             return Ok(body);
         }
-        let text = quote(&body);
+        let text = quote(&body) + &self.clock();
         match status {
             StatusCode::NOT_FOUND => Err(Failure::NotFound(text)),
             StatusCode::UNAUTHORIZED => Err(Failure::Unauthorized(format!("{status}{text}"))),
@@ -328,7 +369,53 @@ fn random() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::quote;
+    use std::io::{Read, Write};
+
+    use super::super::roots::Roots;
+    use super::*;
+
+    /// Answers one call after another, `ahead_s` ahead of this machine's clock.
+    fn server(ahead_s: i64) -> String {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+                let at = date(wall_clock().as_millis() / 1000 + ahead_s);
+                let answer = format!(
+                    "HTTP/1.1 403 Forbidden\r\nDate: {at}\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
+                );
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        });
+        url
+    }
+
+    /// As `Date` has it.
+    fn date(unix_s: i64) -> String {
+        let text = UnixTime::from_secs(unix_s).to_string();
+        let months = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+        let month = months[text[5..7].parse::<usize>().unwrap() - 1];
+        format!("Mon, {} {month} {} {} GMT", &text[8..10], &text[..4], &text[11..19])
+    }
+
+    #[tokio::test]
+    async fn a_refusal_names_a_clock_that_the_api_disagrees_with() {
+        for (ahead_s, says) in
+            [(7200, "s behind the API's"), (-7200, "s ahead of the API's"), (0, ""), (30, "")]
+        {
+            let http = Http::new(Arc::new(Roots::new(None).unwrap())).unwrap();
+            let key = SecretSource::Value(SecretString::new("k".to_owned()));
+            let caller = Caller::new(Wire::new(http, server(ahead_s)), Proof::ApiKey(key));
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let answer = caller.call(Call::get("mint an auth key", "/x"), deadline).await;
+            let Err(CredentialError::Refused(text)) = answer else { panic!("{answer:?}") };
+            assert!(text.contains(says) && text.contains("clock") != says.is_empty(), "{ahead_s}: {text}");
+            let off = caller.now().as_millis() - wall_clock().as_millis() - ahead_s * 1000;
+            assert!((-3000..=3000).contains(&off), "what is told in times is told in the API's: {off}");
+        }
+    }
 
     #[test]
     fn errors_of_every_api_are_told() {

@@ -3,10 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use podtether_proto::clock;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
+use super::limiter::wall_clock;
 use super::roots::Roots;
 
 /// Largest answer that is read: a list of a large tailnet's devices.
@@ -97,5 +99,5 @@ pub(crate) fn say(e: &reqwest::Error) -> String {
         }
         cause = inner.source();
     }
-    text
+    clock::blamed(text, wall_clock())
 }
