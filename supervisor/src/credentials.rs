@@ -76,8 +76,10 @@ pub struct Listed {
     pub hostname: String,
     /// ACL tags.
     pub tags: Vec<String>,
-    /// Of its client.
+    /// Of its client; empty where the API does not say.
     pub version: String,
+    /// Whether it joined with a key for itself alone, such as are minted here, as far as the API says.
+    pub is_minted: bool,
     /// `mkey:…`
     pub machine_key: String,
     /// `nodekey:…`
@@ -176,7 +178,7 @@ impl Credential {
     /// Every device of the tailnet.
     ///
     /// # Errors
-    /// [`CredentialError`]; always for a kind that has no API, or one that does not say what a device runs.
+    /// [`CredentialError`]; always for a kind that has no API.
     pub async fn devices(&self, deadline: Instant) -> Result<Vec<Listed>, CredentialError> {
         match self {
             Credential::OAuth(api) => api.devices(deadline).await,

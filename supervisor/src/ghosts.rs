@@ -1,6 +1,7 @@
 //! Devices whose pods are no more and whose node did not say so: its disk went, or the node did.
 //!
-//! What may go is a pure decision, made of what only a device of ours can be altogether: it runs our engine, has
+//! What may go is a pure decision, made of what only a device of ours can be altogether: it runs our engine (or
+//! joined with a key such as only a supervisor mints, where an API does not tell what a device runs), has
 //! tags that pods of this cluster are given and no other, is called as this cluster's pods are, is none of this
 //! node's, has the name of no living pod, and has been away for long. Whatever cannot be told stays.
 
@@ -54,7 +55,7 @@ fn stays(device: &Listed, known: &Known<'_>) -> Option<&'static str> {
             || own.machine_key == device.machine_key
             || (!own.stable_id.is_empty() && own.stable_id == device.stable_id)
     };
-    if !device.version.contains(OUR_ENGINE) {
+    if !device.version.contains(OUR_ENGINE) && !(device.version.is_empty() && device.is_minted) {
         return Some("it runs another client");
     }
     if device.tags.is_empty() || !device.tags.iter().all(|tag| may_be_given(tag, known)) {
@@ -210,6 +211,7 @@ mod tests {
             hostname: "k8s-shop-web-0".into(),
             tags: vec!["tag:k8s-pod".into()],
             version: "0.1.0-podtether".into(),
+            is_minted: false,
             machine_key: "mkey:a".into(),
             node_key: "nodekey:a".into(),
             stable_id: "nA".into(),
@@ -242,6 +244,8 @@ mod tests {
             (Listed { tags: tags(&["tag:k8s-pod", "tag:ns-shop", "tag:shop-a"]), ..ghost() }, true),
             (Listed { version: "1.90.6-t2b1c5f4a6".into(), ..ghost() }, false),
             (Listed { version: String::new(), ..ghost() }, false),
+            (Listed { version: String::new(), is_minted: true, ..ghost() }, true),
+            (Listed { version: "1.90.6".into(), is_minted: true, ..ghost() }, false),
             (Listed { tags: vec![], ..ghost() }, false),
             (Listed { tags: tags(&["tag:k8s-pod", "tag:admin"]), ..ghost() }, false),
             (Listed { hostname: "prod-shop-web-0".into(), ..ghost() }, false),

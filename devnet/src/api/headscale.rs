@@ -380,7 +380,7 @@ fn node_json(state: &State, node: &Node) -> Value {
         "user": known.then(|| user_json(state, owner)),
         "lastSeen": node.last_seen.to_string(),
         "expiry": node.expiry.map(|at| at.to_string()),
-        "preAuthKey": Value::Null,
+        "preAuthKey": node.joined_by.as_ref().and_then(|id| state.keys.get(id)).map(|key| key_json(state, key, false)),
         "createdAt": node.created.to_string(),
         "registerMethod": "REGISTER_METHOD_AUTH_KEY",
         "givenName": node.name,

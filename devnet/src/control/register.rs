@@ -244,7 +244,12 @@ fn with_key(
                 expiry: if tagged { None } else { expiry.or_else(|| default_expiry(config, now)) },
                 version: request.version,
             };
-            state.add_node(new, now).map_err(|error| in_auth("creating new node: ", &error.to_string()))?
+            let added = state.add_node(new, now);
+            let id = added.map_err(|error| in_auth("creating new node: ", &error.to_string()))?;
+            if let Some(node) = state.nodes.get_mut(&id) {
+                node.joined_by = Some(key.id.clone());
+            }
+            id
         }
     };
     if let Some(stored) = state.key_by_secret(secret) {

@@ -41,6 +41,8 @@ pub(crate) struct Node {
     /// Who owns it while it has no tags.
     pub(crate) user: u64,
     pub(crate) created: Timestamp,
+    /// Id of the auth key that it came with.
+    pub(crate) joined_by: Option<String>,
     pub(crate) expiry: Option<Timestamp>,
     pub(crate) expired: bool,
     pub(crate) endpoints: Vec<SocketAddr>,
@@ -396,6 +398,7 @@ impl State {
                 authorized: new.preauthorized || !self.device_approval,
                 user: new.user,
                 created: now,
+                joined_by: None,
                 expiry: new.expiry,
                 expired: false,
                 endpoints: Vec::new(),

@@ -4,15 +4,18 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use podtether_core::tailcfg::UnixTime;
 use podtether_proto::secret::SecretString;
 use serde::Deserialize;
 use serde_json::json;
 
 use super::caller::{Answer, Call, Caller, Proof, Wire, parse, segment};
 use super::http::Http;
-use super::limiter::wall_clock;
 use super::{CredentialError, Device, Key, Listed, Wish, v2};
 use crate::config::SecretSource;
+
+/// Between the time that a key is wanted for and the server's own notion of when it was made.
+const MINTED_WITHIN: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Version {
@@ -82,9 +85,77 @@ struct Node {
     machine_key: String,
     #[serde(default)]
     node_key: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    given_name: String,
+    #[serde(default)]
+    online: bool,
+    #[serde(default)]
+    last_seen: Option<String>,
+    #[serde(default)]
+    tags: Option<Vec<String>>,
+    /// What `tags` was called before 0.28, in two parts.
+    #[serde(default)]
+    forced_tags: Option<Vec<String>>,
+    #[serde(default)]
+    valid_tags: Option<Vec<String>>,
+    #[serde(default)]
+    pre_auth_key: Option<UsedKey>,
+}
+
+/// The key that a node joined with.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct UsedKey {
+    #[serde(default)]
+    reusable: bool,
+    #[serde(default)]
+    acl_tags: Option<Vec<String>>,
+    #[serde(default)]
+    created_at: Option<String>,
+    #[serde(default)]
+    expiration: Option<String>,
+}
+
+impl UsedKey {
+    /// Whether it is such a key as is minted here: for one device, with its tags, and living as long.
+    fn is_minted(&self, tags: &[String], ttl: Duration) -> bool {
+        let time = |text: &Option<String>| text.as_ref()?.parse::<UnixTime>().ok();
+        let (Some(from), Some(to)) = (time(&self.created_at), time(&self.expiration)) else { return false };
+        let lived = to.saturating_since(from);
+        let as_long = lived.abs_diff(ttl) <= MINTED_WITHIN;
+        !self.reusable && as_long && same(self.acl_tags.as_deref().unwrap_or_default(), tags)
+    }
+}
+
+/// Whether two lists hold the same texts.
+fn same(a: &[String], b: &[String]) -> bool {
+    !a.is_empty() && a.iter().all(|one| b.contains(one)) && b.iter().all(|one| a.contains(one))
 }
 
 impl Node {
+    fn listed(self, ttl: Duration) -> Listed {
+        let mut tags = self.tags.unwrap_or_default();
+        tags.extend(self.forced_tags.into_iter().flatten());
+        tags.extend(self.valid_tags.into_iter().flatten());
+        tags.sort();
+        tags.dedup();
+        Listed {
+            is_minted: self.pre_auth_key.is_some_and(|key| key.is_minted(&tags, ttl)),
+            name: self.given_name,
+            hostname: self.name,
+            tags,
+            version: String::new(),
+            machine_key: self.machine_key,
+            node_key: self.node_key,
+            stable_id: self.id.clone(),
+            id: self.id,
+            online: self.online,
+            last_seen: self.last_seen.and_then(|text| text.parse().ok()),
+        }
+    }
+
     fn is(&self, device: &Device) -> bool {
         self.machine_key == device.machine_key || self.node_key == device.node_key
     }
@@ -120,7 +191,7 @@ impl Api {
             "reusable": false,
             "ephemeral": wish.ephemeral,
             // Without one the key would have expired already.
-            "expiration": wall_clock().saturating_add(self.ttl),
+            "expiration": self.caller.now().saturating_add(self.ttl),
             "aclTags": wish.tags,
         });
         if let Some(user) = self.user_number(deadline).await? {
@@ -179,11 +250,13 @@ impl Api {
     }
 
     pub(super) async fn devices(&self, deadline: Instant) -> Result<Vec<Listed>, CredentialError> {
-        v2::devices(&self.caller, deadline).await?.ok_or_else(|| {
-            CredentialError::Refused(
-                "this Headscale's API does not tell which client a device runs, so nobody can say which are ours".into(),
-            )
-        })
+        if let Some(devices) = v2::devices(&self.caller, deadline).await? {
+            return Ok(devices);
+        }
+        let what = "list the nodes";
+        let body = self.caller.call(Call::get(what, "/api/v1/node"), deadline).await?.found(what)?;
+        let list: NodesAnswer = parse(what, &body)?;
+        Ok(list.nodes.into_iter().map(|node| node.listed(self.ttl)).collect())
     }
 
     pub(super) async fn delete_device(

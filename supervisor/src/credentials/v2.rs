@@ -100,6 +100,7 @@ pub(super) async fn devices(
         hostname: d.hostname,
         tags: d.tags.unwrap_or_default(),
         version: d.client_version,
+        is_minted: false,
         machine_key: d.machine_key,
         node_key: d.node_key,
         stable_id: d.node_id,

@@ -126,3 +126,59 @@ async fn refusals_say_what_to_do_and_passing_faults_pass() {
     let devnet = devnet(false).await;
     refused(api(&devnet, None, &["tag:Pod"]).mint("p", soon()).await, "tag should be lowercase");
 }
+
+#[test]
+fn a_node_of_the_first_api_is_known_by_the_key_that_it_joined_with() {
+    const TTL: Duration = Duration::from_secs(300);
+    let node = |change: serde_json::Value| {
+        let mut node = json!({
+            "id": "7", "machineKey": "mkey:a", "nodeKey": "nodekey:a", "name": "k8s-shop-web-0",
+            "givenName": "k8s-shop-web-0", "online": false, "lastSeen": "2026-01-01T00:00:00Z", "user": null,
+            "tags": ["tag:a", "tag:b"],
+            "preAuthKey": {
+                "reusable": false, "used": true, "aclTags": ["tag:b", "tag:a"],
+                "createdAt": "2026-01-01T00:00:00.25Z", "expiration": "2026-01-01T00:05:01Z",
+            },
+        });
+        for (pointer, value) in change.as_object().unwrap() {
+            *node.pointer_mut(pointer).unwrap() = value.clone();
+        }
+        serde_json::from_value::<Node>(node).unwrap().listed(TTL)
+    };
+    let listed = node(json!({}));
+    assert_eq!(
+        (listed.tags.as_slice(), listed.online),
+        (&["tag:a".to_owned(), "tag:b".to_owned()][..], false)
+    );
+    assert_eq!(listed.last_seen, Some("2026-01-01T00:00:00Z".parse().unwrap()));
+    assert_eq!((listed.id.as_str(), listed.version.as_str()), ("7", ""));
+    for (change, is_minted) in [
+        (json!({}), true),
+        (json!({"/preAuthKey/reusable": true}), false),
+        (json!({"/preAuthKey/aclTags": ["tag:a"]}), false),
+        (json!({"/tags": ["tag:a"]}), false),
+        (json!({"/tags": [], "/preAuthKey/aclTags": []}), false),
+        // As long as the server's own command makes them.
+        (json!({"/preAuthKey/expiration": "2026-01-01T01:00:00Z"}), false),
+        (json!({"/preAuthKey/expiration": null}), false),
+        (json!({"/preAuthKey": null}), false),
+    ] {
+        assert_eq!(node(change.clone()).is_minted, is_minted, "{change}");
+    }
+    // As it was before there was one list of tags.
+    let old = json!({"id": "1", "forcedTags": ["tag:b"], "validTags": ["tag:a", "tag:b"]});
+    assert_eq!(serde_json::from_value::<Node>(old).unwrap().listed(TTL).tags, ["tag:a", "tag:b"]);
+}
+
+#[tokio::test]
+async fn both_apis_list_devices() {
+    for v2 in [true, false] {
+        let devnet = devnet(v2).await;
+        let api = api(&devnet, None, &["tag:k8s-pod"]);
+        assert!(!devnet.add_node_of("ghost", &["tag:k8s-pod"], "0.1.0-podtether", Duration::ZERO).is_empty());
+        let devices = api.devices(soon()).await.unwrap();
+        assert_eq!((devices.len(), devices[0].hostname.as_str()), (1, "ghost"), "v2={v2}");
+        assert_eq!(devices[0].version.is_empty(), !v2);
+        assert!(!devices[0].is_minted && devices[0].last_seen.is_some() && !devices[0].online);
+    }
+}
