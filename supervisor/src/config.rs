@@ -148,6 +148,8 @@ pub struct Node {
     pub api_server: Option<String>,
     /// What the API server is asked with: `token`, `ca.crt`, `namespace`.
     pub service_account_dir: PathBuf,
+    /// Where the API server is and what it is asked with, instead of these two.
+    pub kubeconfig: Option<PathBuf>,
     /// `{cluster}`.
     pub cluster_name: String,
     /// Records and keys.
@@ -450,6 +452,7 @@ fn node(values: &Values) -> Result<Node, ConfigError> {
         service_account_dir: at
             .path("service_account_dir")?
             .unwrap_or_else(|| "/var/run/secrets/kubernetes.io/serviceaccount".into()),
+        kubeconfig: at.path("kubeconfig")?,
         cluster_name: at.text("cluster_name")?.unwrap_or("k8s").to_owned(),
         state_dir: at.path("state_dir")?.unwrap_or_else(|| "/var/lib/podtether".into()),
         run_dir,

@@ -77,9 +77,11 @@ fn sentence(error: &anyhow::Error) -> String {
 
 /// JSON for machines, lines for a person at a terminal.
 fn logs() {
-    // tarpc warns of every connection that an engine's death breaks; the table reports the death itself.
-    let filter =
-        EnvFilter::try_from_env("PODTETHER_LOG").unwrap_or_else(|_| EnvFilter::new("info,tarpc=error"));
+    // tarpc warns of every connection that an engine's death breaks; the table reports the death itself. kube_client
+    // tells of every failed call, at times with the whole answer; who made the call does so once a minute.
+    let filter = |asked: &str| EnvFilter::try_new(format!("tarpc=error,kube_client=off,{asked}"));
+    let asked = std::env::var("PODTETHER_LOG").unwrap_or_else(|_| "info".into());
+    let filter = filter(&asked).or_else(|_| filter("info")).unwrap_or_default();
     let registry = tracing_subscriber::registry().with(filter).with(Keep);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     if std::io::stderr().is_terminal() {

@@ -317,3 +317,200 @@ fn a_namespace_that_goes_in_the_middle_of_a_join_leaves_nothing() {
         });
     });
 }
+
+#[test]
+fn who_asks_is_read_again_from_files_that_are_rotated() {
+    in_namespaces("who_asks_is_read_again_from_files_that_are_rotated", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        let account = dir.join("account");
+        std::fs::create_dir(&account).unwrap();
+        let token = |value: &str| {
+            std::fs::write(account.join("new"), value).unwrap();
+            std::fs::rename(account.join("new"), account.join("token")).unwrap();
+        };
+        let wants = |value: &str| api.fault(|faults| faults.token = Some(value.to_owned()));
+        // Ends the watches, so that there is something to ask.
+        let interrupt = async || {
+            api.fault(|faults| faults.down = true);
+            until_health("pods", |health| health["current"] == false).await;
+            api.fault(|faults| faults.down = false);
+        };
+        let refused = |health: &Value| {
+            let sentence = health["sentence"].as_str().unwrap_or_default();
+            sentence.contains("service account") && sentence.contains("token")
+        };
+        token("one");
+        wants("one");
+        let mut rig = with_api(dir, &devnet, &api);
+        rig.start();
+        block_on(async {
+            rig.client().await;
+            for what in ["pods", "namespaces"] {
+                until_health(what, |health| health["current"] == true).await;
+            }
+            wants("two");
+            interrupt().await;
+            until_health("pods", refused).await;
+            token("two");
+            for what in ["pods", "namespaces"] {
+                until_health(what, |health| health["current"] == true && health["sentence"] == "").await;
+            }
+            rig.kill();
+
+            // As a kubeconfig has it, where the supervisor is no pod.
+            let kubeconfig = dir.join("kubeconfig");
+            let user = |value: &str| {
+                let text = format!(
+                    "apiVersion: v1\nkind: Config\ncurrent-context: here\nclusters:\n- name: c\n  cluster: {{server: \
+                     {:?}}}\nusers:\n- name: u\n  user: {{token: {value}}}\ncontexts:\n- name: here\n  context: \
+                     {{cluster: c, user: u}}\n",
+                    api.url
+                );
+                std::fs::write(&kubeconfig, text).unwrap();
+            };
+            user("two");
+            rig.config = rig.config.replace(
+                "api_server = ",
+                &format!("kubeconfig = {:?}\napi_server = \"http://127.0.0.1:1\"\n# ", kubeconfig.display()),
+            );
+            rig.start();
+            rig.client().await;
+            until_health("pods", |health| health["current"] == true).await;
+            wants("three");
+            interrupt().await;
+            until_health("pods", refused).await;
+            user("three");
+            until_health("pods", |health| health["current"] == true && health["sentence"] == "").await;
+            let config = std::fs::read_to_string(&kubeconfig).unwrap();
+            assert!(config.contains("three"));
+            let told = http("/v1/kubernetes");
+            assert!(!told.contains("three"), "no secret is told: {told}");
+        });
+    });
+}
+
+#[test]
+fn a_watch_that_ends_without_a_word_is_not_asked_again_at_once() {
+    in_namespaces("a_watch_that_ends_without_a_word_is_not_asked_again_at_once", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        api.fault(|faults| faults.mute = true);
+        let mut rig = with_api(dir, &devnet, &api);
+        rig.start();
+        block_on(async {
+            rig.client().await;
+            until_health("pods", |health| health["known"] == true).await;
+            let watches = || api.requests().iter().filter(|request| *request == "watch pods").count();
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            // Pauses from a quarter of a second on, each twice the one before it, less jitter.
+            assert!((2..=8).contains(&watches()), "{}", watches());
+            api.fault(|faults| faults.mute = false);
+            api.pod("default", "a", "uid-a", &[]);
+            rig.netns("a").await;
+            rig.add("a").await.unwrap();
+        });
+    });
+}
+
+#[test]
+fn a_certificate_out_of_its_time_names_the_clock() {
+    in_namespaces("a_certificate_out_of_its_time_names_the_clock", |dir| {
+        let devnet = devnet(|_| {});
+        let account = dir.join("account");
+        std::fs::create_dir(&account).unwrap();
+        let mut rig = with_api(dir, &devnet, &KubeApi::start());
+        let config = rig.config.clone();
+        for (years, says) in [(2090..2095, "not valid yet"), (2001..2005, "certificate expired")] {
+            let (url, root) = kubeapi::out_of_time(years);
+            std::fs::write(account.join("ca.crt"), root).unwrap();
+            let at = config.find("api_server").unwrap();
+            let rest = &config[at..];
+            let rest = &rest[rest.find('\n').unwrap()..];
+            rig.config = format!("{}api_server = {url:?}{rest}", &config[..at]);
+            rig.start();
+            block_on(async {
+                rig.client().await;
+                until_health("pods", |health| {
+                    let sentence = health["sentence"].as_str().unwrap_or_default();
+                    sentence.contains("cannot list pods")
+                        && sentence.contains(says)
+                        && sentence.contains("this node's clock reads 20")
+                })
+                .await;
+                // And whoever waits for what nobody knows is told so too.
+                rig.netns("a").await;
+                let client = rig.client().await;
+                let request = AddRequest { timeout_ms: 2000, ..rig.request("a") };
+                let error = client.add(within(TIMEOUT), request).await.unwrap().unwrap_err();
+                assert!(error.code == code::TRY_AGAIN && error.details.contains("clock"), "{error}");
+            });
+            rig.kill();
+        }
+    });
+}
+
+/// A pod as large as they are: most of it is who set which field.
+fn large_pod(n: usize) -> Value {
+    let field = json!({"f:metadata": {"f:annotations": {}, "f:labels": {}}, "f:spec": {"f:containers": {}}});
+    let managed: Vec<Value> = (0..40)
+        .map(|m| json!({"manager": format!("m{m}"), "operation": "Update", "fieldsV1": field}))
+        .collect();
+    let containers: Vec<Value> = (0..3)
+        .map(|c| {
+            let env: Vec<Value> =
+                (0..20).map(|e| json!({"name": format!("VARIABLE_{e}"), "value": "v".repeat(60)})).collect();
+            json!({"name": format!("c{c}"), "image": "registry.example/app:1", "env": env})
+        })
+        .collect();
+    json!({
+        "metadata": {
+            "annotations": {"tailscale.com/tags": "tag:web", "last-applied": "x".repeat(2000)},
+            "managedFields": managed,
+            "ownerReferences": [{"kind": "ReplicaSet", "name": "rs", "controller": true}],
+            "labels": {"app": format!("app-{n}")},
+        },
+        "spec": {"containers": containers},
+    })
+}
+
+#[test]
+fn what_is_known_of_many_pods_is_small() {
+    in_namespaces("what_is_known_of_many_pods_is_small", |dir| {
+        const PODS: u64 = 250;
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        api.page(100);
+        for n in 0..usize::try_from(PODS).unwrap() {
+            let name = format!("pod-{n}");
+            api.pod("default", &name, &format!("uid-{n}"), &[]);
+            api.change_pod("default", &name, large_pod(n));
+        }
+        let mut rig = with_api(dir, &devnet, &api);
+        rig.start();
+        block_on(async {
+            rig.client().await;
+            until_health("pods", |health| health["current"] == true).await;
+            // And each once more.
+            for n in 0..usize::try_from(PODS).unwrap() {
+                api.change_pod("default", &format!("pod-{n}"), json!({"status": {"phase": "Running"}}));
+            }
+            rig.netns("a").await;
+            api.pod("default", "a", "uid-a", &[]);
+            rig.add("a").await.unwrap();
+            let status = std::fs::read_to_string(format!("/proc/{}/status", rig.pid())).unwrap();
+            let kib = |name: &str| -> u64 {
+                let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+                line.split_whitespace().nth(1).unwrap().parse().unwrap()
+            };
+            let bytes = serde_json::to_vec(&api.get_pod("default", "pod-1").unwrap()).unwrap().len();
+            println!(
+                "{PODS} pods of {bytes} bytes: RSS {} KiB, anonymous {} KiB, at most ever {} KiB",
+                kib("VmRSS:"),
+                kib("RssAnon:"),
+                kib("VmHWM:")
+            );
+            assert!(kib("RssAnon:") < 20 * 1024 + PODS * 50, "{status}");
+        });
+    });
+}

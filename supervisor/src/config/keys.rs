@@ -94,6 +94,12 @@ pub(super) const KEYS: &[Key] = &[
     ),
     key(Section::Node, "api_server", Kind::Text, "Kubernetes' API server; default what its variables name"),
     key(Section::Node, "service_account_dir", Kind::Text, "token, ca.crt and namespace for the API server"),
+    key(
+        Section::Node,
+        "kubeconfig",
+        Kind::Text,
+        "a kubeconfig for the API server, where the supervisor is no pod of the cluster",
+    ),
     key(Section::Node, "cluster_name", Kind::Text, "{cluster} in device names"),
     key(Section::Node, "state_dir", Kind::Text, "records and keys, 0700"),
     key(Section::Node, "run_dir", Kind::Text, "supervisor.sock, engines/, netns/"),

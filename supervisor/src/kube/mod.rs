@@ -5,6 +5,7 @@
 //! unwilling costs is said in [`Health`], and facts that were known stay known.
 
 mod api;
+mod bounded;
 mod collect;
 mod object;
 mod store;
@@ -12,7 +13,6 @@ mod tell;
 mod watch;
 
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use podtether_proto::engine::PodRef;
 use podtether_proto::node::{Attached, CniError};
 use tokio::sync::Notify;
 
-pub use api::{Api, Failure};
+pub use api::{Api, Failure, own_namespace};
 pub use object::{NamespaceObject, PodObject};
 pub use store::{Fate, Health, Seen, Store};
 
@@ -165,14 +165,6 @@ impl Cluster {
         self.with(change);
         self.inner.news.notify_waiters();
     }
-}
-
-/// The namespace that this process runs in, where a service account's directory says so.
-#[must_use]
-pub fn own_namespace(dir: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(dir.join("namespace")).ok()?;
-    let name = text.trim();
-    ((1..=63).contains(&name.len())).then(|| name.to_owned())
 }
 
 /// A time as Kubernetes writes it.

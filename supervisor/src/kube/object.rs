@@ -1,8 +1,9 @@
-//! The few fields of Kubernetes objects that are read. Every one may be missing.
+//! The few fields of Kubernetes objects that are read. Every one may be missing, and an object that is none is as
+//! one without any, so that it costs no other of its list.
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 /// `metadata`.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -78,45 +79,13 @@ pub struct NamespaceObject {
     pub metadata: Meta,
 }
 
-/// What a watch begins with, a page of it.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct List {
-    /// Of the list.
-    pub metadata: ListMeta,
-    /// Objects, each read by itself so that an odd one costs no other.
-    pub items: Option<Vec<serde_json::Value>>,
-}
+/// An object of a list or a watch, whatever it holds.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Odd<T>(pub(super) T);
 
-/// `metadata` of a list.
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub(super) struct ListMeta {
-    /// From where to watch.
-    pub resource_version: String,
-    /// For the next page.
-    #[serde(rename = "continue")]
-    pub next: Option<String>,
-}
-
-/// A line of a watch.
-#[derive(Debug, Deserialize)]
-pub(super) struct Event {
-    /// `ADDED`, `MODIFIED`, `DELETED`, `BOOKMARK`, `ERROR`.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// What it is about.
-    pub object: serde_json::Value,
-}
-
-/// What an error says.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Status {
-    /// HTTP status.
-    pub code: u16,
-    /// For people.
-    pub message: String,
-    /// For programs.
-    pub reason: String,
+impl<'de, T: Default + for<'a> Deserialize<'a>> Deserialize<'de> for Odd<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let value = serde_json::Value::deserialize(from)?;
+        Ok(Odd(serde_json::from_value(value).unwrap_or_default()))
+    }
 }

@@ -5,6 +5,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::core::Request;
 use podtether_proto::engine::PodRef;
 use podtether_proto::node::{CniError, code};
 use serde_json::{Value, json};
@@ -13,6 +15,7 @@ use super::api::Failure;
 use super::store::{GATE, Seen};
 use super::{Cluster, rfc3339};
 use crate::distrust;
+use crate::hostname::numbered;
 use crate::table::{Handle, PodReport};
 
 /// How often the pods are looked at when nobody asks for it.
@@ -27,6 +30,8 @@ const FORBIDDEN_PAUSE: Duration = Duration::from_secs(60);
 const LOOP_AFTER: u64 = 3;
 /// Kubernetes takes 1024 bytes of an event's message.
 const MAX_MESSAGE: usize = 1000;
+/// How often what was changed by somebody else meanwhile is tried again.
+const MAX_CONFLICTS: u32 = 5;
 /// Pods of which it is remembered what was told.
 const MAX_KNOWN: usize = 8192;
 
@@ -87,7 +92,8 @@ fn condition(pod: &PodReport) -> Condition {
         "leaving" => "Leaving",
         _ => "Joining",
     };
-    Condition { status: pod.state == "running", reason, message: bounded(&pod.reason) }
+    let message = name_taken(pod).map_or_else(|| pod.reason.clone(), |event| event.message);
+    Condition { status: pod.state == "running", reason, message: bounded(&message) }
 }
 
 /// What is worth an event; `had_joined` when the cluster knows that it did.
@@ -120,22 +126,30 @@ fn events(pod: &PodReport, had_joined: bool) -> Vec<Event> {
         "stopped" => events.push(warning("EngineStopped", pod.reason.clone())),
         _ => {}
     }
-    let first = pod.name.split('.').next().unwrap_or_default();
-    // Any other difference is an administrator's wish.
-    let numbered = first.strip_prefix(pod.hostname.as_str()).and_then(|rest| rest.strip_prefix('-'));
-    let taken = numbered.is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-    if pod.state == "running" && taken && !pod.hostname.is_empty() {
-        let message = format!(
-            "tailnet {tailnet} has another device called {}, so this one is {}: remove that, or give this pod another \
-             name (annotation tailscale.com/hostname)",
-            pod.hostname,
-            distrust::label(first)
-        );
-        events.push(warning("HostNameTaken", message));
-    }
+    events.extend(name_taken(pod));
     let notes = pod.notes.iter().filter(|_| pod.state == "running");
     events.extend(notes.map(|note| warning("Annotation", note.clone())));
     events
+}
+
+/// What is told of a name that another device has.
+fn name_taken(pod: &PodReport) -> Option<Event> {
+    if pod.state != "running" || pod.hostname.is_empty() {
+        return None;
+    }
+    let (tailnet, label) = (&pod.tailnet, pod.name.split('.').next().unwrap_or_default());
+    let taken = if pod.name_taken.is_empty() { &pod.hostname } else { &pod.name_taken };
+    let is_numbered = numbered(&pod.hostname, label) || numbered(taken, label);
+    if !is_numbered && (pod.name_taken.is_empty() || label == taken) {
+        return None;
+    }
+    let message = format!(
+        "tailnet {tailnet} has another device called {taken}, so this one is {}: remove that, or give this pod another \
+         name (annotation tailscale.com/hostname)",
+        distrust::label(label)
+    );
+    // Several pods of one workload are no mistake, and the rest of its name tells each apart.
+    Some(Event { warning: is_numbered || !pod.notes.is_empty(), reason: "HostNameTaken", message })
 }
 
 fn failed(error: &CniError) -> Event {
@@ -160,6 +174,7 @@ fn bounded(text: &str) -> String {
 struct Known {
     annotations: Option<BTreeMap<&'static str, String>>,
     condition: Option<(bool, &'static str)>,
+    conflicts: u32,
     events: HashMap<Event, Instant>,
     joined: bool,
 }
@@ -248,15 +263,23 @@ impl Teller {
     }
 
     /// True when it is told, or nobody is there to be told.
-    async fn done(&mut self, what: &'static str, result: Result<(), Failure>) -> bool {
+    async fn done(&mut self, what: &'static str, seen: &Seen, result: Result<(), Failure>) -> bool {
         tokio::time::sleep(PACE).await;
         match result {
             Ok(()) => {
                 self.cluster.with(|store| store.works(what));
+                self.known.entry(seen.uid.clone()).or_default().conflicts = 0;
                 true
             }
-            // It has gone meanwhile, or is another pod of that name.
-            Err(Failure::NotFound | Failure::Conflict(_) | Failure::Gone) => true,
+            // It has gone meanwhile.
+            Err(Failure::NotFound | Failure::Invalid(_) | Failure::Gone) => true,
+            // Somebody changed it at the same time, or it is another pod of that name, whose own time will come: the
+            // watch tells which.
+            Err(Failure::Conflict(_)) => {
+                let known = self.known.entry(seen.uid.clone()).or_default();
+                known.conflicts += 1;
+                known.conflicts > MAX_CONFLICTS
+            }
             Err(failure) => {
                 self.cluster.fails(what, &failure);
                 let pause =
@@ -272,10 +295,9 @@ impl Teller {
             return false;
         }
         let patch = json!({"metadata": {"uid": seen.uid, "annotations": wanted}});
-        let path = format!("{}?fieldManager=podtether", pod_path(seen));
-        let kind = "application/merge-patch+json";
-        let result = self.cluster.api().patch("patch pods", &path, kind, &patch).await;
-        self.done("patches", result).await
+        let request = pods_of(seen).patch(&seen.name, &manager(), &Patch::Merge(&patch));
+        let result = self.cluster.api().tell("patch pods", request).await;
+        self.done("patches", seen, result).await
     }
 
     async fn condition(&mut self, seen: &Seen, wanted: Condition) {
@@ -294,10 +316,11 @@ impl Teller {
                 "lastTransitionTime": rfc3339(unix_now()),
             }]},
         });
-        let path = format!("{}/status?fieldManager=podtether", pod_path(seen));
-        let kind = "application/strategic-merge-patch+json";
-        let result = self.cluster.api().patch("patch pods/status", &path, kind, &patch).await;
-        if self.done("patches", result).await {
+        // Conditions are merged by their type.
+        let patch = Patch::Strategic(&patch);
+        let request = pods_of(seen).patch_subresource("status", &seen.name, &manager(), &patch);
+        let result = self.cluster.api().tell("patch pods/status", request).await;
+        if self.done("patches", seen, result).await {
             self.known.entry(seen.uid.clone()).or_default().condition = now;
         }
     }
@@ -312,10 +335,10 @@ impl Teller {
         if !self.may("events") {
             return false;
         }
-        let path = format!("/api/v1/namespaces/{}/events", seen.namespace);
-        let object = object(seen, &event, &self.cluster.inner.node);
-        let result = self.cluster.api().post("create events", &path, &object).await;
-        let done = self.done("events", result).await;
+        let object = object(seen, &event, &self.cluster.inner.node).to_string().into_bytes();
+        let request = of(seen, "events").create(&PostParams::default(), object);
+        let result = self.cluster.api().tell("create events", request).await;
+        let done = self.done("events", seen, result).await;
         if done {
             self.known.entry(seen.uid.clone()).or_default().events.insert(event, now);
         }
@@ -323,8 +346,17 @@ impl Teller {
     }
 }
 
-fn pod_path(seen: &Seen) -> String {
-    format!("/api/v1/namespaces/{}/pods/{}", seen.namespace, seen.name)
+/// A resource in the pod's namespace.
+fn of(seen: &Seen, resource: &str) -> Request {
+    Request::new(format!("/api/v1/namespaces/{}/{resource}", seen.namespace))
+}
+
+fn pods_of(seen: &Seen) -> Request {
+    of(seen, "pods")
+}
+
+fn manager() -> PatchParams {
+    PatchParams { field_manager: Some("podtether".into()), ..PatchParams::default() }
 }
 
 fn object(seen: &Seen, event: &Event, node: &str) -> Value {
@@ -374,10 +406,16 @@ mod tests {
         let looping = PodReport { restarts: 3, last_exit: Some(exit), ..pod("backoff") };
         let numbered = PodReport { name: "web-1.tail.example".into(), ..pod("running") };
         let renamed = PodReport { name: "shop-1.tail.example".into(), ..pod("running") };
+        let moved = PodReport {
+            hostname: "web-x2x4z".into(),
+            name: "web-x2x4z.tail.example".into(),
+            name_taken: "web".into(),
+            ..pod("running")
+        };
         let noted = PodReport { notes: vec!["odd".into()], ..pod("running") };
         let login = PodReport { login_url: "https://login.example/a/1".into(), ..pod("needs-login") };
         type Case = (PodReport, bool, &'static [(&'static str, &'static str)]);
-        let table: [Case; 11] = [
+        let table: [Case; 12] = [
             (pod("running"), false, &[("Joined", "default as web.tail.example with 100.64.0.1, fd7a::1")]),
             (pod("running"), true, &[]),
             (PodReport { addresses: vec![], ..pod("running") }, false, &[]),
@@ -386,6 +424,7 @@ mod tests {
             (PodReport { restarts: 2, ..pod("backoff") }, true, &[]),
             (looping, true, &[("EngineCrashLoop", "last crash: it fell")]),
             (numbered, true, &[("HostNameTaken", "another device called web, so this one is web-1")]),
+            (moved, true, &[("HostNameTaken", "another device called web, so this one is web-x2x4z")]),
             (renamed, true, &[]),
             (noted, true, &[("Annotation", "odd")]),
             (pod("joining"), false, &[]),
@@ -395,7 +434,8 @@ mod tests {
             assert_eq!(said.len(), wanted.len(), "{said:?}");
             for (event, (reason, part)) in said.iter().zip(wanted) {
                 assert!(event.reason == *reason && event.message.contains(part), "{event:?}");
-                assert_eq!(event.warning, *reason != "Joined");
+                let is_plain = *reason == "Joined" || event.message.contains("web-x2x4z");
+                assert_eq!(event.warning, !is_plain, "{event:?}");
             }
         }
     }

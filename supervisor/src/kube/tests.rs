@@ -1,5 +1,7 @@
+use proptest::prelude::*;
 use serde_json::{Value, json};
 
+use super::super::object::Odd;
 use super::*;
 
 fn pod(uid: &str, change: Value) -> Seen {
@@ -140,4 +142,82 @@ fn everything_is_bounded() {
         (store.pods.len(), store.ended.len(), store.ended_order.len()),
         (MAX_PODS, MAX_ENDED, MAX_ENDED)
     );
+}
+
+/// What a line of a watch becomes.
+fn line(text: &str) -> Option<kube::api::WatchEvent<Odd<PodObject>>> {
+    serde_json::from_str(text).ok()
+}
+
+fn json_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        ".{0,40}".prop_map(Value::from),
+        Just(Value::from("x".repeat(5000))),
+        Just(json!({"conditionType": GATE})),
+        Just(json!({"kind": "ReplicaSet", "controller": true})),
+    ];
+    let key = prop_oneof![
+        Just("metadata"),
+        Just("name"),
+        Just("uid"),
+        Just("annotations"),
+        Just("ownerReferences"),
+        Just("spec"),
+        Just("readinessGates"),
+        Just("status"),
+        Just("phase"),
+        Just("resourceVersion"),
+        Just("deletionTimestamp"),
+        Just("tailscale.com/tags"),
+        Just(CONFIG_HASH),
+        Just(MIRROR),
+    ];
+    leaf.prop_recursive(5, 64, 8, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..6).prop_map(Value::from),
+            proptest::collection::btree_map(key.clone().prop_map(str::to_owned), inner, 0..8)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn fuzz_objects_and_lines_of_any_kind_cost_no_other(
+        objects in proptest::collection::vec(json_value(), 0..6),
+        text in ".{0,200}",
+        cut in 0_usize..400,
+    ) {
+        let good = json!({"metadata": {"name": "good", "uid": "good"}});
+        let mut items = objects.clone();
+        items.push(good.clone());
+        let list = json!({"metadata": {"resourceVersion": "7", "continue": "c"}, "items": items}).to_string();
+        let list: kube::core::ObjectList<Odd<PodObject>> = serde_json::from_str(&list).unwrap();
+        let seen: Vec<Seen> = list.items.into_iter().filter_map(|item| Seen::of(item.0)).collect();
+        prop_assert!(seen.iter().any(|seen| seen.uid == "good"));
+        let mut store = Store::default();
+        store.works("pods");
+        store.pods_are(seen.clone());
+        for one in seen {
+            let size: usize = one.annotations.iter().map(|(key, value)| key.len() + value.len()).sum();
+            prop_assert!(size <= MAX_ANNOTATIONS * 2 * MAX_VALUE && !one.uid.is_empty());
+            prop_assert!(store.pod(&asked(&one.uid)).is_some());
+        }
+        for object in &objects {
+            let whole = json!({"type": "MODIFIED", "object": object}).to_string();
+            prop_assert!(line(&whole).is_some(), "an odd object is none, and its line is one");
+            let cut = whole.floor_char_boundary(cut.min(whole.len()));
+            if let Some(kube::api::WatchEvent::Modified(Odd(object))) = line(&whole[..cut]) {
+                if let Some(seen) = Seen::of(object) {
+                    store.see(seen);
+                }
+            }
+        }
+        let _ = line(&text);
+        store.see(Seen::of(serde_json::from_value(good).unwrap()).unwrap());
+        prop_assert_eq!(store.fate(&asked("good"), Instant::now()), Fate::Lives);
+    }
 }

@@ -4,16 +4,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt;
+use kube::api::{ListParams, WatchEvent, WatchParams};
+use kube::core::{ObjectList, Request};
 use serde::de::DeserializeOwned;
 use tokio::sync::Notify;
 
-use super::api::{Failure, WATCH_SECONDS};
-use super::object::{List, Meta, NamespaceObject, PodObject, Status};
+use super::api::{Failure, WATCH_SECONDS, WATCH_WITHIN, failure, refused};
+use super::object::{Meta, NamespaceObject, Odd, PodObject};
 use super::store::Seen;
 use super::{Cluster, pause};
 
-/// Objects of one page of a list.
-const PAGE: usize = 500;
+/// Whole objects of one page of a list; of what has metadata alone there are [`METADATA_PAGE`].
+const PAGE: u32 = 100;
+const METADATA_PAGE: u32 = 500;
 /// What a list may come to.
 const MAX_OBJECTS: usize = 70_000;
 /// What changed is on disk after this.
@@ -26,7 +30,7 @@ enum Change<T> {
     Gone(T),
 }
 
-trait Object: DeserializeOwned {
+trait Object: DeserializeOwned + Default + Clone + Send + 'static {
     fn meta(&self) -> &Meta;
 }
 
@@ -42,10 +46,48 @@ impl Object for NamespaceObject {
     }
 }
 
+/// What is listed and watched.
+struct Wanted {
+    /// For sentences: `pods`, `namespaces`.
+    what: &'static str,
+    path: &'static str,
+    /// Of `spec.nodeName`.
+    node: Option<String>,
+    /// Names, annotations and owners, and nothing else.
+    metadata_only: bool,
+}
+
+impl Wanted {
+    fn page(&self, next: Option<&str>) -> Result<http::Request<Vec<u8>>, kube::core::request::Error> {
+        let limit = if self.metadata_only { METADATA_PAGE } else { PAGE };
+        let mut params = ListParams::default().limit(limit);
+        params.field_selector = self.selector();
+        params.continue_token = next.map(str::to_owned);
+        let request = Request::new(self.path);
+        if self.metadata_only { request.list_metadata(&params) } else { request.list(&params) }
+    }
+
+    fn changes(&self, version: &str) -> Result<http::Request<Vec<u8>>, kube::core::request::Error> {
+        let mut params = WatchParams::default().timeout(WATCH_SECONDS);
+        params.field_selector = self.selector();
+        let request = Request::new(self.path);
+        if self.metadata_only {
+            request.watch_metadata(&params, version)
+        } else {
+            request.watch(&params, version)
+        }
+    }
+
+    fn selector(&self) -> Option<String> {
+        self.node.as_ref().map(|node| format!("spec.nodeName={node}"))
+    }
+}
+
 /// This node's pods, for ever.
 pub(super) async fn pods(cluster: Cluster) {
-    let path = format!("/api/v1/pods?fieldSelector=spec.nodeName%3D{}", cluster.inner.node);
-    follow::<PodObject>(&cluster, "pods", &path, |change| {
+    let node = Some(cluster.inner.node.clone());
+    let wanted = Wanted { what: "pods", path: "/api/v1/pods", node, metadata_only: false };
+    follow::<PodObject>(&cluster, &wanted, |change| {
         cluster.news(|store| match change {
             Change::All(all) => store.pods_are(all.into_iter().filter_map(Seen::of).collect()),
             Change::Is(object) => {
@@ -63,7 +105,8 @@ pub(super) async fn pods(cluster: Cluster) {
 pub(super) async fn namespaces(cluster: Cluster, file: PathBuf) {
     let dirty = Arc::new(Notify::new());
     tokio::spawn(save(cluster.clone(), file, Arc::clone(&dirty)));
-    follow::<NamespaceObject>(&cluster, "namespaces", "/api/v1/namespaces?", |change| {
+    let wanted = Wanted { what: "namespaces", path: "/api/v1/namespaces", node: None, metadata_only: true };
+    follow::<NamespaceObject>(&cluster, &wanted, |change| {
         let mut changed = true;
         cluster.news(|store| match change {
             Change::All(all) => store.namespaces_are(all),
@@ -104,12 +147,13 @@ enum Ended {
     Failed(Failure),
 }
 
-async fn follow<T: Object>(cluster: &Cluster, what: &'static str, path: &str, apply: impl Fn(Change<T>)) {
+async fn follow<T: Object>(cluster: &Cluster, wanted: &Wanted, apply: impl Fn(Change<T>)) {
+    let what = wanted.what;
     let mut version: Option<String> = None;
     let mut failures = 0;
     loop {
         let ended = match &mut version {
-            None => match list::<T>(cluster, what, path, "application/json").await {
+            None => match list::<T>(cluster, wanted).await {
                 Ok((all, at)) => {
                     let count = all.len();
                     apply(Change::All(all));
@@ -125,7 +169,7 @@ async fn follow<T: Object>(cluster: &Cluster, what: &'static str, path: &str, ap
                 }
                 Err(failure) => Ended::Failed(failure),
             },
-            Some(at) => watch::<T>(cluster, what, path, at, &apply, &mut failures).await,
+            Some(at) => watch::<T>(cluster, wanted, at, &apply, &mut failures).await,
         };
         let failure = match ended {
             Ended::Quietly => continue,
@@ -145,88 +189,82 @@ async fn follow<T: Object>(cluster: &Cluster, what: &'static str, path: &str, ap
     }
 }
 
-async fn list<T: Object>(
-    cluster: &Cluster,
-    what: &'static str,
-    path: &str,
-    accept: &'static str,
-) -> Result<(Vec<T>, String), Failure> {
+async fn list<T: Object>(cluster: &Cluster, wanted: &Wanted) -> Result<(Vec<T>, String), Failure> {
+    let what = format!("list {}", wanted.what);
     let mut all = Vec::new();
     let mut next: Option<String> = None;
     loop {
-        let mut page = format!("{path}&limit={PAGE}");
-        if let Some(next) = &next {
-            page.push_str("&continue=");
-            page.extend(next.bytes().map(|b| {
-                if b.is_ascii_alphanumeric() { char::from(b).to_string() } else { format!("%{b:02X}") }
-            }));
-        }
-        let list: List = cluster.api().get_as(&format!("list {what}"), &page, accept).await?;
-        // One that is odd costs no other.
-        all.extend(
-            list.items.into_iter().flatten().filter_map(|item| serde_json::from_value::<T>(item).ok()),
-        );
+        let page = cluster.api().ask::<ObjectList<Odd<T>>>(&what, wanted.page(next.as_deref())).await?;
+        all.extend(page.items.into_iter().map(|item| item.0));
         all.truncate(MAX_OBJECTS);
-        next = list.metadata.next.filter(|next| !next.is_empty());
+        next = page.metadata.continue_.filter(|next| !next.is_empty());
         if next.is_none() || all.len() >= MAX_OBJECTS {
-            return Ok((all, list.metadata.resource_version));
+            return Ok((all, page.metadata.resource_version.unwrap_or_default()));
         }
     }
 }
 
+/// The kube crate's watcher is not used: it does not tell that a watch is there again after the server was away,
+/// asks again at once when a watch ends without a word, and never lists anew when its start is answered with 410.
 async fn watch<T: Object>(
     cluster: &Cluster,
-    what: &'static str,
-    path: &str,
+    wanted: &Wanted,
     version: &mut String,
     apply: &impl Fn(Change<T>),
     failures: &mut u32,
 ) -> Ended {
-    let path = format!(
-        "{path}&watch=1&allowWatchBookmarks=true&timeoutSeconds={WATCH_SECONDS}&resourceVersion={version}"
-    );
-    let mut lines = match cluster.api().watch(&format!("watch {what}"), &path).await {
-        Ok(lines) => lines,
+    let what = format!("watch {}", wanted.what);
+    let mut events = match cluster.api().watch::<Odd<T>>(&what, wanted.changes(version)).await {
+        Ok(events) => events,
         Err(Failure::Gone) => return Ended::Forgotten,
         Err(failure) => return Ended::Failed(failure),
     };
-    cluster.works(what);
-    let (mut odd, mut heard) = (0, false);
+    cluster.works(wanted.what);
+    let mut heard = false;
     loop {
-        let event = match lines.next(&mut odd).await {
-            Ok(Some(event)) => event,
+        let event = match tokio::time::timeout(WATCH_WITHIN, events.next()).await {
+            Ok(Some(Ok(event))) => event,
+            // A line that is no event costs no other.
+            Ok(Some(Err(kube::Error::SerdeError(_)))) => continue,
+            Ok(Some(Err(error))) => {
+                return match failure(&what, &error) {
+                    Failure::Gone => Ended::Forgotten,
+                    other => Ended::Failed(other),
+                };
+            }
             // One that ends before it has said anything is not asked again at once.
-            Ok(None) if heard => return Ended::Quietly,
-            Ok(None) => {
+            Ok(None) | Err(_) if !heard => {
                 *failures += 1;
                 tokio::time::sleep(pause(*failures - 1, random())).await;
                 return Ended::Quietly;
             }
-            Err(failure) => return Ended::Failed(failure),
+            Ok(None) | Err(_) => return Ended::Quietly,
         };
         heard = true;
         *failures = 0;
-        if event.kind == "ERROR" {
-            let status: Status = serde_json::from_value(event.object).unwrap_or_default();
-            return match status.code {
-                410 => Ended::Forgotten,
-                code => Ended::Failed(Failure::Passing(format!("the watch of {what} ended: {code}"))),
-            };
+        let (at, change) = match event {
+            WatchEvent::Added(Odd(object)) | WatchEvent::Modified(Odd(object)) => {
+                (object.meta().resource_version.clone(), Some(Change::Is(object)))
+            }
+            WatchEvent::Deleted(Odd(object)) => {
+                (object.meta().resource_version.clone(), Some(Change::Gone(object)))
+            }
+            WatchEvent::Bookmark(bookmark) => (bookmark.metadata.resource_version, None),
+            WatchEvent::Error(status) => {
+                return match refused(&what, &status) {
+                    Failure::Gone => Ended::Forgotten,
+                    other => Ended::Failed(other),
+                };
+            }
+        };
+        if !at.is_empty() {
+            *version = at;
         }
-        let Ok(object) = serde_json::from_value::<T>(event.object) else { continue };
-        if !object.meta().resource_version.is_empty() {
-            version.clone_from(&object.meta().resource_version);
-        }
-        match event.kind.as_str() {
-            "ADDED" | "MODIFIED" => apply(Change::Is(object)),
-            "DELETED" => apply(Change::Gone(object)),
-            _ => {}
+        if let Some(change) = change {
+            apply(change);
         }
     }
 }
-
-/// Names, annotations and owners, and nothing else.
-const METADATA: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
 
 impl Cluster {
     /// Every pod of the cluster, as it is now.
@@ -234,7 +272,8 @@ impl Cluster {
     /// # Errors
     /// [`Failure`]; also where there are too many to be sure of all.
     pub async fn all_pods(&self) -> Result<Vec<Seen>, Failure> {
-        let (all, _) = list::<PodObject>(self, "pods", "/api/v1/pods?", METADATA).await?;
+        let wanted = Wanted { what: "pods", path: "/api/v1/pods", node: None, metadata_only: true };
+        let (all, _) = list::<PodObject>(self, &wanted).await?;
         if all.len() >= MAX_OBJECTS {
             return Err(Failure::Passing(format!("there are more than {MAX_OBJECTS} pods")));
         }

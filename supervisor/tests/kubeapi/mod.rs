@@ -31,6 +31,12 @@ pub struct Faults {
     pub forbidden: BTreeSet<String>,
     /// Watches send what is no JSON before each event.
     pub garbage: bool,
+    /// Watches end before they say anything.
+    pub mute: bool,
+    /// Whatever is asked for has to come with this token.
+    pub token: Option<String>,
+    /// So many patches are told that somebody else was faster.
+    pub conflicts: u32,
 }
 
 #[derive(Default)]
@@ -43,6 +49,8 @@ struct Inner {
     /// Everything up to here is forgotten.
     forgotten: u64,
     faults: Faults,
+    /// Objects of a page of a list, whatever is asked for.
+    page: Option<usize>,
     requests: Vec<String>,
     events: Vec<Value>,
     patches: Vec<(String, Value)>,
@@ -144,6 +152,11 @@ impl KubeApi {
         self.shared.change(|inner| change(&mut inner.faults));
     }
 
+    /// Pages of lists hold no more than so many objects.
+    pub fn page(&self, objects: usize) {
+        self.inner().page = Some(objects);
+    }
+
     /// Events that were made.
     pub fn events(&self) -> Vec<Value> {
         self.inner().events.clone()
@@ -181,6 +194,33 @@ impl KubeApi {
     }
 }
 
+/// A server that nobody believes: its certificate is for the years `years`. Its URL, and the root that it has its
+/// certificate from.
+pub fn out_of_time(years: std::ops::Range<i32>) -> (String, String) {
+    use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+    let issued = podtether_devnet::ca::issue_for(vec!["127.0.0.1".into()], years).unwrap();
+    let certificate = CertificateDer::from_pem_slice(issued.certificate.as_bytes()).unwrap();
+    let key = PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap();
+    let config = tokio_rustls::rustls::ServerConfig::builder()
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key)
+        .unwrap();
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+    let (told, address) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async move {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            told.send(listener.local_addr().unwrap()).unwrap();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let _ = acceptor.accept(stream).await;
+            }
+        });
+    });
+    (format!("https://{}", address.recv().unwrap()), issued.root)
+}
+
 impl Inner {
     fn put(&mut self, resource: &str, namespace: &str, name: &str, mut object: Value) -> Value {
         self.version += 1;
@@ -201,6 +241,11 @@ impl Inner {
             self.log.push((self.version, resource.to_owned(), event));
         }
     }
+}
+
+/// What is left of an object for who asks for its metadata alone.
+fn metadata_of(object: &Value) -> Value {
+    json!({"apiVersion": "meta.k8s.io/v1", "kind": "PartialObjectMetadata", "metadata": object["metadata"]})
 }
 
 /// RFC 7386.
@@ -233,13 +278,17 @@ impl Shared {
     }
 
     /// Waits as long as answers take, and refuses what RBAC does.
-    async fn pass(&self, verb: &str, resource: &str) -> Result<(), Response> {
+    async fn pass(&self, verb: &str, resource: &str, headers: &HeaderMap) -> Result<(), Response> {
         let faults = {
             let mut inner = self.inner.lock().unwrap();
             inner.requests.push(format!("{verb} {resource}"));
             inner.faults.clone()
         };
         tokio::time::sleep(faults.delay).await;
+        let shown = headers.get("authorization").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        if faults.token.is_some_and(|token| shown != format!("Bearer {token}")) {
+            return Err(status(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized"));
+        }
         if faults.forbidden.contains(&format!("{verb} {resource}")) {
             let message = format!(
                 "{resource} is forbidden: User \"system:serviceaccount:podtether:podtether\" cannot {verb} resource \"{resource}\""
@@ -285,40 +334,51 @@ async fn serve(listener: tokio::net::TcpListener, shared: Shared) {
     }
 }
 
-async fn pods(State(shared): State<Shared>, Query(query): Query<HashMap<String, String>>) -> Response {
+async fn pods(
+    State(shared): State<Shared>,
+    Query(query): Query<HashMap<String, String>>,
+    headers: HeaderMap,
+) -> Response {
     let selector = query.get("fieldSelector").cloned().unwrap_or_default();
     let node = selector.strip_prefix("spec.nodeName=").map(str::to_owned);
-    list_or_watch(shared, "pods", query, move |object| {
+    list_or_watch(shared, "pods", query, headers, move |object| {
         node.as_ref().is_none_or(|node| object["spec"]["nodeName"] == *node)
     })
     .await
 }
 
-async fn namespaces(State(shared): State<Shared>, Query(query): Query<HashMap<String, String>>) -> Response {
-    list_or_watch(shared, "namespaces", query, |_| true).await
+async fn namespaces(
+    State(shared): State<Shared>,
+    Query(query): Query<HashMap<String, String>>,
+    headers: HeaderMap,
+) -> Response {
+    list_or_watch(shared, "namespaces", query, headers, |_| true).await
 }
 
 async fn list_or_watch(
     shared: Shared,
     resource: &'static str,
     query: HashMap<String, String>,
+    headers: HeaderMap,
     matches: impl Fn(&Value) -> bool + Send + Sync + 'static,
 ) -> Response {
     let watches = query.get("watch").is_some_and(|w| w == "1" || w == "true");
-    if let Err(refused) = shared.pass(if watches { "watch" } else { "list" }, resource).await {
+    if let Err(refused) = shared.pass(if watches { "watch" } else { "list" }, resource, &headers).await {
         return refused;
     }
+    let accept = headers.get("accept").and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let form = if accept.contains("as=PartialObjectMetadata") { metadata_of } else { Value::clone };
     if watches {
         let from = query.get("resourceVersion").and_then(|v| v.parse().ok()).unwrap_or(0);
-        return watch_from(shared, resource, from, matches);
+        return watch_from(shared, resource, from, matches, form);
     }
     let limit: usize = query.get("limit").and_then(|l| l.parse().ok()).unwrap_or(usize::MAX);
-    // Small pages, whatever is asked for, so that there are several.
-    let limit = limit.min(3);
     let skip: usize = query.get("continue").and_then(|c| c.strip_prefix("at/")?.parse().ok()).unwrap_or(0);
     let inner = shared.inner.lock().unwrap();
+    // Small pages, whatever is asked for, so that there are several.
+    let limit = limit.min(inner.page.unwrap_or(3));
     let of = inner.objects.iter().filter(|((r, ..), object)| r == resource && matches(object));
-    let all: Vec<Value> = of.map(|(_, object)| object.clone()).collect();
+    let all: Vec<Value> = of.map(|(_, object)| form(object)).collect();
     let mut metadata = json!({"resourceVersion": inner.version.to_string()});
     if all.len() > skip + limit {
         metadata["continue"] = format!("at/{}", skip + limit).into();
@@ -332,7 +392,11 @@ fn watch_from(
     resource: &'static str,
     from: u64,
     matches: impl Fn(&Value) -> bool + Send + Sync + 'static,
+    form: fn(&Value) -> Value,
 ) -> Response {
+    if shared.inner.lock().unwrap().faults.mute {
+        return Response::new(Body::empty());
+    }
     if from < shared.inner.lock().unwrap().forgotten {
         return status(StatusCode::GONE, "Expired", "too old resource version");
     }
@@ -356,7 +420,8 @@ fn watch_from(
                         if inner.faults.garbage {
                             text.push_str("{\"type\": nonsense\n");
                         }
-                        text.push_str(&format!("{event}\n"));
+                        let told = json!({"type": event["type"], "object": form(&event["object"])});
+                        text.push_str(&format!("{told}\n"));
                     }
                 }
             }
@@ -379,7 +444,7 @@ async fn pod(
 ) -> Response {
     let resource = if uri.path().ends_with("/status") { "pods/status" } else { "pods" };
     let verb = method.as_str().to_lowercase();
-    if let Err(refused) = shared.pass(&verb, resource).await {
+    if let Err(refused) = shared.pass(&verb, resource, &headers).await {
         return refused;
     }
     let key = ("pods".to_owned(), namespace.clone(), name.clone());
@@ -394,7 +459,16 @@ async fn pod(
     let Ok(mut patch) = serde_json::from_slice::<Value>(&body) else {
         return status(StatusCode::BAD_REQUEST, "BadRequest", "no JSON");
     };
-    shared.inner.lock().unwrap().patches.push((uri.path().to_owned(), patch.clone()));
+    {
+        let mut inner = shared.inner.lock().unwrap();
+        inner.patches.push((uri.path().to_owned(), patch.clone()));
+        if inner.faults.conflicts > 0 {
+            inner.faults.conflicts -= 1;
+            let said =
+                format!("Operation cannot be fulfilled on pods \"{name}\": the object has been modified");
+            return status(StatusCode::CONFLICT, "Conflict", &said);
+        }
+    }
     let uid = patch["metadata"].get("uid").cloned();
     if uid.is_some_and(|uid| uid != object["metadata"]["uid"]) {
         return status(StatusCode::CONFLICT, "Conflict", "the UID in the precondition does not match");
@@ -425,9 +499,10 @@ async fn pod(
 async fn event(
     State(shared): State<Shared>,
     Path(namespace): Path<String>,
+    headers: HeaderMap,
     Json(event): Json<Value>,
 ) -> Response {
-    if let Err(refused) = shared.pass("create", "events").await {
+    if let Err(refused) = shared.pass("create", "events", &headers).await {
         return refused;
     }
     let known = |part: &Value| part.as_str().is_some_and(|text| !text.is_empty());
