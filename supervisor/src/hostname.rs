@@ -40,6 +40,13 @@ impl Names {
         free.unwrap_or(&self.wanted)
     }
 
+    /// Those that are left where `picked` cannot be had either.
+    #[must_use]
+    pub fn after(&self, picked: &str) -> Vec<String> {
+        let at = self.others.iter().position(|name| name == picked).map_or(0, |at| at + 1);
+        self.others[at..].to_vec()
+    }
+
     /// All of them.
     pub fn all(self) -> impl Iterator<Item = String> {
         std::iter::once(self.wanted).chain(self.others)
@@ -84,6 +91,17 @@ pub fn workload<'a>(pod: &'a str, owner: Option<&str>) -> &'a str {
         Some((name, hash)) if hash.len() <= TEMPLATE_HASH && is_hash(hash) && !name.is_empty() => name,
         Some(_) | None => rest,
     }
+}
+
+/// Whether a server that was asked for `wanted` gave `label`, which is that with a number behind it, because another
+/// device has it. Any other difference is an administrator's wish.
+#[must_use]
+pub fn numbered(wanted: &str, label: &str) -> bool {
+    let Some((start, number)) = label.rsplit_once('-') else { return false };
+    let is_number = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit());
+    // One that is full is cut to make room.
+    let room = MAX_LABEL.saturating_sub(number.len() + 1);
+    is_number && !start.is_empty() && (start == wanted || (wanted.len() > room && wanted.starts_with(start)))
 }
 
 /// Checks a `hostname_template`.
@@ -189,6 +207,30 @@ mod tests {
         let other = long.pick(|name| name == long.wanted);
         assert!(other.len() <= 63 && other != long.wanted, "{other}");
         assert_eq!(names("db", whose).all().collect::<Vec<_>>(), ["db", "db-x2x4z", &last]);
+        assert_eq!(names("db", whose).after("db"), ["db-x2x4z", &last]);
+        assert_eq!(names("db", whose).after("db-x2x4z"), [last.as_str()]);
+        assert!(names("db", whose).after(&last).is_empty());
+    }
+
+    #[test]
+    fn numbers_are_told_from_other_names() {
+        let long = "n".repeat(63);
+        let cut = format!("{}-12", &long[..60]);
+        for (wanted, label, is) in [
+            ("web", "web-1", true),
+            ("web", "web-12", true),
+            ("web", "web", false),
+            ("web", "web-a", false),
+            ("web", "web-", false),
+            ("web", "we-1", false),
+            ("web", "shop-1", false),
+            ("web-1", "web-1", false),
+            ("web-1", "web-1-1", true),
+            (&long, &cut, true),
+            (&long[..60], "nnn-1", false),
+        ] {
+            assert_eq!(numbered(wanted, label), is, "{wanted} {label}");
+        }
     }
 
     #[test]

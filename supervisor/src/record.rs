@@ -116,6 +116,12 @@ pub struct Identity {
     /// Whether the server may forget it; `None`, from an earlier version, for what its tailnet has.
     #[serde(default)]
     pub ephemeral: Option<bool>,
+    /// Host names to ask for where another device has the requested one, the best first.
+    #[serde(default)]
+    pub other_names: Vec<String>,
+    /// The name that it asked for first, where another device of the tailnet has it; else empty.
+    #[serde(default)]
+    pub name_taken: String,
 }
 
 /// An identity belongs to one interface of one pod in one tailnet.

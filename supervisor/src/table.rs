@@ -14,6 +14,7 @@ mod guard;
 mod handover;
 mod identities;
 mod leave;
+mod naming;
 mod outcome;
 mod pod;
 mod process;
@@ -431,6 +432,7 @@ impl Table {
                 && observed.engine == crate::plan::Engine::Running
                 // Not before: a supervisor that finds no addresses takes the ADD for unanswered and undoes it.
                 && observed.records == crate::plan::Records::Saved
+                && !pod.naming.is_open(now)
             {
                 self.answer_adders(id);
                 let Some(pod) = self.pods.get(id) else { return };

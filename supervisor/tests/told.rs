@@ -148,6 +148,66 @@ fn who_may_not_tell_says_so_and_goes_on() {
 }
 
 #[test]
+fn what_somebody_else_changed_at_the_same_time_is_told_again() {
+    in_namespaces("what_somebody_else_changed_at_the_same_time_is_told_again", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        api.fault(|faults| faults.conflicts = 2);
+        let mut rig = with_api(dir, &devnet, &api);
+        rig.start();
+        block_on(async {
+            rig.netns("a").await;
+            gated(&api, "a", &[]);
+            rig.add("a").await.unwrap();
+            let named = |api: &KubeApi| {
+                let pod = api.get_pod("default", "a")?;
+                pod["metadata"]["annotations"]["podtether.dev/name"].as_str().map(str::to_owned)
+            };
+            assert_eq!(api.until("its name is told", named).await, "k8s-default-a.tailnet.test");
+            api.until("it is ready", |api| ready(api, "a").filter(|told| told.0 == "True")).await;
+            assert_eq!(api.patches().len(), 4, "two in vain and two that were taken");
+        });
+    });
+}
+
+#[test]
+fn a_clock_that_control_disagrees_with_is_named_to_the_pod() {
+    in_namespaces("a_clock_that_control_disagrees_with_is_named_to_the_pod", |dir| {
+        let api = KubeApi::start();
+        let (url, root) = kubeapi::out_of_time(2090..2095);
+        std::fs::write(dir.join("ca.pem"), root).unwrap();
+        std::fs::write(dir.join("key"), "tskey-auth-x-y").unwrap();
+        let at = dir.display();
+        let tailnet = format!(
+            "[tailnet.default]\ncontrol_url = {url:?}\nca_file = \"{at}/ca.pem\"\n[tailnet.default.credentials]\n\
+             kind = \"auth-key\"\nauth_key_file = \"{at}/key\"\n",
+        );
+        let mut rig = Rig::new(dir, &tailnet);
+        rig.config.push_str(&format!(
+            "name = \"node-1\"\napi_server = {:?}\nservice_account_dir = \"/nowhere\"\n",
+            api.url
+        ));
+        rig.start();
+        block_on(async {
+            let client = rig.client().await;
+            rig.netns("a").await;
+            api.pod("default", "a", "uid-a", &[]);
+            let request = AddRequest { timeout_ms: 6000, ..rig.request("a") };
+            let error = client.add(within(TIMEOUT), request).await.unwrap().unwrap_err();
+            assert_eq!(error.code, code::TRY_AGAIN, "{error}");
+            let event = api.until("an event", |api| api.events_of("a").first().cloned()).await;
+            assert_eq!((event.0.as_str(), event.1.as_str()), ("Warning", "JoinFailed"));
+            for text in [error.msg, event.2] {
+                assert!(
+                    text.contains("not valid yet") && text.contains("this node's clock reads 20"),
+                    "{text}"
+                );
+            }
+        });
+    });
+}
+
+#[test]
 fn a_person_who_has_to_act_is_told_where() {
     in_namespaces("a_person_who_has_to_act_is_told_where", |dir| {
         let devnet = devnet(|_| {});
@@ -238,6 +298,110 @@ fn devices_of_a_node_that_is_gone_are_cleaned_up() {
             assert!(!names().iter().any(|name| name.contains("default-ghost") && name.starts_with("k8s")));
             assert_eq!(names().len(), count - 1);
             assert!(client.cleanup(within(TIMEOUT), false).await.unwrap().unwrap().ghosts.is_empty());
+        });
+    });
+}
+
+/// A supervisor of another node, of which nobody asks anything by HTTP.
+fn node(dir: &Path, name: &str, devnet: &Devnet, api: &KubeApi) -> Rig {
+    let dir = dir.join(name);
+    std::fs::create_dir(&dir).unwrap();
+    let mut rig = with_api(&dir, devnet, api);
+    rig.config = rig
+        .config
+        .replace("127.0.0.1:9465", "")
+        .replace("\"node-1\"", &format!("\"{name}\""))
+        .replace("tags = ", "hostname_template = \"{workload}\"\ntags = ");
+    rig.config.push_str("[namespace.default]\nhostnames = [\"*\"]\n");
+    rig.start();
+    rig
+}
+
+/// What the API server has as the pod's name, once it has one.
+fn told_name(api: &KubeApi, pod: &str) -> Option<String> {
+    let pod = api.get_pod("default", pod)?;
+    pod["metadata"]["annotations"]["podtether.dev/name"].as_str().map(str::to_owned)
+}
+
+fn taken(api: &KubeApi, pod: &str) -> Option<(String, String)> {
+    let events = api.events_of(pod);
+    events.into_iter().find(|event| event.1 == "HostNameTaken").map(|event| (event.0, event.2))
+}
+
+#[test]
+fn of_two_nodes_that_give_one_name_one_gets_it() {
+    in_namespaces("of_two_nodes_that_give_one_name_one_gets_it", |dir| {
+        let devnet = devnet(|_| {});
+        let api = KubeApi::start();
+        let nodes = ["node-1", "node-2"].map(|name| node(dir, name, &devnet, &api));
+        block_on(async {
+            let pods = ["web-5d4f8c7b9-x2x4z", "web-5d4f8c7b9-b4b5c"];
+            let mut adding = Vec::new();
+            for (n, pod) in pods.iter().enumerate() {
+                let rig = &nodes[n];
+                rig.netns(pod).await;
+                gated(&api, pod, &[]);
+                api.change_pod("default", pod, json!({"spec": {"nodeName": format!("node-{}", n + 1)}}));
+                let (client, request) = (rig.client().await, rig.request(pod));
+                adding.push(async move { client.add(within(TIMEOUT), request).await.unwrap() });
+            }
+            for done in futures_util::future::join_all(adding).await {
+                done.unwrap();
+            }
+            // At once, and nobody was ever known by a number.
+            let mut names: Vec<String> = devnet.nodes().into_iter().map(|node| node.name).collect();
+            names.sort();
+            assert_eq!(names[0], "web", "{names:?}");
+            let loser = pods.iter().find(|pod| names[1] == **pod).unwrap_or_else(|| panic!("{names:?}"));
+            let told = api.until("its name is told", |api| told_name(api, loser)).await;
+            assert_eq!(told, format!("{loser}.tailnet.test"));
+            let event = api.until("an event", |api| taken(api, loser)).await;
+            assert_eq!(event.0, "Normal", "it is no mistake: {event:?}");
+            assert!(
+                event.1.contains("another device called web, so this one is web-5d4f8c7b9-"),
+                "{event:?}"
+            );
+            let told =
+                api.until("it is ready", |api| ready(api, loser).filter(|told| told.0 == "True")).await;
+            assert!(told.2.contains("another device called web"), "{told:?}");
+            let winner = pods.iter().find(|pod| *pod != loser).unwrap();
+            assert_eq!(taken(&api, winner), None);
+
+            // A name that an annotation asks for, and somebody's machine has.
+            let rig = &nodes[0];
+            assert!(!devnet.add_node("db").is_empty());
+            let hostname = [("tailscale.com/hostname", "db")];
+            rig.netns("a-x2x4z").await;
+            api.pod("default", "a-x2x4z", "uid-a-x2x4z", &hostname);
+            rig.add("a-x2x4z").await.unwrap();
+            let told = api.until("its name is told", |api| told_name(api, "a-x2x4z")).await;
+            assert_eq!(told, "db-x2x4z.tailnet.test");
+            let event = api.until("an event", |api| taken(api, "a-x2x4z")).await;
+            assert!(event.0 == "Warning" && event.1.contains("another device called db,"), "{event:?}");
+            let selector = podtether_proto::node::PodSelector::Pod {
+                namespace: "default".into(),
+                name: "a-x2x4z".into(),
+            };
+            let choice = rig.client().await.choice(within(TIMEOUT), selector).await.unwrap().unwrap();
+            assert!(choice.notes[0].contains("taken by another device of tailnet default"), "{choice:?}");
+
+            // All that it could be called is taken: the number stays, and is told.
+            let whose = podtether_supervisor::hostname::Whose {
+                cluster: "k8s",
+                namespace: "default",
+                pod: "b-x9x9z",
+                owner: None,
+            };
+            for name in podtether_supervisor::hostname::names("db", whose).all().skip(1) {
+                assert!(!devnet.add_node(&name).is_empty());
+            }
+            rig.netns("b-x9x9z").await;
+            api.pod("default", "b-x9x9z", "uid-b-x9x9z", &hostname);
+            rig.add("b-x9x9z").await.unwrap();
+            let told = api.until("its name is told", |api| told_name(api, "b-x9x9z")).await;
+            assert!(told.ends_with("-1.tailnet.test"), "{told}");
+            let event = api.until("an event", |api| taken(api, "b-x9x9z")).await;
+            assert!(event.0 == "Warning" && event.1.contains("tailscale.com/hostname"), "{event:?}");
         });
     });
 }

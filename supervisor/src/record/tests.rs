@@ -19,6 +19,8 @@ fn identity(id: &str) -> Identity {
         login_url: String::new(),
         tags: Some(vec!["tag:web".into()]),
         ephemeral: None,
+        other_names: Vec::new(),
+        name_taken: String::new(),
     }
 }
 

@@ -6,6 +6,7 @@ use podtether_proto::engine::{NodeState, PodRef};
 use podtether_proto::node::{AddRequest, Attached, AttachmentId, CniError, Timeline, code};
 
 use super::identities::Identity;
+use super::naming::Naming;
 use super::pod::{Adder, Join, Pod, Waiting};
 use super::{MAX_PODS, Table};
 use crate::choose::Choice;
@@ -120,6 +121,7 @@ impl Table {
             let mut identity = Identity::new(key.clone(), request.pod.clone())
                 .map_err(|e| error(code::IO, "no random bytes for new keys", e))?;
             identity.record.hostname = self.free_name(&key, &request.pod, &names, &mut told);
+            identity.record.other_names = names.after(&identity.record.hostname);
             identity.record.tags = Some(choice.tags);
             identity.record.ephemeral = Some(choice.ephemeral);
             self.identities.insert(key.clone(), identity);
@@ -158,6 +160,9 @@ impl Table {
             timeline: Timeline::default(),
         };
         let mut pod = Pod { had_device, ..Pod::new(record, key, false) };
+        if had_device {
+            pod.naming = Naming::Settled;
+        }
         pod.record.timeline = pod.clock.begin(Instant::now());
         Ok(pod)
     }

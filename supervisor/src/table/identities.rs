@@ -70,6 +70,8 @@ impl Identity {
             login_url: String::new(),
             tags: None,
             ephemeral: None,
+            other_names: Vec::new(),
+            name_taken: String::new(),
         };
         Ok(Identity { saved: 0, ..Identity::loaded(record) })
     }

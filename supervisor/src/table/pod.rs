@@ -15,6 +15,7 @@ use tokio::sync::oneshot;
 
 use super::handover::Handover;
 use super::identities::Identity;
+use super::naming::Naming;
 use super::renew::Renewal;
 use super::routing::Router;
 use super::timeline::Clock;
@@ -170,6 +171,8 @@ pub(super) struct Pod {
     pub(super) identity: IdentityKey,
     /// The device was in the tailnet before this attachment: an ADD that fails leaves it there.
     pub(super) had_device: bool,
+    /// Whether its device got the name that it asked for.
+    pub(super) naming: Naming,
     /// Its device waits for a person: an ADD that fails for that keeps the identity, so that a later one
     /// finds what the person did.
     pub(super) awaits_person: bool,
@@ -250,6 +253,7 @@ pub(super) struct Pod {
 impl Pod {
     pub(super) fn new(record: record::Attachment, identity: IdentityKey, saved: bool) -> Pod {
         Pod {
+            naming: if record.addresses.is_empty() { Naming::Unknown } else { Naming::Settled },
             record,
             clock: Clock::default(),
             version: 1,
@@ -394,7 +398,13 @@ impl Pod {
             Wanted::Attached => match &self.engine {
                 _ if self.stopped.is_some() => "stopped",
                 None if self.hold_until.is_some_and(|at| at > now) => "backoff",
-                Some(engine) if engine.addresses().is_some() && self.configured.is_some() => "running",
+                Some(engine)
+                    if engine.addresses().is_some()
+                        && self.configured.is_some()
+                        && !self.naming.is_open(now) =>
+                {
+                    "running"
+                }
                 Some(engine) if engine.login_url().is_some() => "needs-login",
                 Some(engine) if engine.state() == Some(&NodeState::NeedsApproval) => "needs-approval",
                 _ if self.configured.is_some() => "restarting",

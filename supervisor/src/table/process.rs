@@ -359,6 +359,7 @@ impl Table {
                 self.fail_add(id, failure);
             }
         }
+        self.settle_name(id);
         self.refresh_routing(id);
     }
 

@@ -93,6 +93,8 @@ pub struct PodReport {
     pub key_expiry_unix_s: Option<i64>,
     /// The device name that it asked for.
     pub hostname: String,
+    /// The name that another device of the tailnet has, where it asked for that first; else empty.
+    pub name_taken: String,
     /// What is odd in its annotations.
     pub notes: Vec<String>,
     /// Where a person is to log the device in, empty when nobody has to.
@@ -121,6 +123,7 @@ impl Table {
             let node = status.and_then(|s| s.node.as_ref());
             let used = pod.engine.as_ref().and_then(|e| e.process.used().ok());
             let known = self.known_addresses(&pod.identity);
+            let identity = self.identities.get(&pod.identity).map(|identity| &identity.record);
             listing.pods.push(PodReport {
                 uid: pod.record.pod.uid.clone(),
                 namespace: pod.record.pod.namespace.clone(),
@@ -158,11 +161,8 @@ impl Table {
                 control_connected: status.is_some_and(|s| s.control_connected),
                 home_derp: status.map_or(0, |s| s.home_derp),
                 key_expiry_unix_s: node.and_then(|n| n.key_expiry_unix_s),
-                hostname: self
-                    .identities
-                    .get(&pod.identity)
-                    .map(|i| i.record.hostname.clone())
-                    .unwrap_or_default(),
+                hostname: identity.map(|record| record.hostname.clone()).unwrap_or_default(),
+                name_taken: identity.map(|record| record.name_taken.clone()).unwrap_or_default(),
                 notes: pod.record.choice.notes.clone(),
                 login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),
                 health: pod.health(),

@@ -2,8 +2,10 @@
 //! the real server; the devnet's are run here.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
+use podtether_core::tailcfg::UnixTime;
 use podtether_devnet::fault::{Fault, Target};
 use podtether_devnet::probe::dns::lookup;
 use podtether_devnet::{Devnet, Families, HeadscaleApi};
@@ -143,6 +145,50 @@ pub(crate) async fn leave(pair: &Pair, admin: &Admin) {
     pair.rig.del("b").await.unwrap();
     admin.until("empty", <[Value]>::is_empty).await;
     pair.rig.until_clean(PATIENCE).await;
+}
+
+/// Supervisors of two nodes want one name: the second pod is called after itself, and not by a number. And what the
+/// API tells of nodes whose keys were minted is what they are known by.
+pub(crate) async fn one_name_on_two_nodes(dir: &Path, admin: &Admin) {
+    let mut rigs = Vec::new();
+    for node in ["one", "two"] {
+        let dir = dir.join(node);
+        std::fs::create_dir(&dir).unwrap();
+        let mut rig = admin.rig(&dir, TAGS, "");
+        rig.config = rig.config.replace("127.0.0.1:9465", "");
+        rig.start();
+        rig.netns("a").await;
+        rig.add("a").await.unwrap();
+        rigs.push(rig);
+    }
+    let nodes = admin.nodes().await;
+    let mut names: Vec<&str> = nodes.iter().map(|node| node["givenName"].as_str().unwrap()).collect();
+    names.sort_unstable();
+    let own = names[1].strip_prefix("k8s-default-a-").unwrap_or_default();
+    assert!(names[0] == "k8s-default-a" && own.len() == 8, "{names:?}");
+    for node in &nodes {
+        let key = &node["preAuthKey"];
+        let at = |field: &str| key[field].as_str().unwrap().parse::<UnixTime>().unwrap();
+        let lived = at("expiration").saturating_since(at("createdAt"));
+        assert_eq!((&key["reusable"], &key["aclTags"][0]), (&false.into(), &"tag:k8s-pod".into()), "{key}");
+        assert!(lived.abs_diff(Duration::from_secs(300)) < Duration::from_secs(5), "{lived:?}");
+    }
+    for rig in &rigs {
+        rig.del("a").await.unwrap();
+    }
+    admin.until("empty", <[Value]>::is_empty).await;
+}
+
+#[test]
+fn one_name_on_two_nodes_of_either_api() {
+    in_namespaces("life::one_name_on_two_nodes_of_either_api", |dir| {
+        for v2 in [true, false] {
+            let (_devnet, admin) = headscale(v2);
+            let dir = dir.join(format!("v2-{v2}"));
+            std::fs::create_dir(&dir).unwrap();
+            block_on(one_name_on_two_nodes(&dir, &admin));
+        }
+    });
 }
 
 fn headscale(v2: bool) -> (Devnet, Admin) {

@@ -12,7 +12,7 @@ use podtether_net::testing::{block_on, in_namespaces};
 use serde_json::Value;
 
 use crate::admin::{Admin, PATIENCE};
-use crate::life::{Pair, TAGS, after_a_wipe, leave, one_family, touched_by_admin};
+use crate::life::{Pair, TAGS, after_a_wipe, leave, one_family, one_name_on_two_nodes, touched_by_admin};
 use crate::rig::*;
 
 const ADDRESS: &str = "127.0.0.1:8443";
@@ -285,6 +285,17 @@ fn headscale_over_http_with_one_family_and_odd_users() {
                 Box::pin(leave(&pair, &admin)).await;
             }));
         }
+    });
+}
+
+#[test]
+fn one_name_on_two_nodes_of_headscale() {
+    let Some(program) = find() else { return };
+    in_namespaces("real::one_name_on_two_nodes_of_headscale", |dir| {
+        block_on(Box::pin(async {
+            let headscale = Headscale::start(&program, dir, &DUAL).await;
+            one_name_on_two_nodes(dir, &headscale.admin).await;
+        }));
     });
 }
 
