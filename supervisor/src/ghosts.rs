@@ -55,7 +55,8 @@ fn stays(device: &Listed, known: &Known<'_>) -> Option<&'static str> {
             || own.machine_key == device.machine_key
             || (!own.stable_id.is_empty() && own.stable_id == device.stable_id)
     };
-    if !device.version.contains(OUR_ENGINE) && !(device.version.is_empty() && device.is_minted) {
+    let is_ours = device.version.contains(OUR_ENGINE) || (device.version.is_empty() && device.is_minted);
+    if !is_ours {
         return Some("it runs another client");
     }
     if device.tags.is_empty() || !device.tags.iter().all(|tag| may_be_given(tag, known)) {

@@ -343,6 +343,8 @@ fn who_asks_is_read_again_from_files_that_are_rotated() {
         token("one");
         wants("one");
         let mut rig = with_api(dir, &devnet, &api);
+        // It is for others.
+        rig.environment.push(("HTTPS_PROXY", "http://127.0.0.1:1".into()));
         rig.start();
         block_on(async {
             rig.client().await;

@@ -75,7 +75,12 @@ impl Access {
             Access::Kubeconfig(path) => {
                 let at = |e: String| format!("node.kubeconfig: {}: {e}", path.display());
                 let read = Kubeconfig::read_from(path).map_err(|e| at(chain(&e)))?;
-                Config::try_from(read).map_err(|e| at(chain(&e)))?
+                let own_proxy =
+                    read.clusters.iter().flat_map(|named| &named.cluster).any(|c| c.proxy_url.is_some());
+                let mut config = Config::try_from(read).map_err(|e| at(chain(&e)))?;
+                // The environment's is the way to the tailnet's servers.
+                config.proxy_url = config.proxy_url.filter(|_| own_proxy);
+                config
             }
             Access::Account { url, dir } => {
                 let url = url.parse().map_err(|e| format!("node.api_server: {e}"))?;
@@ -156,11 +161,8 @@ impl Api {
     }
 
     fn failed(&self, what: &str, error: &kube::Error) -> Failure {
-        let is_passing = match error {
-            kube::Error::Api(status) => status.code == 401,
-            _ => true,
-        };
-        if is_passing {
+        let answered = if let kube::Error::Api(status) = error { status.code != 401 } else { false };
+        if !answered {
             self.renew();
         }
         failure(what, error)
@@ -230,15 +232,18 @@ impl Api {
 
 /// What an error means for the call `what`.
 pub(super) fn failure(what: &str, error: &kube::Error) -> Failure {
-    match error {
-        kube::Error::Api(status) => refused(what, status),
-        kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
-            // The parser's message may quote what it read.
-            Failure::Passing(format!("cannot {what}: the answer is not understood"))
-        }
-        kube::Error::Service(error) => Failure::Passing(format!("cannot {what}: {}", chain(&**error))),
-        other => Failure::Passing(format!("cannot {what}: {}", chain(other))),
+    if let kube::Error::Api(status) = error {
+        return refused(what, status);
     }
+    let why = if matches!(error, kube::Error::SerdeError(_) | kube::Error::FromUtf8(_)) {
+        // The parser's message may quote what it read.
+        "the answer is not understood".into()
+    } else if let kube::Error::Service(error) = error {
+        chain(&**error)
+    } else {
+        chain(error)
+    };
+    Failure::Passing(format!("cannot {what}: {why}"))
 }
 
 /// What the API server's refusal means.

@@ -210,10 +210,10 @@ proptest! {
             let whole = json!({"type": "MODIFIED", "object": object}).to_string();
             prop_assert!(line(&whole).is_some(), "an odd object is none, and its line is one");
             let cut = whole.floor_char_boundary(cut.min(whole.len()));
-            if let Some(kube::api::WatchEvent::Modified(Odd(object))) = line(&whole[..cut]) {
-                if let Some(seen) = Seen::of(object) {
-                    store.see(seen);
-                }
+            if let Some(kube::api::WatchEvent::Modified(Odd(object))) = line(&whole[..cut])
+                && let Some(seen) = Seen::of(object)
+            {
+                store.see(seen);
             }
         }
         let _ = line(&text);

@@ -147,6 +147,12 @@ enum Ended {
     Failed(Failure),
 }
 
+impl Ended {
+    fn of(failure: Failure) -> Ended {
+        if failure == Failure::Gone { Ended::Forgotten } else { Ended::Failed(failure) }
+    }
+}
+
 async fn follow<T: Object>(cluster: &Cluster, wanted: &Wanted, apply: impl Fn(Change<T>)) {
     let what = wanted.what;
     let mut version: Option<String> = None;
@@ -216,8 +222,7 @@ async fn watch<T: Object>(
     let what = format!("watch {}", wanted.what);
     let mut events = match cluster.api().watch::<Odd<T>>(&what, wanted.changes(version)).await {
         Ok(events) => events,
-        Err(Failure::Gone) => return Ended::Forgotten,
-        Err(failure) => return Ended::Failed(failure),
+        Err(failure) => return Ended::of(failure),
     };
     cluster.works(wanted.what);
     let mut heard = false;
@@ -227,10 +232,7 @@ async fn watch<T: Object>(
             // A line that is no event costs no other.
             Ok(Some(Err(kube::Error::SerdeError(_)))) => continue,
             Ok(Some(Err(error))) => {
-                return match failure(&what, &error) {
-                    Failure::Gone => Ended::Forgotten,
-                    other => Ended::Failed(other),
-                };
+                return Ended::of(failure(&what, &error));
             }
             // One that ends before it has said anything is not asked again at once.
             Ok(None) | Err(_) if !heard => {
@@ -251,10 +253,7 @@ async fn watch<T: Object>(
             }
             WatchEvent::Bookmark(bookmark) => (bookmark.metadata.resource_version, None),
             WatchEvent::Error(status) => {
-                return match refused(&what, &status) {
-                    Failure::Gone => Ended::Forgotten,
-                    other => Ended::Failed(other),
-                };
+                return Ended::of(refused(&what, &status));
             }
         };
         if !at.is_empty() {

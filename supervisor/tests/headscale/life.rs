@@ -186,7 +186,7 @@ fn one_name_on_two_nodes_of_either_api() {
             let (_devnet, admin) = headscale(v2);
             let dir = dir.join(format!("v2-{v2}"));
             std::fs::create_dir(&dir).unwrap();
-            block_on(one_name_on_two_nodes(&dir, &admin));
+            block_on(Box::pin(one_name_on_two_nodes(&dir, &admin)));
         }
     });
 }
