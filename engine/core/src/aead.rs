@@ -1,7 +1,7 @@
 //! ChaCha20-Poly1305 (RFC 8439) as WireGuard's data messages use it: a counter for a nonce, no additional data.
 //!
-//! A third of a busy engine's time is spent here. On processors with AVX-512 it is our own, which is faster than ring's
-//! (`docs/bench.md` has what that does to a stream); on others it is ring's.
+//! With ring's a third of a busy engine's time would be spent here. On processors with AVX-512 it is our own, which is faster
+//! (`cargo bench -p podtether-core --bench aead` compares them); on others it is ring's.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
@@ -9,10 +9,10 @@ use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 mod wide;
 
 /// Bytes that sealing adds.
-pub(crate) const TAG: usize = 16;
+pub const TAG: usize = 16;
 
 /// One key, of one direction of one session.
-pub(crate) struct Key(Cipher);
+pub struct Key(Cipher);
 
 enum Cipher {
     #[cfg(target_arch = "x86_64")]
@@ -20,8 +20,16 @@ enum Cipher {
     Ring(Box<LessSafeKey>),
 }
 
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(redacted)")
+    }
+}
+
 impl Key {
-    pub(crate) fn new(key: &[u8; 32]) -> Self {
+    /// With the fastest cipher that this processor has.
+    #[must_use]
+    pub fn new(key: &[u8; 32]) -> Self {
         #[cfg(target_arch = "x86_64")]
         if let Some(key) = wide::Key::new(key) {
             return Self(Cipher::Wide(key));
@@ -30,7 +38,8 @@ impl Key {
     }
 
     /// Encrypts `packet` into `out`, which is [`TAG`] bytes longer. False when it is not.
-    pub(crate) fn seal(&self, counter: u64, packet: &[u8], out: &mut [u8]) -> bool {
+    #[must_use]
+    pub fn seal(&self, counter: u64, packet: &[u8], out: &mut [u8]) -> bool {
         let Some((body, tag)) = out.split_last_chunk_mut::<TAG>() else { return false };
         if body.len() != packet.len() {
             return false;
@@ -51,7 +60,8 @@ impl Key {
 
     /// Decrypts `sealed` into `out`, which is [`TAG`] bytes shorter. False when it is not, or when `sealed` is not authentic;
     /// then nothing of use is in `out`.
-    pub(crate) fn open(&self, counter: u64, sealed: &[u8], out: &mut [u8]) -> bool {
+    #[must_use]
+    pub fn open(&self, counter: u64, sealed: &[u8], out: &mut [u8]) -> bool {
         let Some((body, tag)) = sealed.split_last_chunk::<TAG>() else { return false };
         if body.len() != out.len() {
             return false;

@@ -12,7 +12,7 @@
 //! | what flows | `wg`, `aead`, `packet`, `offload`, `nat`, `filter`, `dns` |
 //! | names of things | `key` |
 
-mod aead;
+pub mod aead;
 pub mod backoff;
 pub mod batch;
 mod budget;

@@ -62,16 +62,20 @@ impl Drop for Key {
 fn seal(key: &[u32; 8], nonce: u64, packet: &[u8], out: &mut [u8]) -> [u8; TAG] {
     let mut stream = Stream::new();
     stream.begin(key, nonce, packet.len());
+    let one_time = poly::OneTime::new(&stream.one_time_key);
     stream.apply(key, nonce, packet, out);
-    poly::tag(&stream.one_time_key, out)
+    one_time.tag(out)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512ifma")]
 fn open(key: &[u32; 8], nonce: u64, sealed: &[u8], tag: &[u8; TAG], out: &mut [u8]) -> bool {
     let mut stream = Stream::new();
     stream.begin(key, nonce, sealed.len());
-    let differing =
-        poly::tag(&stream.one_time_key, sealed).iter().zip(tag).fold(0, |all, (a, b)| all | (a ^ b));
+    let differing = poly::OneTime::new(&stream.one_time_key)
+        .tag(sealed)
+        .iter()
+        .zip(tag)
+        .fold(0, |all, (a, b)| all | (a ^ b));
     // Looked at once, whole, so that it tells nobody how much of a guess was right.
     if core::hint::black_box(differing) != 0 {
         return false;

@@ -15,41 +15,56 @@ const STEP: usize = 8 * 16;
 /// The bit above a block's 128, in the limb that begins at 2^88.
 const ABOVE: i64 = 1 << 40;
 
-/// Poly1305 under the one-time key over `data` padded to blocks, and a block with the lengths of no additional data and
-/// of `data`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512ifma")]
-pub(super) fn tag(key: &[u8; 32], data: &[u8]) -> [u8; TAG] {
-    let [r_low, r_high, s_low, s_high] = words(key);
-    let (r_low, r_high) = (r_low & 0x0fff_fffc_0fff_ffff, r_high & 0x0fff_fffc_0fff_fffc);
-    let one = Factor::new(limbs(all(r_low), all(r_high), _mm512_setzero_si512()));
-    let two = Factor::new(one.times(one.number));
-    let four = Factor::new(two.times(two.number));
-    let eight = Factor::new(four.times(four.number));
+/// What a one-time key gives: the powers of r that eight lanes are multiplied by, and what is added at the end.
+pub(super) struct OneTime {
+    eight: Factor,
+    /// The lanes' powers, in their order: 8 4 7 3 6 2 5 1.
+    last: Factor,
+    s: [u64; 2],
+}
 
-    let blocks = data.len().div_ceil(16) + 1;
-    let steps = blocks.div_ceil(8);
-    // The lanes of the first step that are left over come first: they are zero, which changes nothing.
-    let absent = steps * 8 - blocks;
-    let mut hash = first_step(data, absent, steps == 1);
-    let mut rest = data.get((8 - absent) * 16..).unwrap_or_default();
-    let above = _mm512_set1_epi64(ABOVE);
-    for _ in 2..steps {
-        let Some((chunk, later)) = rest.split_first_chunk::<STEP>() else { break };
-        rest = later;
-        let (halves, _) = chunk.as_chunks::<BLOCK>();
-        hash = plus(eight.times(hash), blocks_of(load(&halves[0]), load(&halves[1]), above));
+impl OneTime {
+    /// Each power waits for the one before: to be made while there is other work to do.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512ifma")]
+    pub(super) fn new(key: &[u8; 32]) -> Self {
+        let [r_low, r_high, s_low, s_high] = words(key);
+        let (r_low, r_high) = (r_low & 0x0fff_fffc_0fff_ffff, r_high & 0x0fff_fffc_0fff_fffc);
+        let one = Factor::new(limbs(all(r_low), all(r_high), _mm512_setzero_si512()));
+        let two = Factor::new(one.times(one.number));
+        let four = Factor::new(two.times(two.number));
+        let eight = Factor::new(four.times(four.number));
+        let powers = pick(0b0011_0011, one.number, two.number);
+        let powers = pick(0b0000_1111, powers, two.times(powers));
+        let powers = pick(0b0101_0101, powers, four.times(powers));
+        Self { eight, last: Factor::new(powers), s: [s_low, s_high] }
     }
-    if steps > 1 {
-        hash = plus(eight.times(hash), last_step(rest, data.len(), above));
+
+    /// Poly1305 over `data` padded to blocks, and a block with the lengths of no additional data and of `data`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512ifma")]
+    pub(super) fn tag(&self, data: &[u8]) -> [u8; TAG] {
+        let blocks = data.len().div_ceil(16) + 1;
+        let steps = blocks.div_ceil(8);
+        // The lanes of the first step that are left over come first: they are zero, which changes nothing.
+        let absent = steps * 8 - blocks;
+        let mut hash = first_step(data, absent, steps == 1);
+        let mut rest = data.get((8 - absent) * 16..).unwrap_or_default();
+        let above = _mm512_set1_epi64(ABOVE);
+        for _ in 2..steps {
+            let Some((chunk, later)) = rest.split_first_chunk::<STEP>() else { break };
+            rest = later;
+            let (halves, _) = chunk.as_chunks::<BLOCK>();
+            hash = plus(self.eight.times(hash), blocks_of(load(&halves[0]), load(&halves[1]), above));
+        }
+        if steps > 1 {
+            hash = plus(self.eight.times(hash), last_step(rest, data.len(), above));
+        }
+        let Lanes([a, b, c]) = self.last.times(hash);
+        let sum = |limb| _mm512_reduce_add_epi64(limb).cast_unsigned();
+        let [s_low, s_high] = self.s;
+        finish([sum(a), sum(b), sum(c)], s_low, s_high)
     }
-    // The lanes' powers, in their order: 8 4 7 3 6 2 5 1.
-    let powers = pick(0b0011_0011, one.number, two.number);
-    let powers = pick(0b0000_1111, powers, two.times(powers));
-    let powers = pick(0b0101_0101, powers, four.times(powers));
-    let Lanes([a, b, c]) = Factor::new(powers).times(hash);
-    let sum = |limb| _mm512_reduce_add_epi64(limb).cast_unsigned();
-    finish([sum(a), sum(b), sum(c)], s_low, s_high)
 }
 
 /// The first eight blocks, of which the first `absent` are not there; with the one of the length when it is also the last step.
