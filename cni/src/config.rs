@@ -39,17 +39,21 @@ const OUR_KEYS: [&str; 5] = ["socket", "tailnet", "timeoutSeconds", "failurePoli
 /// A version of the specification that this plugin speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum SpecVersion {
+    V0_3_0,
+    V0_3_1,
     V0_4_0,
     V1_0_0,
     V1_1_0,
 }
 
 impl SpecVersion {
-    pub(crate) const ALL: [Self; 3] = [Self::V0_4_0, Self::V1_0_0, Self::V1_1_0];
+    pub(crate) const ALL: [Self; 5] = [Self::V0_3_0, Self::V0_3_1, Self::V0_4_0, Self::V1_0_0, Self::V1_1_0];
     pub(crate) const NEWEST: Self = Self::V1_1_0;
 
     pub(crate) fn text(self) -> &'static str {
         match self {
+            Self::V0_3_0 => "0.3.0",
+            Self::V0_3_1 => "0.3.1",
             Self::V0_4_0 => "0.4.0",
             Self::V1_0_0 => "1.0.0",
             Self::V1_1_0 => "1.1.0",
@@ -129,7 +133,8 @@ impl Config {
     ) -> Result<Self, CniError> {
         let needs = match verb {
             Verb::Gc | Verb::Status => SpecVersion::V1_1_0,
-            Verb::Add | Verb::Del | Verb::Check | Verb::Version => SpecVersion::V0_4_0,
+            Verb::Check => SpecVersion::V0_4_0,
+            Verb::Add | Verb::Del | Verb::Version => SpecVersion::V0_3_0,
         };
         if version < needs {
             return Err(CniError {
@@ -388,17 +393,21 @@ mod tests {
 
     #[test]
     fn versions_and_the_verbs_they_have() {
-        for (version, old) in [("0.4.0", true), ("1.0.0", true), ("1.1.0", false)] {
+        for (version, age) in [("0.3.0", 2), ("0.3.1", 2), ("0.4.0", 1), ("1.0.0", 1), ("1.1.0", 0)] {
             for verb in [Verb::Add, Verb::Del, Verb::Check, Verb::Gc, Verb::Status] {
                 let got = read(verb, with("cniVersion", json!(version)));
-                let lacks = old && matches!(verb, Verb::Gc | Verb::Status);
+                let lacks = match verb {
+                    Verb::Gc | Verb::Status => age > 0,
+                    Verb::Check => age > 1,
+                    Verb::Add | Verb::Del | Verb::Version => false,
+                };
                 assert_eq!(got.err().map(|e| e.code), lacks.then_some(1), "{version} {verb:?}");
             }
         }
-        for version in [json!("0.3.1"), json!("1.2.0"), json!(""), Value::Null] {
+        for version in [json!("0.2.0"), json!("1.2.0"), json!(""), Value::Null] {
             let error = read(Verb::Add, with("cniVersion", version.clone())).unwrap_err();
             assert_eq!(error.code, code::INCOMPATIBLE_VERSION, "{version}");
-            assert!(error.details.contains("0.4.0, 1.0.0, 1.1.0"));
+            assert!(error.details.contains("0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"));
         }
         assert_eq!(read(Verb::Add, with("cniVersion", json!(1))).unwrap_err().code, code::UNDECODABLE);
     }

@@ -65,7 +65,7 @@ impl PrevResult {
                 let (Some(address), Some(ip)) = (address, ip.as_object_mut()) else {
                     return Err(wrong("prevResult has an IP without a CIDR address".into()));
                 };
-                if version == SpecVersion::V0_4_0 {
+                if version <= SpecVersion::V0_4_0 {
                     ip.insert("version".into(), family(address).into());
                 } else {
                     ip.remove("version");
@@ -99,7 +99,7 @@ impl PrevResult {
         let version = self.version;
         let ips = attached.addresses.iter().map(|address| {
             let mut ip = json!({"address": address.to_string(), "interface": index});
-            if version == SpecVersion::V0_4_0 {
+            if version <= SpecVersion::V0_4_0 {
                 ip["version"] = family(*address).into();
             }
             ip
@@ -227,7 +227,7 @@ mod tests {
             let mut expected = bridge();
             let ip = |address: &str, interface: u32, family: &str| {
                 let mut ip = json!({"address": address, "interface": interface});
-                if version == SpecVersion::V0_4_0 {
+                if version <= SpecVersion::V0_4_0 {
                     ip["version"] = family.into();
                 }
                 ip

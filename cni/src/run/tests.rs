@@ -10,7 +10,7 @@ use super::*;
 #[path = "../../tests/fake/mod.rs"]
 mod fake;
 
-const VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
+const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];
 const ASKING: [&str; 5] = ["ADD", "DEL", "CHECK", "GC", "STATUS"];
 
 /// Runs `verb` with the configuration changed by `change`.
@@ -187,7 +187,7 @@ async fn del_check_and_gc_pass_on_what_the_supervisor_needs() {
 async fn errors_of_the_supervisor_come_out_as_they_are() {
     for (verb, code) in [("DEL", code::CLEANUP), ("CHECK", code::CHECK_FAILED), ("GC", code::CLEANUP)] {
         for version in VERSIONS {
-            if verb == "GC" && version != "1.1.0" {
+            if (verb == "GC" && version != "1.1.0") || (verb == "CHECK" && version < "0.4.0") {
                 continue;
             }
             let fake = Fake::start(Script { others: Err(failing(code)), ..Script::default() });
@@ -227,8 +227,11 @@ async fn check_and_gc_without_their_input_ask_nobody() {
 #[tokio::test]
 async fn verbs_that_a_version_does_not_have() {
     let fake = Fake::start(Script::default());
-    for verb in ["GC", "STATUS"] {
-        for version in ["0.4.0", "1.0.0"] {
+    for verb in ["GC", "STATUS", "CHECK"] {
+        for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0"] {
+            if verb == "CHECK" && version >= "0.4.0" {
+                continue;
+            }
             let (code, msg) = error(&call(verb, &fake, |c| c["cniVersion"] = version.into()).await);
             assert_eq!(code, 1, "{verb} {version}");
             assert!(msg.contains(verb) && msg.contains(version), "{msg}");

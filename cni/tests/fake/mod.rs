@@ -290,7 +290,7 @@ pub(crate) fn environment(verb: &str) -> Vec<(&'static str, String)> {
 /// What the primary plugin made.
 pub(crate) fn primary(version: &str) -> Value {
     let mut ip = json!({"address": "10.244.0.2/24", "gateway": "10.244.0.1", "interface": 1});
-    if version == "0.4.0" {
+    if version <= "0.4.0" {
         ip["version"] = "4".into();
     }
     json!({
@@ -311,7 +311,7 @@ pub(crate) fn joined(version: &str) -> Value {
     }
     let ip = |address: &str, family: &str| {
         let mut ip = json!({"address": address, "interface": 2});
-        if version == "0.4.0" {
+        if version <= "0.4.0" {
             ip["version"] = family.into();
         }
         ip

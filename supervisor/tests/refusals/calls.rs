@@ -87,13 +87,13 @@ fn malformed(place: &Place, pod: &Pod) {
     let deep = format!("{}1{}", "[".repeat(100_000), "]".repeat(100_000));
     let deep = format!("{{\"cniVersion\":\"1.0.0\",\"name\":\"x\",\"args\":{deep}}}");
     refusal("nesting", &place.raw(&pod.environment("ADD"), deep.as_bytes()), 6, &["recursion limit"]);
-    for version in [json!("0.2.0"), json!("0.3.1"), json!("2.0.0"), json!("1"), json!(""), Value::Null] {
+    for version in [json!("0.1.0"), json!("0.2.0"), json!("2.0.0"), json!("1"), json!(""), Value::Null] {
         for verb in VERBS {
             let mut config = pod.stdin(&place.node, &CniCall::new(verb));
             config["cniVersion"] = version.clone();
             let outcome = place.raw(&pod.environment(verb), config.to_string().as_bytes());
             let what = format!("{verb} in cniVersion {version}");
-            refusal(&what, &outcome, 1, &["cniVersion", "0.4.0, 1.0.0, 1.1.0"]);
+            refusal(&what, &outcome, 1, &["cniVersion", "0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"]);
         }
     }
     for (verb, version) in [("GC", "1.0.0"), ("STATUS", "0.4.0")] {

@@ -32,7 +32,11 @@ fn nobody(place: &Place, pod: &Pod, case: &str, why: &str) {
     println!("DEL, {case}: {}", outcome.stderr.trim());
     assert!(outcome.success && outcome.stderr.contains(&socket), "{case}: {outcome:?}");
     let outcome = place.call(pod, &newest("VERSION"));
-    assert_eq!(outcome.answer["supportedVersions"], json!(["0.4.0", "1.0.0", "1.1.0"]), "{case}");
+    assert_eq!(
+        outcome.answer["supportedVersions"],
+        json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]),
+        "{case}"
+    );
 }
 
 /// What a runtime that has seen ADD succeed passes to CHECK.
