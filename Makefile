@@ -1,4 +1,4 @@
-.PHONY: build release test demo chaos bench lint fuzz
+.PHONY: build release image test demo chaos bench lint fuzz
 build: ; cargo build --workspace --bins
 # Static programs for any C library. --target keeps the flags from build scripts and proc macros, which cannot be
 # static. getrandom would look its system call up by the dynamic loader, and then read a file that a sandbox has not.
@@ -11,6 +11,11 @@ release:
 	! readelf -lW $(PROGRAMS) | grep INTERP
 	for p in $(PROGRAMS); do d=$$(mktemp -d) && cp $$p $$d/p && unshare -r chroot $$d /p --version && rm -r $$d || exit 1; done
 	test $$(stat -c %s $(filter %engine,$(PROGRAMS))) -le 6000000
+# target/podtether-image.tar, the same bytes whenever it is made of the same programs, and what they are made of beside it.
+IMAGE ?= podtether:$(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+image: release
+	target/$(TARGET)/release/podtether-image --programs target/$(TARGET)/release --target $(TARGET) --name $(IMAGE) \
+	  --output target/podtether-image.tar
 test: build ; cargo test --workspace
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.
