@@ -20,6 +20,7 @@ pub mod ghosts;
 pub mod guard;
 pub mod hostname;
 pub mod http;
+pub mod install_cni;
 pub mod kube;
 pub mod log;
 pub mod lookup;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
+use podtether_supervisor::install_cni;
 use podtether_supervisor::log::JsonLines;
 use podtether_supervisor::lookup;
 use podtether_supervisor::memory;
@@ -22,8 +23,13 @@ const DISK_THREADS_STAY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 fn main() -> ExitCode {
     lookup::without_modules();
-    let matches = config::arguments().get_matches();
+    let matches = config::arguments().subcommands(install_cni::commands()).get_matches();
     logs();
+    match matches.subcommand() {
+        Some((install_cni::INSTALL, own)) => return install_cni::install(&install_cni::options(own)),
+        Some((install_cni::UNINSTALL, own)) => return install_cni::uninstall(&install_cni::options(own)),
+        _ => {}
+    }
     let config = match load(&matches) {
         Ok(config) => config,
         Err(e) => {

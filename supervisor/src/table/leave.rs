@@ -101,7 +101,7 @@ impl Table {
             let _ = reply.send(Err(error(
                 code::BAD_CONFIG,
                 what,
-                "set node.name, as deploy/daemonset.yaml does",
+                "set node.name, as deploy/kustomize/base does",
             )));
             return;
         };
