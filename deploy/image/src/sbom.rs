@@ -114,7 +114,7 @@ mod tests {
         assert_eq!(names, ["deep", "root", "used"]);
         assert_eq!(bom["components"][0]["hashes"][0]["content"], "abc");
         assert_eq!(bom["components"][0]["licenses"][0]["expression"], "MIT OR Apache-2.0");
-        assert_eq!(bom["dependencies"][1]["dependsOn"], json!(["pkg:cargo/used@1.0.0"]));
+        assert_eq!(bom["dependencies"][0]["dependsOn"], json!(["pkg:cargo/used@1.0.0"]));
         assert!(cyclonedx(&metadata.to_string(), lock, &["other"], "1").is_err());
     }
 }
