@@ -156,9 +156,10 @@ fn settle(made: io::Result<()>, whole: &Path) -> io::Result<Done> {
         Ok(()) => Ok(Done::Yes),
         Err(e) => {
             let _ = fs::remove_file(whole);
-            match e.kind() {
-                io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound => Ok(Done::Overtaken),
-                _ => Err(e),
+            if matches!(e.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound) {
+                Ok(Done::Overtaken)
+            } else {
+                Err(e)
             }
         }
     }

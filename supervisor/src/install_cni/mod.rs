@@ -380,9 +380,9 @@ async fn keep(options: &Options, chained: &Notify) -> Result<(), Failure> {
         let told = |changed: io::Result<()>| changed.map_err(|e| options.disk("watch", e));
         if complaint == said {
             // What failed may go well without a change that can be seen: a disk has space again.
-            match tokio::time::timeout(patience.unwrap_or(Duration::MAX), watch.changed()).await {
-                Ok(changed) => told(changed)?,
-                Err(_) => {}
+            let wait = tokio::time::timeout(patience.unwrap_or(Duration::MAX), watch.changed());
+            if let Ok(changed) = wait.await {
+                told(changed)?;
             }
             continue;
         }

@@ -11,6 +11,8 @@ use super::plan::{File, Plan, SAVED, Step};
 use super::*;
 
 type Dir = BTreeMap<String, String>;
+/// Files by name.
+type Given<'a> = &'a [(&'a str, &'a str)];
 
 pub(super) fn entry() -> Entry {
     Entry {
@@ -138,7 +140,7 @@ fn whenever_it_is_cut_off_pods_start_and_it_can_be_finished_or_undone() {
 #[test]
 fn what_cannot_be_used_is_refused_with_a_sentence_and_left_alone() {
     let old = FLANNEL.replace("1.0.0", "0.2.0");
-    let table: [(&[(&str, &str)], bool, &str); 7] = [
+    let table: [(Given<'_>, bool, &str); 7] = [
         (&[], false, ""),
         (&[("10-a.conflist", "{\"name\":")], false, "10-a.conflist is not JSON"),
         (&[("10-a.conflist", "{\"name\":"), ("20-b.conflist", FLANNEL)], true, "left as it is"),
