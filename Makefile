@@ -1,4 +1,4 @@
-.PHONY: build release image test demo chaos bench lint fuzz
+.PHONY: build release image chart test demo chaos bench lint fuzz
 build: ; cargo build --workspace --bins
 # Static programs for any C library. --target keeps the flags from build scripts and proc macros, which cannot be
 # static. getrandom would look its system call up by the dynamic loader, and then read a file that a sandbox has not.
@@ -16,6 +16,8 @@ IMAGE ?= podtether:$(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head
 image: release
 	target/$(TARGET)/release/podtether-image --programs target/$(TARGET)/release --target $(TARGET) --name $(IMAGE) \
 	  --output target/podtether-image.tar
+# After a change of the chart; needs helm. tests/manifests.rs says when.
+chart: ; PODTETHER_RENDER=1 cargo test -p podtether-supervisor --test manifests the_chart_is_what
 test: build ; cargo test --workspace
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.

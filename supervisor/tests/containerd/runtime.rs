@@ -180,7 +180,10 @@ impl Runtime {
     pub(crate) fn import_supervisor(&self, namespace: &str) {
         let supervisor = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor"));
         let beside = |name: &str| supervisor.with_file_name(name);
-        self.import(namespace, IMAGE, &[supervisor, &beside("podtether-engine"), &beside("podtether")], "");
+        let programs = ["podtether-engine", "podtether", "podtether-cni"].map(beside);
+        let programs: Vec<&Path> =
+            [supervisor].into_iter().chain(programs.iter().map(PathBuf::as_path)).collect();
+        self.import(namespace, IMAGE, &programs, "");
     }
 
     /// What pods run.
@@ -193,24 +196,40 @@ impl Runtime {
 
     /// Puts the plugin behind Debian's.
     pub(crate) fn chain(&self, supervisor: &Path) {
-        let (bin, conf) = (self.dir.join("cni-bin"), self.dir.join("cni"));
+        let ours = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor")).with_file_name("podtether-cni");
+        self.network(&format!(
+            ",{{\"type\":\"podtether-cni\",\"socket\":{supervisor:?},\"tailnet\":\"default\",\"timeoutSeconds\":30,\
+             \"failurePolicy\":\"closed\",\"capabilities\":{{\"io.kubernetes.cri.pod-annotations\":true}}}}"
+        ));
+        fs::copy(&ours, self.plugin_dir().join("podtether-cni")).unwrap();
+    }
+
+    /// Debian's plugins, and what stands behind them in the list.
+    pub(crate) fn network(&self, behind: &str) {
+        let (bin, conf) = (self.plugin_dir(), self.conf_dir());
         fs::create_dir_all(&bin).unwrap();
         fs::create_dir_all(&conf).unwrap();
         for plugin in ["bridge", "host-local", "portmap", "loopback"] {
             fs::copy(Path::new(PLUGINS).join(plugin), bin.join(plugin)).unwrap();
         }
-        let ours = Path::new(env!("CARGO_BIN_EXE_podtether-supervisor")).with_file_name("podtether-cni");
-        fs::copy(&ours, bin.join("podtether-cni")).unwrap();
         let list = format!(
             "{{\"cniVersion\":\"1.0.0\",\"name\":\"net\",\"plugins\":[\
              {{\"type\":\"bridge\",\"bridge\":\"cni0\",\"isGateway\":true,\"ipam\":{{\"type\":\"host-local\",\"dataDir\":{:?},\
              \"ranges\":[[{{\"subnet\":\"10.244.0.0/24\"}}]],\"routes\":[{{\"dst\":\"0.0.0.0/0\"}}]}}}},\
-             {{\"type\":\"portmap\",\"capabilities\":{{\"portMappings\":true}}}},\
-             {{\"type\":\"podtether-cni\",\"socket\":{supervisor:?},\"tailnet\":\"default\",\"timeoutSeconds\":30,\
-             \"failurePolicy\":\"closed\",\"capabilities\":{{\"io.kubernetes.cri.pod-annotations\":true}}}}]}}",
+             {{\"type\":\"portmap\",\"capabilities\":{{\"portMappings\":true}}}}{behind}]}}",
             self.dir.join("ipam")
         );
         fs::write(conf.join("10-net.conflist"), list).unwrap();
+    }
+
+    /// Where it reads network configurations.
+    pub(crate) fn conf_dir(&self) -> PathBuf {
+        self.dir.join("cni")
+    }
+
+    /// Where it looks for plugins.
+    pub(crate) fn plugin_dir(&self) -> PathBuf {
+        self.dir.join("cni-bin")
     }
 
     /// Where CRI is served.

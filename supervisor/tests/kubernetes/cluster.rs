@@ -15,7 +15,14 @@ use crate::rig::devnet;
 use crate::runtime::{IMAGE, Names, PAUSE, Runtime, cgroups_named};
 use crate::traffic::{Echo, answers};
 
-const MANIFEST: &str = include_str!("../../../deploy/daemonset.yaml");
+const BASE: [&str; 3] = [
+    include_str!("../../../deploy/kustomize/base/namespace.yaml"),
+    include_str!("../../../deploy/kustomize/base/rbac.yaml"),
+    include_str!("../../../deploy/kustomize/base/daemonset.yaml"),
+];
+/// Where our entry is looked for.
+pub(crate) const CONFLIST: &str = "10-net.conflist";
+const API_SERVER: &str = "https://127.0.0.1:6443";
 /// Identities are kept this long between DEL of an old sandbox and ADD of the new one.
 pub(crate) const GRACE: Duration = Duration::from_secs(20);
 
@@ -45,26 +52,44 @@ impl<'a> Cluster<'a> {
         let node = Node::start(names);
         let cluster = Self { node, devnet, names };
         println!("control plane up after {:?}", begun.elapsed());
-        cluster.apply(&change(MANIFEST.replace("podtether:0.1.0", IMAGE)));
+        let runtime = cluster.node.runtime();
+        let manifest = BASE.join("\n---\n").replace("podtether:0.1.0", IMAGE);
+        let manifest = manifest.replace("/etc/cni/net.d", runtime.conf_dir().to_str().unwrap());
+        let manifest = manifest.replace("/opt/cni/bin", runtime.plugin_dir().to_str().unwrap());
+        // Nobody leads services' addresses anywhere here.
+        let daemonset = "- --daemonset=podtether/podtether";
+        let manifest =
+            manifest.replace(daemonset, &format!("{daemonset}\n        - --api-server={API_SERVER}"));
+        cluster.apply(&change(manifest));
         let (id, secret) = cluster.devnet.oauth_client();
         let config = format!(
             "[tailnet.default]\ncontrol_url = {url:?}\ntags = [\"tag:k8s-pod\"]\nca_file = \"/etc/podtether/ca.pem\"\n\
              [tailnet.default.credentials]\nkind = \"oauth\"\napi_url = {url:?}\n\
              client_id_file = \"/etc/podtether/id\"\nclient_secret_file = \"/etc/podtether/secret\"\n\
-             [node]\ncgroup_root = {root:?}\nidentity_grace = \"{}s\"\n\
-             # Nobody leads services' addresses anywhere here.\napi_server = \"https://127.0.0.1:6443\"\n",
+             [node]\ncgroup_root = {root:?}\nidentity_grace = \"{}s\"\napi_server = \"{API_SERVER}\"\n",
             GRACE.as_secs(),
             url = cluster.devnet.http_url(),
             root = names.engines,
         );
         let secret = json!({
             "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "podtether", "namespace": "podtether"},
-            "stringData": {"supervisor.toml": config, "id": id, "secret": secret, "ca.pem": cluster.devnet.ca_pem()},
+            "stringData": {"id": id, "secret": secret, "ca.pem": cluster.devnet.ca_pem()},
+        });
+        let config = json!({
+            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "podtether", "namespace": "podtether"},
+            "data": {"supervisor.toml": config},
         });
         cluster.apply(&secret.to_string());
+        cluster.apply(&config.to_string());
         cluster.serving();
+        cluster.until("podtether is chained", || cluster.conflist()?.contains("podtether-cni").then_some(()));
         println!("supervisor up after {:?}", begun.elapsed());
         cluster
+    }
+
+    /// The runtime's network configuration, if it can be read.
+    pub(crate) fn conflist(&self) -> Option<String> {
+        fs::read_to_string(self.node.runtime().conf_dir().join(CONFLIST)).ok()
     }
 
     /// Repeated until it is taken: service accounts of a namespace come some time after it.

@@ -1,4 +1,4 @@
-//! A real Kubernetes of one node, with the supervisor as the DaemonSet of `deploy/daemonset.yaml` and the plugin
+//! A real Kubernetes of one node, with the DaemonSet of `deploy/kustomize/base`, which chains the plugin
 //! behind Debian's: rollouts, a node that restarts, pods that lose their sandbox, and a supervisor that is deleted
 //! under traffic.
 //!
@@ -11,6 +11,7 @@
 
 mod cluster;
 mod deleted;
+mod installed;
 mod life;
 mod node;
 #[path = "../rig/mod.rs"]

@@ -161,7 +161,7 @@ impl<'a> Node<'a> {
         ));
         let runtime = Runtime::start(Path::new(FILES));
         let mut node = Self { runtime: Some(runtime), names, control_plane, kubelet: None };
-        node.runtime().chain(&Path::new(RUN_DIR).join("supervisor.sock"));
+        node.runtime().network("");
         node.runtime().import_pause();
         node.runtime().import_supervisor("k8s.io");
         let begun = Instant::now();

@@ -1,0 +1,49 @@
+//! The plugin on the node: kept in the list against another writer, and gone with the DaemonSet.
+
+use std::fs;
+
+use crate::cluster::{CONFLIST, Cluster};
+use crate::node::{kubectl, on_a_cluster};
+
+/// Pods of `app` that run.
+fn running(app: &str) -> usize {
+    let selector = format!("--selector=app={app}");
+    let arguments = ["get", "pods", &selector, "--field-selector=status.phase=Running", "-o", "name"];
+    kubectl(&arguments, None).0.lines().count()
+}
+
+#[test]
+fn the_node_is_as_it_was_when_all_is_uninstalled() {
+    on_a_cluster("installed::the_node_is_as_it_was_when_all_is_uninstalled", |names| {
+        let cluster = Cluster::start(names, |manifest| manifest);
+        let runtime = cluster.node.runtime();
+        let (list, plugin) = (runtime.conf_dir().join(CONFLIST), runtime.plugin_dir().join("podtether-cni"));
+        cluster.deploy("web", 1);
+        cluster.settled(1);
+        assert!(plugin.exists());
+
+        // Somebody writes the list again, as a primary CNI does when it starts.
+        runtime.network("");
+        cluster.until("it is back", || cluster.conflist()?.contains("podtether-cni").then_some(()));
+        cluster.deploy("db", 1);
+        cluster.settled(2);
+        cluster.must("-n podtether rollout restart ds/podtether");
+        cluster.must("-n podtether rollout status ds/podtether --timeout=120s");
+        assert!(cluster.conflist().unwrap().contains("podtether-cni"), "a rollout is no end");
+        cluster.must("delete deployment/web deployment/db");
+        cluster.nothing_left();
+
+        let chained = fs::read_to_string(&list).unwrap();
+        runtime.network("");
+        let bare = fs::read_to_string(&list).unwrap();
+        cluster.until("it is back", || (cluster.conflist()? == chained).then_some(()));
+        // All at once, the account and its role with it.
+        cluster.must(
+            "delete namespace/podtether clusterrole/podtether clusterrolebinding/podtether --wait=false",
+        );
+        cluster.until("the list is as it was", || (cluster.conflist()? == bare).then_some(()));
+        cluster.until("the plugin is gone", || (!plugin.exists()).then_some(()));
+        cluster.deploy("after", 1);
+        cluster.until("pods start without podtether", || (running("after") == 1).then_some(()));
+    });
+}
