@@ -6,6 +6,7 @@
 
 mod config;
 mod env;
+mod log;
 mod result;
 mod run;
 mod supervisor;

@@ -13,6 +13,7 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use podtether_proto::log::LogLevel;
 use podtether_proto::node::{AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, code};
 use serde_json::{Map, Value, json};
 
@@ -20,6 +21,7 @@ use crate::config::{
     Config, DEFAULT_SOCKET, SpecVersion, invalid, parse_object, read_bytes, socket_of, version_of,
 };
 use crate::env::{Lookup, Params, Verb};
+use crate::log::Log;
 use crate::result::PrevResult;
 use crate::supervisor::{Supervisor, Unanswered};
 
@@ -67,25 +69,37 @@ impl Outcome {
 #[derive(Default)]
 struct Said {
     result: Option<Value>,
-    /// For the runtime's log.
-    warning: Option<String>,
 }
 
 /// Runs the plugin with this environment and this stdin.
 pub async fn run(lookup: Lookup<'_>, stdin: &mut dyn Read) -> Outcome {
-    let mut seen = Seen { version: SpecVersion::NEWEST, socket: DEFAULT_SOCKET.into(), asked: false };
-    match answer(lookup, stdin, &mut seen).await {
-        Ok(said) => Outcome {
-            stdout: said.result.map(|result| format!("{result}\n")).unwrap_or_default(),
-            stderr: said.warning.map(|warning| format!("podtether-cni: {warning}\n")).unwrap_or_default(),
-            success: true,
-        },
+    let mut seen = Seen {
+        version: SpecVersion::NEWEST,
+        socket: DEFAULT_SOCKET.into(),
+        asked: false,
+        log: Log::new(lookup),
+    };
+    let began = Instant::now();
+    let answer = answer(lookup, stdin, &mut seen).await;
+    let ms = Value::from(u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX));
+    match answer {
+        Ok(said) => {
+            seen.log.say(LogLevel::Info, "done", &[("ms", ms)]);
+            Outcome {
+                stdout: said.result.map(|result| format!("{result}\n")).unwrap_or_default(),
+                stderr: seen.log.into_lines(),
+                success: true,
+            }
+        }
         Err(error) => {
+            // What is on stdout already is no warning.
+            let told = [("code", error.code.into()), ("ms", ms)];
+            seen.log.say(LogLevel::Info, &format!("failed: {error}"), &told);
             // What was asked of the supervisor it has counted itself.
             if !seen.asked && is_callers_fault(&error) {
                 complain(&seen, &error).await;
             }
-            Outcome::failure(seen.version, &error)
+            Outcome { stderr: seen.log.into_lines(), ..Outcome::failure(seen.version, &error) }
         }
     }
 }
@@ -98,6 +112,7 @@ struct Seen {
     socket: PathBuf,
     /// Something was asked of the supervisor.
     asked: bool,
+    log: Log,
 }
 
 fn is_callers_fault(error: &CniError) -> bool {
@@ -125,6 +140,14 @@ async fn answer(lookup: Lookup<'_>, stdin: &mut dyn Read, seen: &mut Seen) -> Re
     if params.verb == Verb::Version {
         return versions(stdin);
     }
+    seen.log.name("verb", params.verb.name());
+    if !params.container_id.is_empty()
+        && let Ok(pod) = params.pod()
+    {
+        seen.log.name("namespace", &pod.namespace);
+        seen.log.name("pod", &pod.name);
+        seen.log.name("container", &params.container_id);
+    }
     let object = parse_object(&read_bytes(stdin)?)?;
     if let Some(socket) = socket_of(&object) {
         seen.socket = socket;
@@ -134,7 +157,7 @@ async fn answer(lookup: Lookup<'_>, stdin: &mut dyn Read, seen: &mut Seen) -> Re
     let deadline = started + config.timeout;
     match params.verb {
         Verb::Add => add(&params, &config, deadline, seen).await,
-        Verb::Del => del(&params, &config, deadline).await,
+        Verb::Del => del(&params, &config, deadline, seen).await,
         Verb::Check => check(&params, &config, deadline, seen).await,
         Verb::Gc => gc(&config, deadline, seen).await,
         Verb::Status => status(&config, started + STATUS_TIMEOUT.min(config.timeout)).await,
@@ -169,7 +192,7 @@ fn versions(stdin: &mut dyn Read) -> Result<Said, CniError> {
     let object = if bytes.trim_ascii().is_empty() { Map::new() } else { parse_object(&bytes)? };
     let asked = object.get("cniVersion").and_then(Value::as_str).unwrap_or(SpecVersion::NEWEST.text());
     let result = json!({"cniVersion": asked, "supportedVersions": SpecVersion::ALL.map(SpecVersion::text)});
-    Ok(Said { result: Some(result), warning: None })
+    Ok(Said { result: Some(result) })
 }
 
 async fn add(params: &Params, config: &Config, deadline: Instant, seen: &mut Seen) -> Result<Said, CniError> {
@@ -189,8 +212,11 @@ async fn add(params: &Params, config: &Config, deadline: Instant, seen: &mut See
         });
     }
     let pod = params.pod()?;
+    let join = join_id()?;
+    seen.log.name("join", &join);
     let joined = async {
         let supervisor = reach(config, deadline, seen).await?;
+        seen.log.say(LogLevel::Debug, "the supervisor is there", &[]);
         let request = AddRequest {
             attachment: attachment(params, config),
             netns: params.netns.clone(),
@@ -200,20 +226,38 @@ async fn add(params: &Params, config: &Config, deadline: Instant, seen: &mut See
             annotations: config.annotations.clone(),
             name_servers: config.name_servers.clone(),
             primary: prev.networks(),
+            join,
         };
         let call = supervisor.client.add(supervisor.context(), request);
         supervisor.wait(call).await.map_err(|why| no_answer(config, &why))?
     };
     match joined.await {
-        Ok(attached) if attached.is_nothing() => Ok(Said { result: Some(prev.unchanged()), warning: None }),
-        Ok(attached) => Ok(Said { result: Some(prev.with(&attached, &params.netns)), warning: None }),
+        Ok(attached) if attached.is_nothing() => {
+            seen.log.say(LogLevel::Debug, "the pod joins nothing", &[]);
+            Ok(Said { result: Some(prev.unchanged()) })
+        }
+        Ok(attached) => {
+            seen.log.say(LogLevel::Debug, "the pod has joined", &[("addresses", json!(attached.addresses))]);
+            Ok(Said { result: Some(prev.with(&attached, &params.netns)) })
+        }
         Err(error) if config.fail_open && may_start_without(&error) => {
             undo(params, config).await;
             let warning = format!("{} starts without a tailnet: {error}", params.container_id);
-            Ok(Said { result: Some(prev.unchanged()), warning: Some(warning) })
+            seen.log.say(LogLevel::Warn, &warning, &[("code", error.code.into())]);
+            Ok(Said { result: Some(prev.unchanged()) })
         }
         Err(error) => Err(error),
     }
+}
+
+/// An id for this call, by which its lines are found in every program's log.
+fn join_id() -> Result<String, CniError> {
+    let random = getrandom::u64().map_err(|e| CniError {
+        code: code::IO,
+        msg: format!("the kernel gives no random bytes: {e}"),
+        details: "the runtime tries again".into(),
+    })?;
+    Ok(format!("{:012x}", random >> 16))
 }
 
 /// With `failurePolicy` `open`: what another try or another day could mend. A request that is wrong in
@@ -237,9 +281,9 @@ async fn undo(params: &Params, config: &Config) {
 /// A supervisor that ends in the middle of the call is asked again, or its successor is, or nobody is there: a
 /// runtime that clears up after an ADD that failed asks once, and what stands behind us in the chain would keep
 /// its addresses.
-async fn del(params: &Params, config: &Config, deadline: Instant) -> Result<Said, CniError> {
+async fn del(params: &Params, config: &Config, deadline: Instant, seen: &mut Seen) -> Result<Said, CniError> {
     loop {
-        match del_once(params, config, deadline).await {
+        match del_once(params, config, deadline, &mut seen.log).await {
             Err(Unmade::Unanswered(Unanswered::Broken(_))) if Instant::now() + ASK_AGAIN < deadline => {
                 tokio::time::sleep(ASK_AGAIN).await;
             }
@@ -256,7 +300,12 @@ enum Unmade {
     Refused(CniError),
 }
 
-async fn del_once(params: &Params, config: &Config, deadline: Instant) -> Result<Said, Unmade> {
+async fn del_once(
+    params: &Params,
+    config: &Config,
+    deadline: Instant,
+    log: &mut Log,
+) -> Result<Said, Unmade> {
     let supervisor = match Supervisor::reach(&config.socket, deadline).await {
         Ok(supervisor) => supervisor,
         Err(why @ Unanswered::Nobody(_)) => {
@@ -265,7 +314,8 @@ async fn del_once(params: &Params, config: &Config, deadline: Instant) -> Result
                 config.socket.display(),
                 params.container_id
             );
-            return Ok(Said { result: None, warning: Some(warning) });
+            log.say(LogLevel::Warn, &warning, &[]);
+            return Ok(Said::default());
         }
         Err(why) => return Err(Unmade::Unanswered(why)),
     };

@@ -72,6 +72,11 @@ impl Tokens {
         lock(&self.valid_until).get(token).is_some_and(|until| *until > Instant::now())
     }
 
+    /// Those that are valid, or were a moment ago.
+    pub(crate) fn all(&self) -> Vec<String> {
+        lock(&self.valid_until).keys().cloned().collect()
+    }
+
     /// Makes every token invalid.
     pub(crate) fn revoke_all(&self) {
         lock(&self.valid_until).clear();

@@ -207,6 +207,12 @@ impl Devnet {
         self.shared().with_state(|state| state.keys.values().map(AuthKeyInfo::from).collect())
     }
 
+    /// Access tokens that the admin API gave away lately.
+    #[must_use]
+    pub fn api_tokens(&self) -> Vec<String> {
+        self.shared().tokens.all()
+    }
+
     /// Revokes an auth key; false when it is not there or was revoked before.
     pub fn revoke_auth_key(&self, id: &str) -> bool {
         self.shared().with_state(|state| api::revoke_key(state, id))

@@ -7,12 +7,13 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use podtether_core::tailcfg::UnixTime;
+use podtether_proto::log::{LogFor, LogLevel, is_join};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::span;
@@ -28,6 +29,82 @@ pub(crate) fn dropped() -> u64 {
 
 /// boringtun warns of every handshake that is tried again and of every peer that is away.
 const DEFAULT_FILTER: &str = "info,boringtun=off,tarpc=error";
+/// How the targets of our own lines begin.
+const OURS: &str = "podtether_";
+
+/// Of the pod whose engine this is; every line has it.
+static JOIN: OnceLock<String> = OnceLock::new();
+static KNOB: Knob = Knob::new();
+
+/// What the start request says of logs.
+pub(crate) fn begin(join: &str, wish: Option<LogFor>) {
+    if is_join(join) {
+        // A second start request is refused.
+        let _ = JOIN.set(join.to_owned());
+    }
+    if wish.is_some() {
+        set(wish);
+    }
+}
+
+/// Another level for our own lines for a while, or what the process was started with.
+pub(crate) fn set(wish: Option<LogFor>) {
+    KNOB.turn(wish, Instant::now());
+    tracing::callsite::rebuild_interest_cache();
+    match wish {
+        Some(LogFor { level, ms }) => {
+            tracing::info!(level = level.name(), for_ms = ms, "the log's level is changed")
+        }
+        None => tracing::info!("the log's level is the default again"),
+    }
+}
+
+/// A level in place of the filter's for our own targets. A level that is not wished for costs one load of a
+/// number where a line is written, none where it is not: whether a line is wanted is asked once for each place
+/// in the code, and again when the knob is turned.
+#[derive(Debug)]
+struct Knob {
+    /// 0 for none, else [`Knob::number`].
+    level: AtomicU8,
+    until: Mutex<Option<Instant>>,
+}
+
+impl Knob {
+    const fn new() -> Self {
+        Self { level: AtomicU8::new(0), until: Mutex::new(None) }
+    }
+
+    fn turn(&self, wish: Option<LogFor>, now: Instant) {
+        let until = wish.and_then(|wish| now.checked_add(Duration::from_millis(wish.ms)));
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+        let number = match wish.map(|wish| wish.level) {
+            None => 0,
+            Some(LogLevel::Error) => 1,
+            Some(LogLevel::Warn) => 2,
+            Some(LogLevel::Info) => 3,
+            Some(LogLevel::Debug) => 4,
+            Some(LogLevel::Trace) => 5,
+        };
+        self.level.store(number, Ordering::Relaxed);
+    }
+
+    fn level(&self) -> Option<LevelFilter> {
+        Some(match self.level.load(Ordering::Relaxed) {
+            0 => return None,
+            1 => LevelFilter::ERROR,
+            2 => LevelFilter::WARN,
+            3 => LevelFilter::INFO,
+            4 => LevelFilter::DEBUG,
+            _ => LevelFilter::TRACE,
+        })
+    }
+
+    /// Whether its time is over: no timer wakes an engine for that, the next line finds it out.
+    fn is_over(&self, now: Instant) -> bool {
+        self.level.load(Ordering::Relaxed) != 0
+            && self.until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| now >= until)
+    }
+}
 
 /// Installs the subscriber. `PODTETHER_LOG` holds a filter; the default is `info` of our own.
 pub(crate) fn init() {
@@ -36,7 +113,7 @@ pub(crate) fn init() {
     keep_stderr();
     let Ok(out) = Output::stdout() else { return };
     // A second call (tests) keeps the first subscriber.
-    let _ = tracing::subscriber::set_global_default(Log { filter, out: Mutex::new(out) });
+    let _ = tracing::subscriber::set_global_default(Log { filter, knob: &KNOB, out: Mutex::new(out) });
 }
 
 /// What is told: `level` or `target=level`, with commas between; of several that fit the longest target counts.
@@ -68,6 +145,7 @@ impl Filter {
 /// Writes events as lines. Spans are not kept: no line of an engine is told apart by one.
 struct Log {
     filter: Filter,
+    knob: &'static Knob,
     out: Mutex<Output>,
 }
 
@@ -77,11 +155,16 @@ impl tracing::Subscriber for Log {
     }
 
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.is_event() && self.filter.passes(*metadata.level(), metadata.target())
+        let (level, target) = (*metadata.level(), metadata.target());
+        metadata.is_event()
+            && match self.knob.level().filter(|_| target.starts_with(OURS)) {
+                Some(most) => level <= most,
+                None => self.filter.passes(level, target),
+            }
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        self.filter.0.iter().map(|(_, level)| *level).max()
+        self.filter.0.iter().map(|(_, level)| *level).chain(self.knob.level()).max()
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -93,6 +176,13 @@ impl tracing::Subscriber for Log {
     fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
 
     fn event(&self, event: &Event<'_>) {
+        if self.knob.is_over(Instant::now()) {
+            self.knob.turn(None, Instant::now());
+            tracing::callsite::rebuild_interest_cache();
+            if !self.enabled(event.metadata()) {
+                return;
+            }
+        }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let line = line(event, UnixTime::from_millis(i64::try_from(now.as_millis()).unwrap_or(i64::MAX)));
         self.out.lock().unwrap_or_else(PoisonError::into_inner).line(&line);
@@ -109,6 +199,9 @@ fn line(event: &Event<'_>, at: UnixTime) -> Vec<u8> {
     let mut line = Line(Vec::with_capacity(256));
     line.0
         .extend_from_slice(format!("{{\"timestamp\":\"{at}\",\"level\":\"{}\"", metadata.level()).as_bytes());
+    if let Some(join) = JOIN.get() {
+        line.put("join", join);
+    }
     event.record(&mut line);
     line.put("target", metadata.target());
     line.0.extend_from_slice(b"}\n");
@@ -293,7 +386,8 @@ mod tests {
     fn an_event_is_a_line_of_json() {
         let (mut reader, writer) = std::io::pipe().unwrap();
         let filter = Filter::parse("info").unwrap();
-        let log = Log { filter, out: Mutex::new(Output::new(writer.into()).unwrap()) };
+        let knob = Box::leak(Box::new(Knob::new()));
+        let log = Log { filter, knob, out: Mutex::new(Output::new(writer.into()).unwrap()) };
         tracing::subscriber::with_default(log, || {
             let _span = tracing::info_span!("nobody sees it").entered();
             let error = std::io::Error::other("a \"b\"\n\u{1b}c");
@@ -311,6 +405,41 @@ mod tests {
             "n": 7, "less": -1, "yes": true, "half": 0.5, "in": "[1]",
         });
         assert_eq!(said, wanted);
+    }
+
+    #[test]
+    fn a_level_is_turned_up_for_our_own_lines_and_turns_back_by_itself() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let knob: &'static Knob = Box::leak(Box::new(Knob::new()));
+        let filter = Filter::parse("info").unwrap();
+        let log = Log { filter, knob, out: Mutex::new(Output::new(writer.into()).unwrap()) };
+        let turn = |level, ms| {
+            knob.turn(Some(LogFor { level, ms }), Instant::now());
+            tracing::callsite::rebuild_interest_cache();
+        };
+        tracing::subscriber::with_default(log, || {
+            let say = |text: &str| {
+                tracing::debug!(text, "fine");
+                tracing::debug!(target: "h2", text, "not ours");
+                tracing::info!(text, "coarse");
+            };
+            say("before");
+            turn(LogLevel::Debug, 3_600_000);
+            say("louder");
+            turn(LogLevel::Error, 3_600_000);
+            say("quieter");
+            turn(LogLevel::Debug, 0);
+            say("over");
+            assert_eq!(knob.level(), None, "nobody had to turn it back");
+            say("after");
+        });
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        let said: Vec<_> =
+            text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()).collect();
+        let said: Vec<_> =
+            said.iter().map(|l| format!("{} {}", l["message"], l["text"]).replace('"', "")).collect();
+        assert_eq!(said, ["coarse before", "fine louder", "coarse louder", "coarse over", "coarse after"]);
     }
 
     #[test]

@@ -11,6 +11,7 @@ use podtether_proto::engine::{
     Engine, EngineMetrics, EngineStatus, Flow, Hello, NetReport, PeerStatus, PingKind, Pong, Routing,
     StartRequest, TakenOver, Underlay, Verdict, WATCH_MARGIN, WATCH_MAX, Way,
 };
+use podtether_proto::log::LogFor;
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
 use tarpc::server::{BaseChannel, Channel as _};
@@ -18,6 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
+use crate::log;
 use crate::refused::Refused;
 use crate::status::Board;
 
@@ -145,6 +147,7 @@ impl Engine for Service {
     }
 
     async fn start(self, _: Context, request: Box<StartRequest>) -> Result<(), String> {
+        log::begin(&request.join, request.log);
         self.ask(|answer| Command::Start(request, answer)).await.unwrap_or_else(|| Err(ENDING.to_owned()))
     }
 
@@ -186,6 +189,10 @@ impl Engine for Service {
     async fn set_roots(self, _: Context, extra_roots_pem: String) -> Result<(), String> {
         let asked = self.ask(|answer| Command::SetRoots(extra_roots_pem, answer)).await;
         asked.unwrap_or_else(|| Err(ENDING.to_owned()))
+    }
+
+    async fn set_log(self, _: Context, wish: Option<LogFor>) {
+        log::set(wish);
     }
 
     async fn rename(self, _: Context, hostname: String) -> Result<(), String> {

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::Version;
+use crate::log::LogFor;
 use crate::sandbox::StepReport;
 use crate::secret::{SecretKey, SecretString};
 
@@ -37,6 +38,8 @@ pub trait Engine {
     /// Certificates to trust beyond the built-in roots from now on, PEM; connections that are open stay.
     /// Refused, with the former ones in force, when they do not parse.
     async fn set_roots(extra_roots_pem: String) -> Result<(), String>;
+    /// Logs so much for a while, or as the process was started.
+    async fn set_log(wish: Option<LogFor>);
     /// Asks the control server for this host name, one DNS label, from now on. What the node is called then is in
     /// [`EngineStatus::node`] when the server has answered.
     async fn rename(hostname: String) -> Result<(), String>;
@@ -188,6 +191,12 @@ pub struct StartRequest {
     /// Stand by until [`Engine::take_over`], beside the engine whose [`Engine::prepare_handover`] gave this.
     #[serde(default)]
     pub standby: Option<u8>,
+    /// Id of the CNI ADD that made the pod's attachment: every line of the log has it.
+    #[serde(default)]
+    pub join: String,
+    /// Logs so much, instead of what the process was started with.
+    #[serde(default)]
+    pub log: Option<LogFor>,
 }
 
 /// What a pod uses of the routes that peers offer.

@@ -5,12 +5,14 @@
 //!   the engine reports through the [`engine::Engine::watch`] long poll, so an engine never needs to
 //!   reach its supervisor and any later supervisor can take its place.
 //! * [`node`]: served by the supervisor on `run_dir/supervisor.sock` for the CNI plugin and the tools.
+//! * [`log`]: what lines of a log have in common.
 //! * [`transport`]: how both are carried (length-delimited JSON over a Unix socket, bounded).
 
 pub mod clock;
 pub mod engine;
 pub mod exit;
 pub mod fds;
+pub mod log;
 pub mod node;
 pub mod sandbox;
 pub mod secret;

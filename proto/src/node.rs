@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::Version;
 use crate::engine::{Flow, HealthMessage, NetReport, PeerStatus, PingKind, PodRef, Pong, Verdict, Way};
+use crate::log::LogFor;
 use crate::sandbox::StepReport;
 
 /// Served by the supervisor on `run_dir/supervisor.sock`.
@@ -42,6 +43,8 @@ pub trait Node {
     /// What the supervisor and the pod's engines logged of the pod, from line `after` on: as many lines as fit into
     /// an answer. Also of a pod that has gone, as long as there is room.
     async fn logs(pod: PodSelector, after: u64) -> Vec<LogLine>;
+    /// How much the supervisor and the pod's engine log of a pod, changed for a while if so wished.
+    async fn log_level(pod: PodSelector, wish: LogWish) -> Result<PodLog, CniError>;
     /// Pings a peer of a pod, named by name, address or stable id.
     async fn ping(pod: PodSelector, peer: String, kind: PingKind) -> Result<Pong, CniError>;
     /// Replaces the pod's engine by a new process, and answers when that is as far as the one before it was.
@@ -203,6 +206,8 @@ pub struct Explained {
     pub further: Vec<Setting>,
     /// How its last engine ended, empty while none has.
     pub last_exit: String,
+    /// Id of the CNI ADD that made it, as every line of the logs has it; empty when unknown.
+    pub join: String,
 }
 
 /// What became of a pod when. Only the first time counts.
@@ -242,6 +247,29 @@ pub struct LogLine {
     pub message: String,
     /// Further fields, as JSON.
     pub fields: String,
+    /// Id of the CNI ADD that made the attachment; empty where none is known.
+    #[serde(default)]
+    pub join: String,
+}
+
+/// What [`Node::log_level`] is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LogWish {
+    /// Nothing but tell.
+    Tell,
+    /// As the supervisor was started.
+    Default,
+    /// So much for a while.
+    For(LogFor),
+}
+
+/// How much is logged of a pod.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct PodLog {
+    /// Instead of the default, and for how long still.
+    pub raised: Option<LogFor>,
 }
 
 /// What [`Node::cleanup`] found.
@@ -365,6 +393,9 @@ pub struct AddRequest {
     pub name_servers: Vec<IpAddr>,
     /// What prevResult leads to by more than a default route: the networks of its addresses and its routes.
     pub primary: Vec<IpNet>,
+    /// Id of this call, for logs; the supervisor makes one where there is none.
+    #[serde(default)]
+    pub join: String,
 }
 
 /// What ADD made. The default, without an interface name, says that the pod joins nothing (an exempt

@@ -223,6 +223,7 @@ mod tests {
 
     fn request(annotation: Option<&str>, servers: &[&str]) -> AddRequest {
         AddRequest {
+            join: String::new(),
             attachment: AttachmentId { network: "n".into(), container_id: "c".into(), ifname: "ts0".into() },
             netns: "/n".into(),
             pod: PodRef { uid: "u".into(), namespace: "ns".into(), name: "p".into() },

@@ -20,6 +20,7 @@ use tarpc::context::Context;
 use tarpc::{client, context};
 use tokio::process::Child;
 use tokio::sync::mpsc;
+use tracing::Instrument as _;
 
 use crate::distrust::{self, Pace};
 use crate::guard::Used;
@@ -314,7 +315,7 @@ pub async fn attend<M>(
     start: Box<StartRequest>,
     reports: Reports<M>,
 ) {
-    tokio::spawn(output::relay(child, start.pod.clone(), Arc::clone(&process)));
+    tokio::spawn(output::relay(child, start.pod.clone(), Arc::clone(&process)).in_current_span());
     let mut first_answer = None;
     let verdict = {
         let session = session(&process, &home, start, &mut first_answer, &reports);

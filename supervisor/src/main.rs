@@ -1,18 +1,15 @@
 //! `podtether-supervisor`: one per node.
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use podtether_supervisor::config::{self, Config, ConfigError};
 use podtether_supervisor::daemon;
 use podtether_supervisor::install_cni;
-use podtether_supervisor::log::JsonLines;
+use podtether_supervisor::log;
 use podtether_supervisor::lookup;
 use podtether_supervisor::memory;
-use podtether_supervisor::recent::Keep;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::prelude::*;
 
 /// Exit code for a configuration that cannot be used.
 const BAD_CONFIG: u8 = 78;
@@ -24,7 +21,7 @@ const DISK_THREADS_STAY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 fn main() -> ExitCode {
     lookup::without_modules();
     let matches = config::arguments().subcommands(install_cni::commands()).get_matches();
-    logs();
+    log::init(matches.get_one::<String>("log-format").map(String::as_str));
     match matches.subcommand() {
         Some((install_cni::INSTALL, own)) => return install_cni::install(&install_cni::options(own)),
         Some((install_cni::UNINSTALL, own)) => return install_cni::uninstall(&install_cni::options(own)),
@@ -79,20 +76,4 @@ fn sentence(error: &anyhow::Error) -> String {
         text if text.contains(&cause) => told,
         text => format!("{text}: {cause}"),
     })
-}
-
-/// JSON for machines, lines for a person at a terminal.
-fn logs() {
-    // tarpc warns of every connection that an engine's death breaks; the table reports the death itself. kube_client
-    // tells of every failed call, at times with the whole answer; who made the call does so once a minute.
-    let filter = |asked: &str| EnvFilter::try_new(format!("tarpc=error,kube_client=off,{asked}"));
-    let asked = std::env::var("PODTETHER_LOG").unwrap_or_else(|_| "info".into());
-    let filter = filter(&asked).or_else(|_| filter("info")).unwrap_or_default();
-    let registry = tracing_subscriber::registry().with(filter).with(Keep);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    if std::io::stderr().is_terminal() {
-        registry.with(lines.with_target(false)).init();
-    } else {
-        registry.with(lines.event_format(JsonLines)).init();
-    }
 }

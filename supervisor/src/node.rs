@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use podtether_proto::engine::{Flow, NetReport, PeerStatus, PingKind, Pong, Verdict, Way};
+use podtether_proto::log::is_join;
 use podtether_proto::node::{
     AddRequest, Attached, AttachmentId, CheckRequest, Choice, Cleanup, CniError, Explained, GcRequest,
-    LogLine, Node, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version,
+    LogLine, LogWish, Node, PodLog, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::context::Context;
@@ -16,11 +17,14 @@ use tarpc::server::{BaseChannel, Channel};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tracing::Instrument as _;
 
 use crate::choose::{Chooser, Decision};
 use crate::distrust;
+use crate::log::scope;
 use crate::metrics::spans::cni_answered;
 use crate::recent::recent;
+use crate::record::random_id;
 use crate::refused::{Reason, Refused};
 use crate::table::Handle;
 
@@ -161,17 +165,24 @@ fn number(skip: u32) -> usize {
 }
 
 impl Node for Service {
-    async fn add(self, _: Context, request: AddRequest) -> Result<Attached, CniError> {
+    async fn add(self, _: Context, mut request: AddRequest) -> Result<Attached, CniError> {
+        if !is_join(&request.join) {
+            request.join = random_id();
+        }
         let begun = Instant::now();
-        let pod = request.pod.clone();
-        let answer = match self.chooser.decide(request).await {
-            Decision::Nothing => Ok(Attached::default()),
-            Decision::Join(request, choice) => self.table.add(request, choice).await,
-            Decision::Refused(error) => Err(error),
+        let span = scope::of(&request.pod, &request.attachment.container_id, &request.join);
+        let answered = async {
+            let pod = request.pod.clone();
+            let answer = match self.chooser.decide(request).await {
+                Decision::Nothing => Ok(Attached::default()),
+                Decision::Join(request, choice) => self.table.add(request, choice).await,
+                Decision::Refused(error) => Err(error),
+            };
+            self.chooser.answered(&pod, &answer);
+            cni_answered("ADD", &answer, begun);
+            self.told(answer)
         };
-        self.chooser.answered(&pod, &answer);
-        cni_answered("ADD", &answer, begun);
-        self.told(answer)
+        answered.instrument(span).await
     }
 
     async fn del(self, _: Context, request: AttachmentId) -> Result<(), CniError> {
@@ -246,6 +257,10 @@ impl Node for Service {
                 found.map(|pod| recent().after(&pod.namespace, &pod.pod, after)).unwrap_or_default()
             }
         }
+    }
+
+    async fn log_level(self, _: Context, pod: PodSelector, wish: LogWish) -> Result<PodLog, CniError> {
+        self.table.log_level(pod, wish).await
     }
 
     async fn ping(

@@ -5,17 +5,16 @@
 //! room for [`MAX_LINES`] lines a pod, and when the whole is full, the pod whose last line is the oldest goes.
 
 use std::collections::{HashMap, VecDeque};
-use std::fmt;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use podtether_proto::node::LogLine;
 use serde_json::{Map, Value};
-use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::layer::{Context, Layer};
+use tracing_subscriber::registry::LookupSpan;
 
-use crate::log::{ENGINE_FIELD, ENGINE_TARGET};
+use crate::log::{self, Said, scope};
 
 /// Lines of one pod.
 const MAX_LINES: usize = 200;
@@ -33,6 +32,17 @@ pub fn recent() -> &'static Recent {
     &RECENT
 }
 
+/// A line, and of which pod it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    /// The pod's namespace.
+    pub namespace: String,
+    /// The pod's name.
+    pub pod: String,
+    /// The line.
+    pub line: LogLine,
+}
+
 /// The last lines of every pod.
 #[derive(Debug, Default)]
 pub struct Recent(Mutex<Kept>);
@@ -45,7 +55,7 @@ struct Kept {
 }
 
 fn size(line: &LogLine) -> usize {
-    line.message.len() + line.fields.len() + line.from.len() + size_of::<LogLine>()
+    line.message.len() + line.fields.len() + line.from.len() + line.join.len() + size_of::<LogLine>()
 }
 
 impl Recent {
@@ -63,6 +73,25 @@ impl Recent {
             })
             .cloned()
             .collect()
+    }
+
+    /// The last lines of all pods, at most so many, the latest first; nothing finer than `INFO`.
+    #[must_use]
+    pub fn latest(&self, most: usize) -> Vec<Told> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let coarse = |line: &&LogLine| matches!(line.level.as_str(), "INFO" | "WARN" | "ERROR");
+        let mut all: Vec<(&(String, String), &LogLine)> = Vec::new();
+        for (whose, lines) in &kept.pods {
+            all.extend(lines.iter().rev().filter(coarse).take(most).map(|line| (whose, line)));
+        }
+        all.sort_by_key(|(_, line)| std::cmp::Reverse(line.seq));
+        all.truncate(most);
+        let told = |((namespace, pod), line): (&(String, String), &LogLine)| Told {
+            namespace: namespace.clone(),
+            pod: pod.clone(),
+            line: line.clone(),
+        };
+        all.into_iter().map(told).collect()
     }
 
     fn push(&self, namespace: String, pod: String, mut line: LogLine) {
@@ -92,93 +121,57 @@ impl Recent {
 #[derive(Debug, Clone, Copy)]
 pub struct Keep;
 
-impl<S: Subscriber> Layer<S> for Keep {
-    fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
-        let mut said = Said::default();
-        event.record(&mut said);
-        let (Some(namespace), Some(pod)) = (said.namespace, said.pod) else { return };
+impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Keep {
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
+        let said = Said::of(event, scope::innermost(context.event_scope(event)).as_ref());
+        let (namespace, pod) = said.whose.pod();
+        if namespace.is_empty() || pod.is_empty() {
+            return;
+        }
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let metadata = event.metadata();
-        let fields =
-            if said.fields.is_empty() { String::new() } else { Value::Object(said.fields).to_string() };
+        let own = said.fields.into_iter().map(|(name, value)| (name.to_owned(), value));
+        let fields: Map<String, Value> = own.chain(said.engine).collect();
         let line = LogLine {
             seq: 0,
             unix_ms: u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX),
-            level: metadata.level().as_str().to_owned(),
-            from: if metadata.target() == ENGINE_TARGET { "engine" } else { "supervisor" }.to_owned(),
+            level: event.metadata().level().as_str().to_owned(),
+            from: log::from(event).to_owned(),
             message: said.message,
-            fields,
+            fields: if fields.is_empty() { String::new() } else { Value::Object(fields).to_string() },
+            join: said.whose.join().to_owned(),
         };
-        recent().push(namespace, pod, line);
-    }
-}
-
-#[derive(Default)]
-struct Said {
-    namespace: Option<String>,
-    pod: Option<String>,
-    message: String,
-    fields: Map<String, Value>,
-}
-
-impl Said {
-    fn put(&mut self, field: &Field, value: Value) {
-        self.fields.insert(field.name().to_owned(), value);
-    }
-}
-
-impl Visit for Said {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let value = format!("{value:?}");
-        match field.name() {
-            "message" => self.message = value,
-            _ => self.put(field, value.into()),
-        }
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        match field.name() {
-            "message" => value.clone_into(&mut self.message),
-            "namespace" => self.namespace = Some(value.to_owned()),
-            "pod" => self.pod = Some(value.to_owned()),
-            ENGINE_FIELD => {
-                if let Ok(Value::Object(said)) = serde_json::from_str(value) {
-                    self.fields.extend(said);
-                }
-            }
-            _ => self.put(field, value.into()),
-        }
-    }
-
-    fn record_u64(&mut self, field: &Field, value: u64) {
-        self.put(field, value.into());
-    }
-
-    fn record_i64(&mut self, field: &Field, value: i64) {
-        self.put(field, value.into());
-    }
-
-    fn record_bool(&mut self, field: &Field, value: bool) {
-        self.put(field, value.into());
+        recent().push(namespace.to_owned(), pod.to_owned(), line);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use podtether_proto::engine::PodRef;
     use tracing_subscriber::prelude::*;
 
     #[test]
     fn lines_that_name_a_pod_are_kept_and_found_by_it() {
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(Keep), || {
+        let registry = tracing_subscriber::registry().with(scope::Remember).with(Keep);
+        tracing::subscriber::with_default(registry, || {
             tracing::info!(namespace = "shop", pod = "recent-1", pid = 7_u32, "engine started");
             tracing::warn!(target: "engine", namespace = "shop", pod = "recent-1", engine = r#"{"region":9}"#, "lost");
             tracing::info!(pod = "recent-1", "nobody knows whose");
+            let pod = PodRef { uid: String::new(), namespace: "shop".into(), name: "recent-1".into() };
+            scope::of(&pod, "c", "4c1f").in_scope(|| tracing::info!("in its span"));
         });
         let lines = recent().after("shop", "recent-1", 0);
         let told: Vec<_> =
             lines.iter().map(|l| (l.from.as_str(), l.level.as_str(), l.message.as_str())).collect();
-        assert_eq!(told, [("supervisor", "INFO", "engine started"), ("engine", "WARN", "lost")]);
+        assert_eq!(
+            told,
+            [
+                ("supervisor", "INFO", "engine started"),
+                ("engine", "WARN", "lost"),
+                ("supervisor", "INFO", "in its span")
+            ]
+        );
+        assert_eq!(lines.iter().map(|l| l.join.as_str()).collect::<Vec<_>>(), ["", "", "4c1f"]);
         assert_eq!((lines[0].fields.as_str(), lines[1].fields.as_str()), (r#"{"pid":7}"#, r#"{"region":9}"#));
         assert_eq!(recent().after("shop", "recent-1", lines[0].seq), lines[1..]);
         assert_eq!(recent().after("other", "recent-1", 0), []);
@@ -194,12 +187,20 @@ mod tests {
             from: "engine".into(),
             message: message.to_owned(),
             fields: String::new(),
+            join: String::new(),
         };
         for n in 0..MAX_LINES + 10 {
             recent.push("a".into(), "b".into(), line(&n.to_string()));
         }
         let kept = recent.after("a", "b", 0);
         assert_eq!((kept.len(), kept[0].message.as_str()), (MAX_LINES, "10"));
+        recent.push("c".into(), "d".into(), line("last"));
+        recent.push("c".into(), "d".into(), LogLine { level: "DEBUG".into(), ..line("fine") });
+        let latest = recent.latest(3);
+        assert_eq!(
+            latest.iter().map(|told| (told.pod.as_str(), told.line.message.as_str())).collect::<Vec<_>>(),
+            [("d", "last"), ("b", "209"), ("b", "208")]
+        );
         let long = "ü".repeat(MAX_LINE);
         for pod in 0..40 {
             for _ in 0..MAX_LINES {

@@ -78,6 +78,9 @@ pub struct Attachment {
     /// What became of it when.
     #[serde(default)]
     pub timeline: Timeline,
+    /// Id of the CNI ADD that made it, for logs; empty in records of earlier builds.
+    #[serde(default)]
+    pub join: String,
 }
 
 /// One identity: a device in a tailnet.

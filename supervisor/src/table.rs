@@ -14,6 +14,7 @@ mod guard;
 mod handover;
 mod identities;
 mod leave;
+mod logs;
 mod naming;
 mod outcome;
 mod pod;
@@ -35,6 +36,7 @@ use podtether_proto::node::{
     Renewal, Renewed, Routing, code,
 };
 use tokio::sync::{mpsc, oneshot};
+use tracing::{Instrument as _, Span};
 
 use crate::choose::Choice;
 use crate::context::Context;
@@ -91,6 +93,7 @@ enum Message {
     Cleanup(bool, oneshot::Sender<Result<node::Cleanup, CniError>>),
     Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
     Explain(PodSelector, explain::Asker),
+    Logged(PodSelector, logs::Asker),
     List(oneshot::Sender<Listing>),
     Step(AttachmentId, Step, Outcome),
     Engine(AttachmentId, u64, Event),
@@ -100,6 +103,38 @@ enum Message {
     Reaped(crate::record::IdentityKey, Result<(), String>),
     Underlay(Underlay),
     Stop(oneshot::Sender<()>),
+}
+
+impl Message {
+    /// The attachment that it is about, where that is known from the start.
+    fn about(&self) -> Option<&AttachmentId> {
+        match self {
+            Self::Del(id, _)
+            | Self::Step(id, ..)
+            | Self::Engine(id, ..)
+            | Self::NotIntercepted(id, ..)
+            | Self::Worked(id, ..)
+            | Self::Limited(id, ..)
+            | Self::HandedOver(id, ..)
+            | Self::PredecessorEnded(id, _) => Some(id),
+            Self::Check(request, _) => Some(&request.attachment),
+            Self::Add(..)
+            | Self::Gc(..)
+            | Self::SetRouting(..)
+            | Self::Routing(..)
+            | Self::Renew(..)
+            | Self::Choice(..)
+            | Self::Devices(_)
+            | Self::Cleanup(..)
+            | Self::Client(..)
+            | Self::Explain(..)
+            | Self::Logged(..)
+            | Self::List(_)
+            | Self::Reaped(..)
+            | Self::Underlay(_)
+            | Self::Stop(_) => None,
+        }
+    }
 }
 
 /// All pods now, with the engines to ask for more.
@@ -353,6 +388,8 @@ impl Table {
     }
 
     fn handle(&mut self, message: Message) {
+        let span = message.about().and_then(|id| self.pods.get(id)).map(|pod| pod.span.clone());
+        let _in = span.as_ref().map(Span::enter);
         match message {
             Message::Add(request, choice, reply) => self.add(*request, *choice, reply),
             Message::Choice(pod, reply) => {
@@ -380,6 +417,9 @@ impl Table {
                 let _ = reply.send(self.client(&pod));
             }
             Message::Explain(pod, reply) => self.explain(&pod, reply),
+            Message::Logged(pod, reply) => {
+                let _ = reply.send(self.logged(&pod));
+            }
             Message::List(reply) => {
                 let _ = reply.send(self.listing());
             }
@@ -416,6 +456,8 @@ impl Table {
             let now = Instant::now();
             self.check_join(id, now);
             let Some(pod) = self.pods.get_mut(id) else { return };
+            let span = pod.span.clone();
+            let _in = span.enter();
             if pod.busy.is_some() {
                 return;
             }
@@ -460,7 +502,7 @@ impl Table {
         let context = Arc::clone(&self.context);
         let Some(pod) = self.pods.get_mut(id) else { return false };
         let Some(identity) = self.identities.get_mut(&pod.identity) else { return false };
-        tracing::debug!(namespace = pod.record.pod.namespace, pod = pod.record.pod.name, ?step, "step");
+        tracing::debug!(?step, "step");
         self.counters.steps.with_label_values(&[step.name()]).inc();
         let now = Instant::now();
         let tailnet = pod.record.tailnet.clone();
@@ -594,13 +636,14 @@ impl Table {
         }
         let (to, id) = (self.to_self.clone(), id.clone());
         let begun = Instant::now();
-        let task = tokio::spawn(work);
-        tokio::spawn(async move {
+        let task = tokio::spawn(work.in_current_span());
+        let told = async move {
             let outcome = task.await.unwrap_or_else(|e| Outcome::Lost(e.to_string()));
             let us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-            tracing::debug!(container = id.container_id, ?step, us, "step done");
+            tracing::debug!(?step, us, "step done");
             let _ = to.send(Message::Step(id, step, outcome)).await;
-        });
+        };
+        tokio::spawn(told.in_current_span());
     }
 
     /// Looks at the pod again at `at`.

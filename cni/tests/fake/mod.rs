@@ -11,7 +11,8 @@ use futures_util::StreamExt;
 use podtether_proto::engine::{Flow, NetReport, PeerStatus, PingKind, Pong, Verdict, Way};
 use podtether_proto::node::{
     AddRequest, Attached, AttachedRoute, AttachmentId, CheckRequest, Choice, Cleanup, CniError, Explained,
-    GcRequest, LogLine, Node, PodRouting, PodSelector, PodSummary, Renewal, Renewed, Routing, Version, code,
+    GcRequest, LogLine, LogWish, Node, PodLog, PodRouting, PodSelector, PodSummary, Renewal, Renewed,
+    Routing, Version, code,
 };
 use podtether_proto::{PROTO_VERSION, transport};
 use serde_json::{Value, json};
@@ -200,6 +201,10 @@ impl Node for Service {
 
     async fn pods(self, _: Context, _: u32, _: bool) -> Vec<PodSummary> {
         Vec::new()
+    }
+
+    async fn log_level(self, _: Context, _: PodSelector, _: LogWish) -> Result<PodLog, CniError> {
+        Err(no_pods())
     }
 
     async fn ping(self, _: Context, _: PodSelector, _: String, _: PingKind) -> Result<Pong, CniError> {

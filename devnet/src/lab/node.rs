@@ -38,6 +38,7 @@ pub struct Node {
     cgroup_root: String,
     pods: u8,
     supervisor: Option<Child>,
+    environment: Vec<(String, String)>,
 }
 
 /// A `[tailnet.NAME]` table of a node's configuration.
@@ -140,6 +141,7 @@ impl Node {
             cgroup_root: String::new(),
             pods: 0,
             supervisor: None,
+            environment: Vec::new(),
         };
         block_on(async {
             let netlink = Netlink::open(&node.netns).await?;
@@ -171,6 +173,7 @@ impl Node {
             cgroup_root: self.cgroup_root.clone(),
             pods: self.pods,
             supervisor: None,
+            environment: self.environment.clone(),
         }
     }
 
@@ -213,6 +216,15 @@ impl Node {
     /// names it removes it: it is the machine's.
     pub fn set_cgroup_root(&mut self, name: &str) {
         name.clone_into(&mut self.cgroup_root);
+    }
+
+    /// Sets a variable for the supervisors and the plugins that are started from now on.
+    pub fn set_environment(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    pub(super) fn environment(&self) -> &[(String, String)] {
+        &self.environment
     }
 
     /// Writes `supervisor.toml` and the files it names. `extra` is more of the `[node]` table.
@@ -274,6 +286,7 @@ impl Node {
             .command(&self.programs.supervisor)
             .arg("--config")
             .arg(self.dir.join("supervisor.toml"))
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

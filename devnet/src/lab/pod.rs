@@ -314,6 +314,7 @@ pub(super) fn run_plugin(
         .command(program)
         .env_clear()
         .envs(environment.iter().map(|(k, v)| (k, v)))
+        .envs(node.environment().iter().cloned())
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -12,6 +12,7 @@ mod kills;
 #[path = "../../../supervisor/tests/kubeapi/mod.rs"]
 mod kubeapi;
 mod leave;
+mod logs;
 mod metrics;
 mod names;
 mod operator;

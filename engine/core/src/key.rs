@@ -7,6 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use base64::Engine as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
@@ -24,6 +25,16 @@ pub struct ParseKeyError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the system's random source failed")]
 pub struct RandomError;
+
+impl NodePublic {
+    /// The beginning of the key as people know it from logs of other implementations: five characters of base64.
+    #[must_use]
+    pub fn short(&self) -> String {
+        let mut text = base64::engine::general_purpose::STANDARD.encode(&self.0[..6]);
+        text.truncate(5);
+        format!("[{text}]")
+    }
+}
 
 fn parse_hex(text: &str, prefix: &'static str) -> Result<[u8; KEY_LEN], ParseKeyError> {
     let digits = text.strip_prefix(prefix).ok_or(ParseKeyError { prefix })?;
@@ -222,6 +233,13 @@ mod tests {
             assert!(bad.parse::<DiscoPublic>().is_err(), "{bad}");
         }
         assert!(key.to_string().parse::<NodePublic>().is_err());
+    }
+
+    #[test]
+    fn a_short_key_is_the_beginning_of_the_long_one() {
+        let mut bytes = [0; KEY_LEN];
+        bytes[..4].copy_from_slice(&[0x00, 0x10, 0x83, 0x10]);
+        assert_eq!(NodePublic::from_bytes(bytes).short(), "[ABCDE]");
     }
 
     #[test]

@@ -178,6 +178,8 @@ impl Pod {
             underlay: Underlay { addresses: join.addresses.clone(), ..Underlay::default() },
             routing: podtether_proto::engine::Routing::default(),
             standby: None,
+            join: String::new(),
+            log: None,
         }
     }
 

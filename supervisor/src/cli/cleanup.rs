@@ -8,7 +8,7 @@ use podtether_proto::node::{Cleanup, NodeClient};
 
 use super::call::answered;
 use super::text::{paragraph, printable};
-use super::{Exit, Output, Screen, output, output_arg, to_json};
+use super::{Exit, Screen, json_arg, show};
 use crate::engine::within;
 
 /// How long a clean-up may take: a hundred devices, one after another.
@@ -18,7 +18,7 @@ pub(super) fn command() -> Command {
     Command::new("cleanup")
         .about("Delete the devices of pods that are no more, of this node or another")
         .arg(Arg::new("dry-run").long("dry-run").action(ArgAction::SetTrue).help("only say which"))
-        .arg(output_arg(false))
+        .arg(json_arg())
 }
 
 pub(super) async fn run(
@@ -28,11 +28,7 @@ pub(super) async fn run(
 ) -> Result<Exit, String> {
     let dry_run = matches.get_flag("dry-run");
     let done = answered(client.cleanup(within(WITHIN), dry_run).await)?;
-    screen.print(&match output(matches) {
-        Output::Json => to_json(&done)?,
-        Output::Text | Output::Wide => text(&done, dry_run),
-    });
-    Ok(Exit::Done)
+    show(&done, matches, screen, |done| text(done, dry_run))
 }
 
 fn text(done: &Cleanup, dry_run: bool) -> String {

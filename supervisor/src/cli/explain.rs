@@ -9,14 +9,14 @@ use serde::Serialize;
 use super::call::{self, READ_WITHIN, answered, named, selector};
 use super::status::{node_name, now_ms};
 use super::text::{Look, Paint, Table, fixed, flexible, paragraph, time, utc};
-use super::{Exit, Output, Screen, output, output_arg, pod_arg, status, text_of, to_json};
+use super::{Exit, Screen, json_arg, pod_arg, show, status, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
     Command::new("explain")
         .about("Tell how a pod came to be what it is: from CNI ADD to the first handshake, and which rule gave each setting")
         .arg(pod_arg())
-        .arg(output_arg(false))
+        .arg(json_arg())
 }
 
 /// What `-o json` prints.
@@ -46,11 +46,8 @@ pub(super) async fn run(
     let pods = call::pods(client, true).await?;
     let pod = pods.into_iter().find(|pod| pod.namespace == namespace && pod.pod == name);
     let explanation = Explanation { pod, explained };
-    screen.print(&match output(matches) {
-        Output::Json => to_json(&explanation)?,
-        Output::Text | Output::Wide => text(&explanation, &node_name(), now_ms(), screen.look),
-    });
-    Ok(Exit::Done)
+    let look = screen.look;
+    show(&explanation, matches, screen, |explanation| text(explanation, &node_name(), now_ms(), look))
 }
 
 /// What a milestone is called for people.
@@ -74,9 +71,9 @@ pub(super) fn text(explanation: &Explanation, node: &str, now_ms: u64, look: Loo
     if let Some(pod) = &explanation.pod {
         status::block(&mut text, pod, node, now_ms, look);
     }
-    let Explained { timeline: line, choice, further, last_exit } = &explanation.explained;
+    let Explained { timeline: line, choice, further, last_exit, join } = &explanation.explained;
     if explanation.pod.is_some() {
-        text.push_str(&timeline(line, look));
+        text.push_str(&timeline(line, join, look));
     } else {
         text.push_str(if choice.joins { "it has not joined\n" } else { "it joins no tailnet\n" });
     }
@@ -106,14 +103,15 @@ pub(super) fn text(explanation: &Explanation, node: &str, now_ms: u64, look: Loo
     text
 }
 
-fn timeline(timeline: &Timeline, look: Look) -> String {
+fn timeline(timeline: &Timeline, join: &str, look: Look) -> String {
     if timeline.added_unix_ms == 0 {
         return "no timeline: the pod was added by an earlier build\n".to_owned();
     }
     let mut milestones = timeline.milestones.clone();
     milestones.sort_by_key(|milestone| milestone.after_us);
     let mut table = Table::new(vec![fixed("AFTER"), flexible("STEP", 20), fixed("TOOK")]);
-    let added = format!("CNI ADD at {} UTC", utc(timeline.added_unix_ms / 1000));
+    let join = if join.is_empty() { String::new() } else { format!(", {join} in the logs") };
+    let added = format!("CNI ADD at {} UTC{join}", utc(timeline.added_unix_ms / 1000));
     table.row(vec!["0".into(), added.into(), "".into()]);
     let mut before = 0;
     for milestone in &milestones {
@@ -155,6 +153,7 @@ mod tests {
             ("handshake", 1_230_000),
         ];
         let explained = Explained {
+            join: "4c1f".into(),
             timeline: Timeline {
                 added_unix_ms: 1_795_314_786_000,
                 milestones: all.iter().map(|(what, us)| milestone(what, *us)).collect(),
@@ -180,17 +179,17 @@ mod tests {
         assert!(block.starts_with("shop/web  running\n"), "{block}");
         assert_eq!(
             rest,
-            "AFTER    STEP                                TOOK\n\
-             0        CNI ADD at 2026-11-22 02:33:06 UTC\n\
-             2.1 ms   records on disk                     2.1 ms\n\
-             9.3 ms   interfaces and sockets made         7.2 ms\n\
-             21.0 ms  auth key minted                     11.7 ms\n\
-             29.4 ms  engine started, in its sandbox      8.4 ms\n\
-             41.0 ms  registered with control             11.6 ms\n\
-             52.0 ms  netmap in force, addresses known    11.0 ms\n\
-             54.1 ms  ts0 configured                      2.1 ms\n\
-             56.7 ms  CNI ADD answered                    2.6 ms\n\
-             1.23 s   first WireGuard handshake           1.17 s\n\
+            "AFTER    STEP                                                  TOOK\n\
+             0        CNI ADD at 2026-11-22 02:33:06 UTC, 4c1f in the logs\n\
+             2.1 ms   records on disk                                       2.1 ms\n\
+             9.3 ms   interfaces and sockets made                           7.2 ms\n\
+             21.0 ms  auth key minted                                       11.7 ms\n\
+             29.4 ms  engine started, in its sandbox                        8.4 ms\n\
+             41.0 ms  registered with control                               11.6 ms\n\
+             52.0 ms  netmap in force, addresses known                      11.0 ms\n\
+             54.1 ms  ts0 configured                                        2.1 ms\n\
+             56.7 ms  CNI ADD answered                                      2.6 ms\n\
+             1.23 s   first WireGuard handshake                             1.17 s\n\
              \n\
              SETTING  VALUE        FROM     RULE\n\
              tags     tag:k8s-pod  cluster  tailnet.default.tags\n\
@@ -206,11 +205,11 @@ mod tests {
             refused.starts_with("it joins no tailnet\n") && refused.contains("refused: tag:x"),
             "{refused}"
         );
-        let none = timeline(&Timeline { added_unix_ms: 1, ..Timeline::default() }, Look::PLAIN);
+        let none = timeline(&Timeline { added_unix_ms: 1, ..Timeline::default() }, "", Look::PLAIN);
         assert!(
             none.contains("no handshake noted") && none.lines().all(|l| l.chars().count() <= WIDTH),
             "{none}"
         );
-        assert!(timeline(&Timeline::default(), Look::PLAIN).starts_with("no timeline"));
+        assert!(timeline(&Timeline::default(), "", Look::PLAIN).starts_with("no timeline"));
     }
 }

@@ -1,6 +1,5 @@
 //! `logs`: what was logged of one pod lately, by the supervisor and by the pod's engines.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -8,9 +7,10 @@ use podtether_proto::node::{LogLine, NodeClient, PodSelector};
 use serde_json::Value;
 
 use super::call::{self, READ_WITHIN, answered, broken, selector};
-use super::text::{Look, Paint, printable, utc};
+use super::text::Look;
 use super::{Exit, Output, Screen, output, output_arg, pod_arg, text_of};
 use crate::engine::within;
+use crate::log::human;
 
 /// Between two looks of `--follow`.
 const FOLLOW_EVERY: Duration = Duration::from_millis(500);
@@ -81,29 +81,17 @@ pub(super) async fn all(
 fn json_line(line: &LogLine) -> String {
     let fields: Value = serde_json::from_str(&line.fields).unwrap_or(Value::Null);
     let object = serde_json::json!({
-        "unixMs": line.unix_ms, "level": line.level, "from": line.from, "message": line.message, "fields": fields,
+        "unixMs": line.unix_ms, "level": line.level, "from": line.from, "join": line.join, "message": line.message,
+        "fields": fields,
     });
     format!("{object}\n")
 }
 
 /// A log line is as long as it is: it is not cut to a width.
 pub(super) fn line(line: &LogLine, look: Look) -> String {
-    let paint = match line.level.as_str() {
-        "ERROR" => Paint::Bad,
-        "WARN" => Paint::Warn,
-        _ => Paint::Plain,
-    };
-    let level = look.paint(paint, &format!("{:5}", printable(&line.level)));
-    let at = format!("{}.{:03}", utc(line.unix_ms / 1000), line.unix_ms % 1000);
-    let mut text = format!("{at} {level} {:10} {}", printable(&line.from), printable(&line.message));
-    if let Ok(Value::Object(fields)) = serde_json::from_str(&line.fields) {
-        for (name, value) in fields {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            let _ = write!(text, " {}={}", printable(&name), printable(&value));
-        }
-    }
-    text.push('\n');
-    text
+    let whose = format!("{:10} {}", line.from, line.join);
+    let fields = serde_json::from_str(&line.fields).unwrap_or_default();
+    human(line.unix_ms, &line.level, whose.trim_end(), &line.message, &fields, look)
 }
 
 /// For `bugreport`.
@@ -125,10 +113,11 @@ mod tests {
             from: "engine".into(),
             message: "derp \x1b[31mlost".into(),
             fields: r#"{"region":9,"why":"gone"}"#.into(),
+            join: "4c1f".into(),
         };
         assert_eq!(
             line(&said, Look::PLAIN),
-            "2026-11-22 02:33:06.007 WARN  engine     derp  [31mlost region=9 why=gone\n"
+            "2026-11-22 02:33:06.007 WARN  engine     4c1f derp  [31mlost region=9 why=gone\n"
         );
         let json: Value = serde_json::from_str(&json_line(&said)).unwrap();
         assert_eq!((&json["fields"]["region"], &json["message"]), (&9.into(), &"derp \x1b[31mlost".into()));

@@ -9,6 +9,7 @@ mod check;
 mod cleanup;
 pub mod cluster;
 mod explain;
+mod log_level;
 mod logs;
 mod netcheck;
 mod ping;
@@ -20,7 +21,7 @@ pub mod text;
 mod top;
 mod why;
 
-use std::io::Write;
+use std::io::{IsTerminal as _, Write};
 use std::path::PathBuf;
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
@@ -69,6 +70,28 @@ impl Screen<'_> {
     }
 }
 
+/// The rest of a program's `main`: a screen for `run`, and its sentence on stderr where it has one.
+pub fn program(
+    name: &str,
+    run: impl AsyncFnOnce(&mut Screen<'_>) -> Result<Exit, String>,
+) -> std::process::ExitCode {
+    let mut out = std::io::stdout();
+    let terminal = out.is_terminal();
+    let columns = terminal.then(|| text::terminal_width(&out).unwrap_or_default());
+    let look = Look::of(columns, std::env::var_os("NO_COLOR").as_deref());
+    let mut screen = Screen { out: &mut out, terminal, look };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = match runtime {
+        Ok(runtime) => runtime.block_on(run(&mut screen)),
+        Err(e) => Err(format!("cannot start: {e}")),
+    };
+    let exit = done.unwrap_or_else(|sentence| {
+        let _ = writeln!(std::io::stderr(), "{name}: {sentence}");
+        Exit::Failed
+    });
+    exit.into()
+}
+
 /// How output is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Output {
@@ -97,6 +120,25 @@ pub(crate) fn output(matches: &ArgMatches) -> Output {
 
 pub(crate) fn to_json(value: &impl Serialize) -> Result<String, String> {
     serde_json::to_string_pretty(value).map(|text| text + "\n").map_err(|e| e.to_string())
+}
+
+/// `-o`, of commands that print text or JSON.
+fn json_arg() -> Arg {
+    output_arg(false)
+}
+
+/// Prints as JSON, or as `text` has it.
+fn show<T: Serialize>(
+    value: &T,
+    matches: &ArgMatches,
+    screen: &mut Screen<'_>,
+    text: impl FnOnce(&T) -> String,
+) -> Result<Exit, String> {
+    screen.print(&match output(matches) {
+        Output::Json => to_json(value)?,
+        Output::Text | Output::Wide => text(value),
+    });
+    Ok(Exit::Done)
 }
 
 fn pod_arg() -> Arg {
@@ -137,6 +179,7 @@ pub fn command() -> Command {
             cleanup::command(),
             top::command(),
             logs::command(),
+            log_level::command(),
             check::command(),
             bugreport::command(),
             shell::completion_command(),
@@ -167,6 +210,7 @@ pub async fn run(matches: &ArgMatches, screen: &mut Screen<'_>) -> Result<Exit, 
         "cleanup" => cleanup::run(&client, matches, screen).await,
         "top" => top::run(&client, matches, screen).await,
         "logs" => logs::run(&client, matches, screen).await,
+        "log-level" => log_level::run(&client, matches, screen).await,
         "ping" => ping::run(&client, matches, screen).await,
         "routing" => routing::run(&client, matches, screen).await,
         "restart" => restart::run(&client, matches, screen).await,

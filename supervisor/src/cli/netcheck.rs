@@ -9,14 +9,14 @@ use podtether_proto::node::NodeClient;
 
 use super::call::{self, READ_WITHIN, answered, selector};
 use super::text::{Cell, Look, Paint, Table, age, fixed, flexible, paragraph, time};
-use super::{Exit, Output, Screen, output, output_arg, pod_arg, text_of, to_json};
+use super::{Exit, Screen, json_arg, pod_arg, show, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
     Command::new("netcheck")
         .about("Show what the network looks like from a pod's engine: UDP, NAT, relay regions and how far they are")
         .arg(pod_arg().required(false).help("a pod of this node; without, the first that runs"))
-        .arg(output_arg(false))
+        .arg(json_arg())
 }
 
 pub(super) async fn run(
@@ -29,11 +29,8 @@ pub(super) async fn run(
         _ => any_pod(client).await?,
     };
     let report = answered(client.netcheck(within(READ_WITHIN), selector(&pod)).await)?;
-    screen.print(&match output(matches) {
-        Output::Json => to_json(&report)?,
-        Output::Text | Output::Wide => text(&pod, &report, screen.look),
-    });
-    Ok(Exit::Done)
+    let look = screen.look;
+    show(&report, matches, screen, |report| text(&pod, report, look))
 }
 
 /// The first pod that runs: engines of a node share its network.

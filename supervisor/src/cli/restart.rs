@@ -7,7 +7,7 @@ use podtether_proto::node::{NodeClient, Renewal, Renewed};
 use serde::Serialize;
 
 use super::call::{self, CHANGE_WITHIN, answered, selector};
-use super::{Exit, Output, Screen, output, output_arg, pod_arg, text_of, to_json};
+use super::{Exit, Screen, json_arg, pod_arg, show, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
@@ -32,7 +32,7 @@ pub(super) fn command() -> Command {
                 .value_parser(clap::value_parser!(u16))
                 .help("between one engine and the next"),
         )
-        .arg(output_arg(false))
+        .arg(json_arg())
 }
 
 pub(super) async fn run(
@@ -50,11 +50,7 @@ pub(super) async fn run(
     };
     let how = if matches.get_flag("kill") { Renewal::Kill } else { Renewal::Handover };
     let restarted = restart(client, names, how, pause).await?;
-    screen.print(&match output(matches) {
-        Output::Json => to_json(&restarted)?,
-        Output::Text | Output::Wide => restarted.iter().map(text).collect(),
-    });
-    Ok(Exit::Done)
+    show(&restarted, matches, screen, |restarted| restarted.iter().map(text).collect())
 }
 
 /// One pod with a new engine.

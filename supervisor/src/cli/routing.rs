@@ -6,7 +6,7 @@ use clap::{Arg, ArgMatches, Command};
 use podtether_proto::node::{NodeClient, PodRouting, PodSelector, Routing};
 
 use super::call::{CHANGE_WITHIN, READ_WITHIN, answered, problem, selector};
-use super::{Exit, Output, Screen, output, output_arg, pod_arg, text_of, to_json};
+use super::{Exit, Screen, json_arg, pod_arg, show, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
@@ -26,7 +26,7 @@ pub(super) fn command() -> Command {
                 .value_name("NODE")
                 .help("name, address or stable id of the node that carries everything else; \"\" for none"),
         )
-        .arg(output_arg(false))
+        .arg(json_arg())
 }
 
 pub(super) async fn run(
@@ -42,11 +42,7 @@ pub(super) async fn run(
         matches.get_one::<String>("exit-node").cloned(),
     )
     .await?;
-    screen.print(&match output(matches) {
-        Output::Json => to_json(&routing)?,
-        Output::Text | Output::Wide => text(&pod, &routing),
-    });
-    Ok(Exit::Done)
+    show(&routing, matches, screen, |routing| text(&pod, routing))
 }
 
 async fn change(

@@ -89,12 +89,12 @@ pub(super) async fn look(client: &NodeClient) -> Result<NodeStatus, String> {
 }
 
 /// What Kubernetes calls this node.
-pub(super) fn node_name() -> String {
+pub(crate) fn node_name() -> String {
     let named = std::env::var("PODTETHER_NODE_NAME").ok().filter(|name| !name.is_empty());
     named.or_else(|| nix::unistd::gethostname().ok()?.into_string().ok()).unwrap_or_default()
 }
 
-pub(super) fn now_ms() -> u64 {
+pub(crate) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+pub use podtether_proto::log::utc;
+
 /// Columns that everything for a person fits into.
 pub const WIDTH: usize = 100;
 const GAP: usize = 2;
@@ -292,22 +294,6 @@ pub fn bytes(bytes: u64) -> String {
     }
 }
 
-/// Seconds since the epoch as `2026-11-22 04:05:06` UTC.
-#[must_use]
-pub fn utc(unix_s: u64) -> String {
-    let (days, s) = (unix_s / 86_400, unix_s % 86_400);
-    // Days to a date as in Howard Hinnant's "chrono-compatible low-level date algorithms".
-    let z = days + 719_468;
-    let (era, doe) = (z / 146_097, z % 146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let day = doy - (153 * mp + 2) / 5 + 1;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    let year = yoe + era * 400 + u64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02}:{:02}", s / 3600, s % 3600 / 60, s % 60)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -321,8 +307,6 @@ mod tests {
         assert_eq!(sizes, ["0B", "1023B", "1.0K", "9.9K", "10K", "1023K", "1.0M", "15E"]);
         let times = [0, 999, 1000, 12_340, 1_000_000, 61_230_000, 100_000_000].map(time);
         assert_eq!(times, ["0 µs", "999 µs", "1.0 ms", "12.3 ms", "1.00 s", "61.23 s", "100 s"]);
-        let dates = [0, 951_782_400, 1_795_314_786].map(utc);
-        assert_eq!(dates, ["1970-01-01 00:00:00", "2000-02-29 00:00:00", "2026-11-22 02:33:06"]);
     }
 
     #[test]

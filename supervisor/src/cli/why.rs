@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::call::{self, READ_WITHIN, answered, named};
 use super::text::{Paint, paragraph, printable};
-use super::{Exit, Output, Screen, output, output_arg, text_of, to_json};
+use super::{Exit, Screen, json_arg, show, text_of};
 use crate::engine::within;
 
 /// The port that the packet comes from: no rule goes by it.
@@ -32,7 +32,7 @@ pub(super) fn command() -> Command {
                 .required(true)
                 .help("the same with a port; PROTO is tcp (default), udp, sctp or a number; DST/icmp without a port"),
         )
-        .arg(output_arg(false))
+        .arg(json_arg())
 }
 
 /// `DST:PORT/PROTO`, taken apart.
@@ -163,10 +163,8 @@ pub(super) async fn run(
     if let Some(pod) = answer.target.selector() {
         answer.enters = Some(answered(client.why(within(READ_WITHIN), pod, flow).await)?);
     }
-    screen.print(&match output(matches) {
-        Output::Json => to_json(&answer)?,
-        Output::Text | Output::Wide => text(&answer, flow, screen.look),
-    });
+    let look = screen.look;
+    show(&answer, matches, screen, |answer| text(answer, flow, look))?;
     let passes = |verdict: &Verdict| verdict.decision == Decision::Accept;
     let allowed = answer.leaves.iter().chain(&answer.enters).all(passes);
     Ok(if allowed { Exit::Done } else { Exit::No })

@@ -44,6 +44,14 @@ pub fn arguments() -> clap::Command {
                 .help("any key by its full name, for example tailnet.prod.control_url=https://…"),
         )
         .arg(
+            clap::Arg::new("log-format")
+                .long("log-format")
+                .value_name("FORM")
+                .value_parser(["json", "human"])
+                .env("PODTETHER_LOG_FORMAT")
+                .help("lines of the log [default: human on a terminal, else json]"),
+        )
+        .arg(
             clap::Arg::new("check-config")
                 .long("check-config")
                 .action(clap::ArgAction::SetTrue)

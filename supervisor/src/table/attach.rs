@@ -43,6 +43,7 @@ impl Table {
                     let _ = reply.send(Err(taken(&pod.record)));
                 }
                 Wanted::Attached => {
+                    tracing::debug!(parent: &pod.span, call = request.join, "ADD of what is there already");
                     pod.adders.push(reply);
                     if pod.join.is_none() {
                         let join = join(&request, Instant::now());
@@ -63,6 +64,7 @@ impl Table {
         }
         match self.new_pod(&request, choice) {
             Ok(mut pod) => {
+                tracing::debug!(parent: &pod.span, tailnet = request.tailnet, timeout_ms = request.timeout_ms, "ADD");
                 let join = join(&request, Instant::now());
                 pod.adders.push(reply);
                 pod.join = Some(join);
@@ -158,6 +160,7 @@ impl Table {
             unhurried: !choice.required,
             choice: told,
             timeline: Timeline::default(),
+            join: request.join.clone(),
         };
         let mut pod = Pod { had_device, ..Pod::new(record, key, false) };
         if had_device {

@@ -26,6 +26,7 @@ impl Table {
             choice: pod.record.choice.clone(),
             further: self.further(pod),
             last_exit: exit.unwrap_or_default(),
+            join: pod.record.join.clone(),
         }
     }
 

@@ -12,6 +12,7 @@ use podtether_proto::node::{AttachmentId, code};
 use podtether_proto::{PROTO_VERSION, transport};
 use tarpc::client;
 use tokio::sync::oneshot;
+use tracing::Instrument as _;
 
 use super::attach::{error, pod_name};
 use super::pod::{Fds, Running};
@@ -128,8 +129,8 @@ impl Table {
         let online = engine.status.as_ref().is_some_and(|status| status.control_connected);
         let (cancel, cancelled) = oneshot::channel();
         let (to, of) = (self.to_self.clone(), id.clone());
+        let task = tokio::spawn(hand_over(order, cancelled).in_current_span());
         tokio::spawn(async move {
-            let task = tokio::spawn(hand_over(order, cancelled));
             let done = task.await.unwrap_or_else(|e| Err(given_up("lost", format!("it failed inside: {e}"))));
             let _ = to.send(Message::HandedOver(of, roots, done.map(Box::new))).await;
         });
@@ -227,7 +228,7 @@ impl Table {
         let wrap = Box::new(move |event| Message::Engine(of.clone(), epoch, event));
         let reports = Reports { to: self.to_self.clone(), wrap };
         let told = client.clone();
-        tokio::spawn(engine::attend_adopted(process, client, home, since, reports));
+        tokio::spawn(engine::attend_adopted(process, client, home, since, reports).in_current_span());
         let underlay = self.underlay.clone();
         if underlay != request.underlay {
             tokio::spawn(async move { told.set_underlay(within(ANSWER_WITHIN), underlay).await });
@@ -277,7 +278,7 @@ async fn hand_over(order: Order, cancelled: oneshot::Receiver<()>) -> Result<Suc
     let Born { process, child, home, names, cgroups } =
         born.map_err(|e| given_up("spawn", format!("no process: {e}")))?;
     let (process, since) = (Arc::new(process), Instant::now());
-    tokio::spawn(output::relay(child, record.pod.clone(), Arc::clone(&process)));
+    tokio::spawn(output::relay(child, record.pod.clone(), Arc::clone(&process)).in_current_span());
     request.name_servers = names.servers();
     let require_limits = context.config.node.require_sandbox;
     let limited = async {

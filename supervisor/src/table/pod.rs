@@ -26,6 +26,7 @@ use crate::credentials::Key;
 use crate::dns::{self, Interception};
 use crate::engine::Place;
 use crate::guard::{Processor, Queue, Repairs};
+use crate::log;
 use crate::plan::{self, Observed, Records, Step, Wanted};
 use crate::record::{self, IdentityKey};
 use crate::restart::History;
@@ -164,6 +165,8 @@ pub(super) type Leaver = oneshot::Sender<Result<(), CniError>>;
 #[derive(Debug)]
 pub(super) struct Pod {
     pub(super) record: record::Attachment,
+    /// In which all that is done for it is logged.
+    pub(super) span: tracing::Span,
     pub(super) clock: Clock,
     /// Grows with every change of the record; what the disk has is `saved`.
     pub(super) version: u64,
@@ -252,9 +255,11 @@ pub(super) struct Pod {
 
 impl Pod {
     pub(super) fn new(record: record::Attachment, identity: IdentityKey, saved: bool) -> Pod {
+        let span = log::scope::of(&record.pod, &record.attachment.container_id, &record.join);
         Pod {
             naming: if record.addresses.is_empty() { Naming::Unknown } else { Naming::Settled },
             record,
+            span,
             clock: Clock::default(),
             version: 1,
             saved: u64::from(saved),

@@ -9,6 +9,7 @@ use podtether_proto::engine::{EngineStatus, NodeState, ProxySettings, StartReque
 use podtether_proto::fds;
 use podtether_proto::node::{AttachmentId, code};
 use tokio::sync::mpsc;
+use tracing::Instrument as _;
 
 use super::attach::{error, pod_name};
 use super::identities::Identity;
@@ -22,6 +23,7 @@ use crate::detach::Image;
 use crate::dns::{Interception, Sockets};
 use crate::engine::{self, ANSWER_WITHIN, Event, Home, Place, Reports, within};
 use crate::guard::{Processor, Queue};
+use crate::log::levels;
 use crate::output;
 use crate::plan::{Link, Wanted};
 use crate::record::Attachment;
@@ -78,7 +80,7 @@ impl Table {
                     queue: Queue::default(),
                     killed_for: None,
                 });
-                tokio::spawn(engine::attend(process, child, home, request, reports));
+                tokio::spawn(engine::attend(process, child, home, request, reports).in_current_span());
                 true
             }
             Err(e) => {
@@ -152,7 +154,9 @@ impl Table {
                     Ok(home) => {
                         let (process, client) = (Arc::clone(&process), client.clone());
                         let home = home.at(place);
-                        tokio::spawn(engine::attend_adopted(process, client, home, since, reports));
+                        tokio::spawn(
+                            engine::attend_adopted(process, client, home, since, reports).in_current_span(),
+                        );
                     }
                     Err(e) => {
                         process.kill(Cause::Unbelieved);
@@ -161,7 +165,9 @@ impl Table {
                         return;
                     }
                 }
-                tokio::spawn(output::relay_adopted(output, pod.record.pod.clone(), process.pid()));
+                tokio::spawn(
+                    output::relay_adopted(output, pod.record.pod.clone(), process.pid()).in_current_span(),
+                );
                 let told = client.clone();
                 let underlay = self.underlay.clone();
                 // It may have changed while nobody watched.
@@ -532,6 +538,8 @@ pub(super) fn start_request(
         underlay: underlay.clone(),
         routing: pod.engine_routing.clone(),
         standby: None,
+        join: pod.record.join.clone(),
+        log: levels::pods().get(&pod.record.pod.namespace, &pod.record.pod.name, Instant::now()),
     })
 }
 

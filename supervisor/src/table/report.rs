@@ -93,6 +93,8 @@ pub struct PodReport {
     pub key_expiry_unix_s: Option<i64>,
     /// The device name that it asked for.
     pub hostname: String,
+    /// Id of the CNI ADD that made it, for logs; empty when unknown.
+    pub join: String,
     /// The name that another device of the tailnet has, where it asked for that first; else empty.
     pub name_taken: String,
     /// What is odd in its annotations.
@@ -163,6 +165,7 @@ impl Table {
                 key_expiry_unix_s: node.and_then(|n| n.key_expiry_unix_s),
                 hostname: identity.map(|record| record.hostname.clone()).unwrap_or_default(),
                 name_taken: identity.map(|record| record.name_taken.clone()).unwrap_or_default(),
+                join: pod.record.join.clone(),
                 notes: pod.record.choice.notes.clone(),
                 login_url: pod.engine.as_ref().and_then(|e| e.login_url()).unwrap_or_default().to_owned(),
                 health: pod.health(),

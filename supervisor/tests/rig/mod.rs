@@ -133,6 +133,7 @@ impl Rig {
 
     pub fn request(&self, name: &str) -> AddRequest {
         AddRequest {
+            join: String::new(),
             attachment: attachment(name),
             netns: self.netns_path(name).display().to_string(),
             pod: PodRef { uid: format!("uid-{name}"), namespace: "default".into(), name: name.into() },

@@ -167,6 +167,8 @@ impl Engine for Standin {
         Ok(())
     }
 
+    async fn set_log(self, _: Context, _: Option<podtether_proto::log::LogFor>) {}
+
     async fn rename(self, _: Context, _: String) -> Result<(), String> {
         Err("a stand-in".into())
     }

@@ -121,6 +121,7 @@ impl Engine {
             return;
         }
         let (best, message) = (active.path.best(), active.tunnel.current_initiation().copied());
+        tracing::debug!(peer = self.short_key(slot), path = ?best, "direct path");
         // A handshake under way need not wait for its next try to use the new path.
         if let (Some(best), Some(message)) = (best, message)
             && !self.hasten(slot, now, out)

@@ -174,7 +174,7 @@ impl Engine {
         }
         let answers = via.socket();
         self.note_via(slot, via, now, out);
-        self.note_handshake(now);
+        self.note_handshake(slot, now);
         self.transmit(slot, &buf[..len], false, answers, now, out);
         Ok(())
     }
@@ -201,12 +201,12 @@ impl Engine {
                 // A peer uses the session from its first message on: that one says that this process is the node.
                 if standby {
                     active.last_from = via.socket();
-                    self.note_handshake(now);
+                    self.note_handshake(slot, now);
                     return Ok(());
                 }
                 let confirms = active.tunnel.waiting() == 0;
                 self.note_via(slot, via, now, out);
-                self.note_handshake(now);
+                self.note_handshake(slot, now);
                 if confirms {
                     self.transmit(slot, &buf[..len], false, None, now, out);
                 }
@@ -305,7 +305,7 @@ impl Engine {
                 tsmp::Message::Answer(answer) => self.send_data(slot, answer.packet(), now, out),
                 tsmp::Message::Rejected(rejected) => {
                     self.counters.rejects_received += 1;
-                    tracing::debug!(?rejected, "a peer refuses a connection");
+                    tracing::debug!(peer = self.short_key(slot), ?rejected, "a peer refuses a connection");
                     self.rejections.note(rejected, now);
                     Ok(())
                 }
@@ -380,10 +380,16 @@ impl Engine {
         }
     }
 
-    fn note_handshake(&mut self, now: Instant) {
+    fn note_handshake(&mut self, slot: Slot, now: Instant) {
+        tracing::debug!(peer = self.short_key(slot), "handshake done");
         self.counters.handshakes += 1;
         self.counters.last_handshake = Some(self.wall(now));
         self.snapshot_dirty(now);
+    }
+
+    /// As the log names a peer.
+    pub(super) fn short_key(&self, slot: Slot) -> Option<String> {
+        self.peers.get(slot).map(|peer| peer.key.short())
     }
 
     /// The peer that a message seems to come from.

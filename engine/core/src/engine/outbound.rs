@@ -225,7 +225,7 @@ impl Engine {
         }
         let Some(message) = active.tunnel.initiate(now) else { return false };
         if again {
-            tracing::debug!(peer = self.peers.get(slot).map(|p| p.id.0), "handshake tried again");
+            tracing::debug!(peer = self.short_key(slot), "handshake tried again");
         }
         // What was not answered by one way is tried by both.
         self.transmit(slot, &message, again, None, now, out);

@@ -188,7 +188,7 @@ impl Engine {
         out: &mut Outbox,
     ) {
         let Some(peer) = self.peers.get(slot) else { return };
-        let (id, taken) = (peer.id, self.peers.by_disco(&key).is_some_and(|other| other != slot));
+        let taken = self.peers.by_disco(&key).is_some_and(|other| other != slot);
         if key.is_zero() || key == self.disco_public || taken || peer.wireguard_only || peer.disco.is_zero() {
             self.counters.drop(DropReason::BadDisco, 1);
             return;
@@ -199,7 +199,7 @@ impl Engine {
         if changes.changed.is_empty() {
             return;
         }
-        tracing::debug!(peer = id.0, "the peer told its new disco key");
+        tracing::debug!(peer = self.short_key(slot), "the peer told its new disco key");
         self.counters.disco_adverts += 1;
         self.apply_peers(changes, now, out);
     }

@@ -132,6 +132,7 @@ pub fn command() -> Command {
         ))
         .subcommand(passed("netcheck", "Show what the network looks like from a pod's engine"))
         .subcommand(passed("logs", "Show what was logged of a pod lately"))
+        .subcommand(passed("log-level", "Show or change how much is logged of a pod, for a while"))
         .subcommand(passed("restart", "Give a pod a new engine: no packet is lost"))
         .subcommand(passed("routing", "Show or change which routes of other nodes a pod uses"))
         .subcommand(shell::completion_command())
