@@ -1,4 +1,4 @@
-//! `/metrics`, `/healthz`, `/readyz` and, on the loopback listener alone, `/v1/pods`.
+//! `/metrics`, `/healthz`, `/readyz` and, on the loopback listener alone, a page and `/v1/pods`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{Query, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::future::join_all;
@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 use crate::engine::within;
 use crate::kube::Cluster;
 use crate::metrics::{Counters, scrape};
+use crate::page;
 use crate::shared::Shared;
 use crate::table::{Handle, PodReport};
 
@@ -61,6 +62,8 @@ pub struct Answers {
     pods: Shared<Bytes>,
     /// Without what the engines have to be asked for.
     known: Shared<Bytes>,
+    /// What the page shows.
+    live: Shared<Bytes>,
 }
 
 /// Metrics and health, for `metrics_listen`.
@@ -76,6 +79,8 @@ pub fn metrics_routes(web: Web) -> Router {
 /// Everything, for `http_listen`.
 pub fn all_routes(web: Web) -> Router {
     Router::new()
+        .route("/", get(page))
+        .route("/v1/live", get(live))
         .route("/v1/pods", get(pods))
         .route("/v1/kubernetes", get(kubernetes))
         .with_state(web.clone())
@@ -148,6 +153,19 @@ async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Respons
         answers.pods.get(async { text(&with_peers(&web.table).await) }).await
     };
     ([(header::CONTENT_TYPE, "application/json")], (*answer).clone()).into_response()
+}
+
+async fn page(headers: HeaderMap) -> Response {
+    page::by_a_local_name(&headers).map_or_else(|refused| refused, |()| page::page())
+}
+
+async fn live(State(web): State<Web>, headers: HeaderMap) -> Response {
+    if let Err(refused) = page::by_a_local_name(&headers) {
+        return refused;
+    }
+    let answer = web.answers.live.get(async { Bytes::from(page::live(&web.table).await) }).await;
+    let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
+    (headers, (*answer).clone()).into_response()
 }
 
 async fn kubernetes(State(web): State<Web>) -> Response {

@@ -28,6 +28,7 @@ pub mod memory;
 pub mod metrics;
 pub mod node;
 pub mod output;
+pub mod page;
 pub mod plan;
 pub mod recent;
 pub mod record;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stdout, reason = "the harness shows what a failed test printed")]
 
+mod browser;
 mod chaos;
 mod cni;
 mod handover;
@@ -16,6 +17,7 @@ mod logs;
 mod metrics;
 mod names;
 mod operator;
+mod page;
 mod pairs;
 mod paths;
 mod routes;

@@ -7,7 +7,7 @@ use podtether_proto::engine::{EngineClient, EngineMetrics, Flow, NetReport, Peer
 use podtether_proto::node::{CniError, Explained, Live, PodSelector, PodSummary, code};
 use tarpc::client::RpcError;
 
-use super::{Handle, MAX_REASON, Message, PodReport, ending};
+use super::{Handle, LastExit, MAX_REASON, Message, PodReport, ending};
 use crate::distrust::{self, tame};
 use crate::engine::within;
 use crate::memory;
@@ -30,16 +30,20 @@ impl Handle {
     pub async fn pods(&self, skip: usize, live: bool) -> Vec<PodSummary> {
         let listing = self.list().await;
         let pods = listing.pods.into_iter().zip(listing.clients).skip(skip);
-        let asked = pods.take(if live { LIVE_PODS } else { usize::MAX }).map(|(report, client)| async move {
-            let metrics = match client.filter(|_| live) {
-                Some(client) => client.metrics(within(ENGINE_WITHIN)).await.ok(),
-                None => None,
-            };
-            let mut pod = summary(report);
-            pod.live = metrics.as_ref().map(self::live);
-            pod
-        });
+        let pods = pods.take(if live { LIVE_PODS } else { usize::MAX });
+        let asked = pods.map(|(report, client)| summarised(report, client.filter(|_| live)));
         page(join_all(asked).await)
+    }
+
+    /// All pods with what their engines say, and of each the id of its join and how its last engine ended.
+    pub async fn live(&self) -> Vec<(PodSummary, String, Option<LastExit>)> {
+        let listing = self.list().await;
+        let pods = listing.pods.into_iter().zip(listing.clients);
+        let asked = pods.map(|(mut report, client)| async move {
+            let (join, exit) = (std::mem::take(&mut report.join), report.last_exit.take());
+            (summarised(report, client).await, join, exit)
+        });
+        join_all(asked).await
     }
 
     /// How a pod came to be what it is.
@@ -156,6 +160,15 @@ fn page<T: serde::Serialize>(all: Vec<T>) -> Vec<T> {
         page.push(one);
     }
     page
+}
+
+/// With what the engine says, where it is asked and answers.
+async fn summarised(report: PodReport, client: Option<EngineClient>) -> PodSummary {
+    let metrics = match client {
+        Some(client) => client.metrics(within(ENGINE_WITHIN)).await.ok(),
+        None => None,
+    };
+    PodSummary { live: metrics.as_ref().map(live), ..summary(report) }
 }
 
 fn summary(report: PodReport) -> PodSummary {

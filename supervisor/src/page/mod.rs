@@ -1,0 +1,250 @@
+//! The page that shows the node's pods live, and what it asks for (`docs/page.md`).
+//!
+//! It is one file without anything from elsewhere; its script asks for [`Live`] every two seconds while
+//! somebody sees it, so it costs nothing when nobody does, and those who look at a time share one answer.
+
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use podtether_proto::node::{Live as EngineLive, PodSummary};
+use serde::Serialize;
+
+use crate::cli::status::{self, Standing};
+use crate::recent::{Told, recent};
+use crate::table::{Handle, LastExit};
+
+const PAGE: &str = include_str!("page.html");
+/// Where the page has the word that lets its own script and style run, and no other.
+const NONCE: &str = "{NONCE}";
+/// Lines that are shown of all pods.
+const EVENTS: usize = 30;
+/// How long it is told of an engine that ended.
+const EXIT_TOLD_S: u64 = 60;
+
+/// What the page shows.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Live {
+    node: String,
+    version: &'static str,
+    unix_ms: u64,
+    /// `12 pods: 10 joined, 1 pending, 1 failed`
+    totals: String,
+    /// How many are not as they should be.
+    trouble: usize,
+    pods: Vec<Pod>,
+    /// The latest first.
+    events: Vec<Event>,
+}
+
+/// A pod, with what the tools would say of it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Pod {
+    /// Tells it from others of its name.
+    key: String,
+    namespace: String,
+    pod: String,
+    state: String,
+    standing: &'static str,
+    notes: Vec<String>,
+    name: String,
+    address: String,
+    addresses: Vec<std::net::IpAddr>,
+    path: String,
+    tailnet: String,
+    tags: Vec<String>,
+    control_connected: bool,
+    home_derp: u32,
+    restarts: u64,
+    handovers: u64,
+    memory_bytes: Option<u64>,
+    engine_pid: Option<u32>,
+    added_unix_ms: u64,
+    join: String,
+    live: Option<EngineLive>,
+}
+
+/// A line of the log.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Event {
+    seq: u64,
+    unix_ms: u64,
+    level: String,
+    /// `namespace/name`
+    pod: String,
+    message: String,
+}
+
+impl Pod {
+    fn of(pod: PodSummary, join: String, last_exit: Option<&LastExit>) -> Pod {
+        let mut notes = status::notes(&pod);
+        if let Some(exit) = last_exit.filter(|exit| exit.seconds_ago < EXIT_TOLD_S)
+            && !notes.contains(&exit.reason)
+        {
+            notes.push(format!("its engine ended {} s ago: {}", exit.seconds_ago, exit.reason));
+        }
+        Pod {
+            key: format!("{} {}", pod.container_id, pod.tailnet),
+            standing: match status::standing(&pod) {
+                Standing::Joined => "joined",
+                Standing::Pending => "pending",
+                Standing::Failed => "failed",
+                Standing::Leaving => "leaving",
+            },
+            address: status::address(&pod),
+            path: status::path(&pod),
+            notes,
+            namespace: pod.namespace,
+            pod: pod.pod,
+            state: pod.state,
+            name: pod.name,
+            addresses: pod.addresses,
+            tailnet: pod.tailnet,
+            tags: pod.tags,
+            control_connected: pod.control_connected,
+            home_derp: pod.home_derp,
+            restarts: pod.restarts,
+            handovers: pod.handovers,
+            memory_bytes: pod.memory_bytes,
+            engine_pid: pod.engine_pid,
+            added_unix_ms: pod.added_unix_ms,
+            join,
+            live: pod.live,
+        }
+    }
+
+    fn in_trouble(&self) -> bool {
+        self.standing != "joined" || !self.notes.is_empty()
+    }
+}
+
+impl From<Told> for Event {
+    fn from(told: Told) -> Event {
+        let Told { namespace, pod, line } = told;
+        Event {
+            seq: line.seq,
+            unix_ms: line.unix_ms,
+            level: line.level,
+            pod: format!("{namespace}/{pod}"),
+            message: line.message,
+        }
+    }
+}
+
+/// The page's answer to its script, as JSON.
+pub async fn live(table: &Handle) -> Vec<u8> {
+    let all = table.live().await;
+    let totals = status::totals(all.iter().map(|(pod, ..)| pod));
+    let pods: Vec<Pod> = all.into_iter().map(|(pod, join, exit)| Pod::of(pod, join, exit.as_ref())).collect();
+    let live = Live {
+        node: status::node_name(),
+        version: env!("CARGO_PKG_VERSION"),
+        unix_ms: status::now_ms(),
+        totals,
+        trouble: pods.iter().filter(|pod| pod.in_trouble()).count(),
+        pods,
+        events: recent().latest(EVENTS).into_iter().map(Event::from).collect(),
+    };
+    serde_json::to_vec(&live).unwrap_or_default()
+}
+
+/// The page itself.
+pub fn page() -> Response {
+    // Who has no random bytes gets a page whose script does not run.
+    let nonce = getrandom::u64().map(|random| format!("{random:016x}")).unwrap_or_default();
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
+         img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8".to_owned()),
+        (header::CONTENT_SECURITY_POLICY, policy),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
+        (header::REFERRER_POLICY, "no-referrer".to_owned()),
+        (header::CACHE_CONTROL, "no-store".to_owned()),
+    ];
+    (headers, PAGE.replace(NONCE, &nonce)).into_response()
+}
+
+/// Refuses who calls this host by a name that anybody could have given it: a page from elsewhere whose name
+/// leads to the loopback would otherwise read what is shown here in the browser of somebody who may.
+///
+/// # Errors
+/// The refusal.
+pub fn by_a_local_name(headers: &HeaderMap) -> Result<(), Response> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
+        _ => host,
+    };
+    let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    if bare == "localhost" || bare.parse::<std::net::IpAddr>().is_ok() {
+        return Ok(());
+    }
+    let why = "this page is for localhost and for addresses: open http://localhost:PORT/\n";
+    Err((StatusCode::FORBIDDEN, why).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_brings_everything_and_its_policy_lets_nothing_else_in() {
+        let response = page();
+        let policy = response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap().to_owned();
+        assert!(policy.starts_with("default-src 'none';") && !policy.contains("unsafe"), "{policy}");
+        assert_eq!(PAGE.matches(NONCE).count(), 2, "one script, one style");
+        for foreign in [
+            "http://",
+            "https://",
+            "//cdn",
+            "@import",
+            "url(",
+            "src=",
+            "innerHTML",
+            "insertAdjacentHTML",
+            "eval(",
+        ] {
+            let found: Vec<&str> = PAGE
+                .lines()
+                .filter(|line| line.contains(foreign) && !line.contains("www.w3.org/2000/svg"))
+                .collect();
+            assert!(found.is_empty(), "{foreign}: {found:?}");
+        }
+        assert!(PAGE.len() < 32 << 10, "{} bytes", PAGE.len());
+    }
+
+    #[test]
+    fn names_that_anybody_could_give_are_refused() {
+        let asked = |host: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, host.parse().unwrap());
+            by_a_local_name(&headers).is_ok()
+        };
+        for host in ["localhost", "localhost:9465", "127.0.0.1:9465", "[::1]:9465", "[::1]", "10.0.0.7"] {
+            assert!(asked(host), "{host}");
+        }
+        for host in ["", "evil.example:9465", "localhost.evil.example", "127.0.0.1.evil.example"] {
+            assert!(!asked(host), "{host}");
+        }
+        assert!(by_a_local_name(&HeaderMap::new()).is_err());
+    }
+
+    #[test]
+    fn an_engine_that_ended_a_moment_ago_is_told_of() {
+        let exit = |seconds_ago| LastExit { kind: "crash", reason: "the engine crashed".into(), seconds_ago };
+        let of = |exit: Option<&LastExit>| {
+            let summary = status::tests::pod("shop", "web", "running");
+            Pod::of(
+                PodSummary { control_connected: true, health: Vec::new(), ..summary },
+                "4c1f".into(),
+                exit,
+            )
+        };
+        assert!(!of(None).in_trouble());
+        assert_eq!(of(Some(&exit(3))).notes, ["its engine ended 3 s ago: the engine crashed"]);
+        assert!(!of(Some(&exit(EXIT_TOLD_S))).in_trouble());
+    }
+}
