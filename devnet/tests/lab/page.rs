@@ -1,6 +1,7 @@
 //! The page of a node, seen by a real browser in it.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -10,7 +11,7 @@ use podtether_devnet::probe::ping::Pinging;
 use serde_json::json;
 
 use crate::browser::Browser;
-use crate::{Rig, engine_pid, lab_test, wait_for, wait_reachable};
+use crate::{Rig, engine_pid, lab_test, wait_for, wait_for_within, wait_reachable};
 
 const PAGE: &str = "http://127.0.0.1:9465/";
 /// What would make itself noticed if it became anything but text.
@@ -34,6 +35,28 @@ fn picture(browser: &mut Browser, name: &str) {
     if let Some(dir) = std::env::var_os("PODTETHER_PICTURES") {
         browser.screenshot(&PathBuf::from(dir).join(name));
     }
+}
+
+/// What is seen while the engine of a pod is killed whenever there is one.
+fn in_trouble(browser: &mut Browser) {
+    wait_for("an engine that is not restarted at once", || {
+        let first = rows(browser).first().cloned().unwrap_or_default();
+        let state = ["restarting", "backoff"].iter().any(|state| first.contains(state));
+        (state && first.contains("shop/web-x2x8l") && first.contains("the engine crashed")).then_some(())
+    });
+    wait_for("the sum to say so", || text(browser, "#sum").contains("4 joined").then_some(()));
+    wait_for("the title to say so", || {
+        browser.eval("document.title").as_str().unwrap().starts_with("(1) podtether ").then_some(())
+    });
+    picture(browser, "page-light.png");
+    browser.prefer("dark");
+    picture(browser, "page-dark.png");
+    browser.resize(380, 900);
+    let fits = "document.documentElement.scrollWidth <= document.documentElement.clientWidth";
+    assert_eq!(browser.eval(fits), true);
+    picture(browser, "page-narrow.png");
+    browser.resize(1180, 720);
+    browser.prefer("light");
 }
 
 #[test]
@@ -91,29 +114,27 @@ fn the_page_shows_pods_as_they_are_now_and_strangers_words_as_text() {
         assert_eq!(browser.eval("document.querySelectorAll('img, #table script').length"), 0);
         assert!(!browser.eval("document.title").as_str().unwrap().contains("owned"));
         assert!(rig.devnet.tell(device.id, json!({ "Health": [] })));
+        wait_for("all well again", || (!rows(&mut browser).concat().contains(HOSTILE)).then_some(()));
 
         // An engine that dies again and again is in trouble, and the first thing that is seen.
-        let mut killed = 0;
-        wait_for("an engine that is not restarted at once", || {
-            if let Some(pid) = engine_pid(node, "web-x2x8l").filter(|pid| *pid != killed) {
-                kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
-                killed = pid;
+        let (caller, stop) = (node.caller(), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let killing = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    if let Some(pid) = engine_pid(&caller, "web-x2x8l") {
+                        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            });
+            let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| in_trouble(&mut browser)));
+            stop.store(true, Ordering::Relaxed);
+            killing.join().unwrap();
+            if let Err(failure) = done {
+                std::panic::resume_unwind(failure);
             }
-            let first = rows(&mut browser).first().cloned().unwrap_or_default();
-            let state = ["restarting", "backoff"].iter().any(|state| first.contains(state));
-            (state && first.contains("shop/web-x2x8l") && first.contains("the engine crashed")).then_some(())
         });
-        assert!(text(&mut browser, "#sum").contains("4 joined"), "{}", text(&mut browser, "#sum"));
-        assert!(browser.eval("document.title").as_str().unwrap().starts_with("(1) podtether "));
-        picture(&mut browser, "page-light.png");
-        browser.prefer("dark");
-        picture(&mut browser, "page-dark.png");
-        browser.resize(380, 900);
-        assert_eq!(browser.eval("document.documentElement.scrollWidth"), 380, "it fits");
-        picture(&mut browser, "page-narrow.png");
-        browser.resize(1180, 720);
-        browser.prefer("light");
-        wait_for("the pod to be well again", || {
+        wait_for_within(Duration::from_secs(120), "the pod to be well again", || {
             let rows = rows(&mut browser);
             let of_it = rows.iter().find(|row| row.contains("shop/web-x2x8l"))?;
             of_it.contains("running").then_some(())

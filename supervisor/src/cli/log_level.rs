@@ -61,7 +61,7 @@ pub(super) async fn run(
 fn text(pod: &str, now: &PodLog) -> String {
     match now.raised {
         Some(LogFor { level, ms }) => {
-            format!("{pod}: {}, for {}\n", level.name(), age(Duration::from_millis(ms)))
+            format!("{pod}: {}, for {}\n", level.name(), age(Duration::from_secs(ms.div_ceil(1000))))
         }
         None => format!("{pod}: the default\n"),
     }
