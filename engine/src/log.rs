@@ -59,9 +59,8 @@ pub(crate) fn set(wish: Option<LogFor>) {
     }
 }
 
-/// A level in place of the filter's for our own targets. A level that is not wished for costs one load of a
-/// number where a line is written, none where it is not: whether a line is wanted is asked once for each place
-/// in the code, and again when the knob is turned.
+/// A level in place of the filter's for our own targets. While none is wished for it costs nothing: whether a line
+/// is wanted is asked once for each place in the code, and again when the knob is turned.
 #[derive(Debug)]
 struct Knob {
     /// 0 for none, else [`Knob::number`].
@@ -149,18 +148,31 @@ struct Log {
     out: Mutex<Output>,
 }
 
+impl Log {
+    /// Whether it is told as the process was started.
+    fn is_default(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event() && self.filter.passes(*metadata.level(), metadata.target())
+    }
+}
+
 impl tracing::Subscriber for Log {
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
-        if self.enabled(metadata) { Interest::always() } else { Interest::never() }
+        let default = self.is_default(metadata);
+        match self.knob.level().filter(|_| metadata.is_event() && metadata.target().starts_with(OURS)) {
+            Some(most) if *metadata.level() <= most => Interest::always(),
+            // Left out for a while: when that is over, such a line finds it out.
+            Some(_) if default => Interest::sometimes(),
+            None if default => Interest::always(),
+            Some(_) | None => Interest::never(),
+        }
     }
 
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        let (level, target) = (*metadata.level(), metadata.target());
-        metadata.is_event()
-            && match self.knob.level().filter(|_| target.starts_with(OURS)) {
-                Some(most) => level <= most,
-                None => self.filter.passes(level, target),
-            }
+        let own = self.knob.level().filter(|_| metadata.is_event() && metadata.target().starts_with(OURS));
+        match own.filter(|_| !self.knob.is_over(Instant::now())) {
+            Some(most) => *metadata.level() <= most,
+            None => self.is_default(metadata),
+        }
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
@@ -179,7 +191,7 @@ impl tracing::Subscriber for Log {
         if self.knob.is_over(Instant::now()) {
             self.knob.turn(None, Instant::now());
             tracing::callsite::rebuild_interest_cache();
-            if !self.enabled(event.metadata()) {
+            if !self.is_default(event.metadata()) {
                 return;
             }
         }

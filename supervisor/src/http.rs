@@ -156,12 +156,12 @@ async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Respons
 }
 
 async fn page(headers: HeaderMap) -> Response {
-    page::by_a_local_name(&headers).map_or_else(|refused| refused, |()| page::page())
+    page::refusal(&headers).unwrap_or_else(page::page)
 }
 
 async fn live(State(web): State<Web>, headers: HeaderMap) -> Response {
-    if let Err(refused) = page::by_a_local_name(&headers) {
-        return refused;
+    if let Some(refusal) = page::refusal(&headers) {
+        return refusal;
     }
     let answer = web.answers.live.get(async { Bytes::from(page::live(&web.table).await) }).await;
     let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];

@@ -167,12 +167,10 @@ pub fn page() -> Response {
     (headers, PAGE.replace(NONCE, &nonce)).into_response()
 }
 
-/// Refuses who calls this host by a name that anybody could have given it: a page from elsewhere whose name
-/// leads to the loopback would otherwise read what is shown here in the browser of somebody who may.
-///
-/// # Errors
-/// The refusal.
-pub fn by_a_local_name(headers: &HeaderMap) -> Result<(), Response> {
+/// The refusal for who calls this host by a name that anybody could have given it: a page from elsewhere whose
+/// name leads to the loopback would otherwise read what is shown here in the browser of somebody who may.
+#[must_use]
+pub fn refusal(headers: &HeaderMap) -> Option<Response> {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) => name,
@@ -180,10 +178,10 @@ pub fn by_a_local_name(headers: &HeaderMap) -> Result<(), Response> {
     };
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
     if bare == "localhost" || bare.parse::<std::net::IpAddr>().is_ok() {
-        return Ok(());
+        return None;
     }
     let why = "this page is for localhost and for addresses: open http://localhost:PORT/\n";
-    Err((StatusCode::FORBIDDEN, why).into_response())
+    Some((StatusCode::FORBIDDEN, why).into_response())
 }
 
 #[cfg(test)]
@@ -221,7 +219,7 @@ mod tests {
         let asked = |host: &str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::HOST, host.parse().unwrap());
-            by_a_local_name(&headers).is_ok()
+            refusal(&headers).is_none()
         };
         for host in ["localhost", "localhost:9465", "127.0.0.1:9465", "[::1]:9465", "[::1]", "10.0.0.7"] {
             assert!(asked(host), "{host}");
@@ -229,7 +227,7 @@ mod tests {
         for host in ["", "evil.example:9465", "localhost.evil.example", "127.0.0.1.evil.example"] {
             assert!(!asked(host), "{host}");
         }
-        assert!(by_a_local_name(&HeaderMap::new()).is_err());
+        assert!(refusal(&HeaderMap::new()).is_some());
     }
 
     #[test]
