@@ -67,21 +67,22 @@ impl Browser {
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
+        let place = move || {
+            let mut high = [0; 2];
+            for (end, copy) in ends.into_iter().zip(&mut high) {
+                // SAFETY: fcntl with integers only.
+                *copy = unsafe { libc::fcntl(end, libc::F_DUPFD_CLOEXEC, 10) };
+            }
+            for (copy, at) in high.into_iter().zip(PIPES) {
+                // SAFETY: dup2 with integers only.
+                if unsafe { libc::dup2(copy, at) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
         // SAFETY: between fork and exec only descriptors are duplicated, which allocates nothing.
-        unsafe {
-            command.pre_exec(move || {
-                let mut high = [0; 2];
-                for (end, copy) in ends.into_iter().zip(&mut high) {
-                    *copy = libc::fcntl(end, libc::F_DUPFD_CLOEXEC, 10);
-                }
-                for (copy, at) in high.into_iter().zip(PIPES) {
-                    if libc::dup2(copy, at) < 0 {
-                        return Err(io::Error::last_os_error());
-                    }
-                }
-                Ok(())
-            });
-        }
+        unsafe { command.pre_exec(place) };
         let child = command.spawn().unwrap();
         drop((commands, answers));
         let (send, received) = channel();
