@@ -119,6 +119,11 @@ fn commands_are_understood(set: &Value) {
     }
 }
 
+fn sort(list: &mut Value, by: &str) {
+    let list = list.as_array_mut().unwrap();
+    list.sort_by_key(|item| item[by].as_str().unwrap().to_owned());
+}
+
 /// Objects by kind and name, without what a tool adds so that a change of the configuration is rolled out.
 fn comparable(objects: &[Value]) -> BTreeMap<(String, String), Value> {
     let hashed = objects.iter().map(key).find(|(kind, _)| kind == "ConfigMap").unwrap().1;
@@ -127,6 +132,13 @@ fn comparable(objects: &[Value]) -> BTreeMap<(String, String), Value> {
         let mut object: Value = serde_json::from_str(&text).unwrap();
         if let Some(template) = object.pointer_mut("/spec/template/metadata").and_then(Value::as_object_mut) {
             template.remove("annotations");
+        }
+        // Patches put theirs first; the order means nothing.
+        if let Some(spec) = object.pointer_mut("/spec/template/spec") {
+            sort(&mut spec["volumes"], "name");
+            for container in spec["containers"].as_array_mut().unwrap() {
+                sort(&mut container["volumeMounts"], "mountPath");
+            }
         }
         if let Some(config) = object.pointer_mut("/data/supervisor.toml") {
             *config = configuration(config.as_str().unwrap()).into();
