@@ -81,7 +81,11 @@ impl Cluster {
 
     /// Whether the DaemonSet is going or gone; `known` when the API server has shown it before.
     pub(super) async fn uninstalls(&self, set: &DaemonSet, known: bool) -> bool {
-        is_going(known, self.daemon_set(set).await.as_ref().ok())
+        // By the verb that the supervisor has anyway.
+        let path = format!("/api/v1/namespaces?fieldSelector=metadata.name%3D{}", set.namespace);
+        let (itself, namespace) = tokio::join!(self.daemon_set(set), self.call(Method::GET, &path, None));
+        let namespace = namespace.ok().map(|(status, list)| (status, list["items"][0].clone()));
+        is_going(known, itself.as_ref().ok()) || is_going(known, namespace.as_ref())
     }
 
     /// Removes taints of this key from the node, however long that takes.
@@ -117,7 +121,8 @@ fn told(status: u16, said: &Value) -> String {
     format!("the API server answered {status}: {message}")
 }
 
-/// An API server that does not answer says nothing: the node may be about to restart. One that refuses what it
+/// What an answer says of the DaemonSet, or of its namespace, whose end takes pods before DaemonSets. An API server that
+/// does not answer says nothing: the node may be about to restart. One that refuses what it
 /// granted before has lost our account or its role, as it does when all of it is deleted at once.
 fn is_going(known: bool, answer: Option<&Answer>) -> bool {
     match answer {
@@ -169,6 +174,8 @@ mod tests {
             (true, Some((500, Value::Null)), false),
             (true, Some((429, Value::Null)), false),
             (true, None, false),
+            // A namespace that is in no list.
+            (true, Some((200, Value::Null)), false),
         ];
         for (known, answer, going) in table {
             assert_eq!(is_going(known, answer.as_ref()), going, "{known} {answer:?}");
@@ -184,6 +191,26 @@ mod tests {
         assert_eq!(patch[1]["value"], json!([a, b]));
         assert_eq!(without_taint(&node, "other"), None);
         assert_eq!(without_taint(&json!({"spec": {}}), "ours"), None);
+    }
+
+    #[tokio::test]
+    async fn a_namespace_that_ends_takes_pods_before_daemon_sets() {
+        for (going, uninstalls) in [(Value::Null, false), (json!("2026-01-01T00:00:00Z"), true)] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("http://{}", listener.local_addr().unwrap());
+            let answer = async move |uri: Uri| {
+                let set = json!({"metadata": {"name": "p"}});
+                let list = json!({"items": [{"metadata": {"deletionTimestamp": going}}]});
+                let of_namespace = uri.to_string() == "/api/v1/namespaces?fieldSelector=metadata.name%3Dp";
+                (if of_namespace { list } else { set }).to_string()
+            };
+            let routes = axum::Router::new().fallback(answer);
+            let served = tokio::spawn(async move { axum::serve(listener, routes).await });
+            let cluster = Cluster { url, account: "/nowhere".into() };
+            let set = DaemonSet { namespace: "p".into(), name: "p".into() };
+            assert_eq!(cluster.uninstalls(&set, true).await, uninstalls);
+            served.abort();
+        }
     }
 
     type Seen = Arc<Mutex<Vec<(String, Value)>>>;
