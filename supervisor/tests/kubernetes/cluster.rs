@@ -185,11 +185,12 @@ impl<'a> Cluster<'a> {
         Netns::open(Path::new(&format!("/proc/{pid}/ns/net"))).unwrap()
     }
 
-    /// The pid of a sandbox.
+    /// The pid of a sandbox. A runtime makes its process after its network.
     pub(crate) fn sandbox(&self, id: &str) -> u32 {
-        let text = self.node.runtime().must(&["--namespace", "k8s.io", "task", "ls"]);
-        let line = text.lines().find(|line| line.starts_with(id));
-        line.unwrap_or_else(|| panic!("{id} in {text}")).split_whitespace().nth(1).unwrap().parse().unwrap()
+        self.until("the sandbox has a process", || {
+            let text = self.node.runtime().must(&["--namespace", "k8s.io", "task", "ls"]);
+            text.lines().find(|line| line.starts_with(id))?.split_whitespace().nth(1)?.parse().ok()
+        })
     }
 
     /// Each answers on port 7 while what this returns lives.
