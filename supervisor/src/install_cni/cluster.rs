@@ -201,7 +201,7 @@ mod tests {
             let answer = async move |uri: Uri| {
                 let set = json!({"metadata": {"name": "p"}});
                 let list = json!({"items": [{"metadata": {"deletionTimestamp": going}}]});
-                let of_namespace = uri.to_string() == "/api/v1/namespaces?fieldSelector=metadata.name%3Dp";
+                let of_namespace = uri == "/api/v1/namespaces?fieldSelector=metadata.name%3Dp";
                 (if of_namespace { list } else { set }).to_string()
             };
             let routes = axum::Router::new().fallback(answer);
