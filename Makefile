@@ -4,7 +4,7 @@ build: ; cargo build --workspace --bins
 # static. getrandom would look its system call up by the dynamic loader, and then read a file that a sandbox has not.
 # Each is run where there is nothing else; tests/names.rs with PODTETHER_TEST_SUPERVISOR looks up names with one.
 TARGET ?= $(shell rustc -vV | sed -n 's/^host: //p')
-STATIC = -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs --cfg getrandom_backend="linux_getrandom"
+STATIC = -C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs -C link-arg=-Wl,--icf=all --cfg getrandom_backend="linux_getrandom"
 PROGRAMS = $(foreach p,podtether podtether-supervisor podtether-engine podtether-cni podtether-devnet,target/$(TARGET)/release/$(p))
 release:
 	RUSTFLAGS='$(STATIC)' cargo build --release --workspace --bins --target $(TARGET)
