@@ -10,7 +10,7 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, socket,
 };
 use podtether_net::Netns;
-use podtether_net::netlink::Netlink;
+use podtether_net::netlink::{Link, Netlink};
 
 use super::block_on;
 
@@ -53,7 +53,9 @@ pub fn host_state(ns: &Netns, dirs: &[&Path]) -> Result<HostState> {
     let mut state = HostState::default();
     block_on(async {
         let netlink = Netlink::open(ns).await?;
-        state.add("link", netlink.links().await?.iter().map(|l| format!("{l:?}")));
+        // The kernel says in its own time that a link is up whose other end is.
+        let links = netlink.links().await?.into_iter().map(|link| Link { running: false, ..link });
+        state.add("link", links.map(|link| format!("{link:?}")));
         state.add("address", netlink.addresses().await?.iter().map(|a| format!("{a:?}")));
         state.add("route", netlink.routes().await?.iter().map(|r| format!("{r:?}")));
         state.add("neighbour", netlink.neighbours().await?.iter().map(|n| format!("{n:?}")));
