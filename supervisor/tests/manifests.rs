@@ -32,6 +32,9 @@ const HELM: [&str; 6] = [
     "--include-crds",
 ];
 
+/// The ConfigMap with `supervisor.toml`.
+const CONFIG: &str = "podtether-config";
+
 fn deploy() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy")
 }
@@ -87,6 +90,23 @@ fn check(objects: &[Value]) {
             configuration(config);
         }
     }
+    if let Some(set) = objects.iter().find(|object| object["kind"] == "DaemonSet") {
+        its_end_can_be_seen(objects, set);
+    }
+}
+
+/// The Role names the DaemonSet, and `install-cni` asks for that: else our entry stays when all is uninstalled.
+fn its_end_can_be_seen(objects: &[Value], set: &Value) {
+    let (namespace, name) = (set["metadata"]["namespace"].as_str().unwrap(), &set["metadata"]["name"]);
+    let rules = objects.iter().filter(|object| object["kind"] == "Role").flat_map(|role| {
+        assert_eq!(role["metadata"]["namespace"], namespace);
+        role["rules"].as_array().unwrap()
+    });
+    let named: Vec<&Value> = rules.filter_map(|rule| rule["resourceNames"].as_array()).flatten().collect();
+    assert_eq!(named, [name]);
+    let argument = format!("--daemonset={namespace}/{}", name.as_str().unwrap());
+    let cni = &set["spec"]["template"]["spec"]["containers"][1]["args"];
+    assert!(cni.as_array().unwrap().contains(&argument.clone().into()), "{argument}: {cni}");
 }
 
 /// A configuration as the supervisor prints it.
@@ -124,12 +144,33 @@ fn sort(list: &mut Value, by: &str) {
     list.sort_by_key(|item| item[by].as_str().unwrap().to_owned());
 }
 
+fn volumes(object: &mut Value) -> impl Iterator<Item = &mut Value> {
+    object.pointer_mut("/spec/template/spec/volumes").and_then(Value::as_array_mut).into_iter().flatten()
+}
+
 /// Objects by kind and name, without what a tool adds so that a change of the configuration is rolled out.
 fn comparable(objects: &[Value]) -> BTreeMap<(String, String), Value> {
     let hashed = objects.iter().map(key).find(|(kind, _)| kind == "ConfigMap").unwrap().1;
     let plain = |object: &Value| {
-        let text = object.to_string().replace(&format!("{hashed:?}"), "\"podtether\"");
-        let mut object: Value = serde_json::from_str(&text).unwrap();
+        let mut object = object.clone();
+        // Nobody else may be called so: kustomize writes the name with the hash wherever it finds the bare one.
+        let config = |name: &mut Value| {
+            if *name == hashed {
+                *name = CONFIG.into();
+            }
+        };
+        if object["kind"] == "ConfigMap" {
+            config(&mut object["metadata"]["name"]);
+        }
+        for volume in volumes(&mut object) {
+            for source in
+                volume.pointer_mut("/projected/sources").and_then(Value::as_array_mut).into_iter().flatten()
+            {
+                if let Some(name) = source.pointer_mut("/configMap/name") {
+                    config(name);
+                }
+            }
+        }
         if let Some(template) = object.pointer_mut("/spec/template/metadata").and_then(Value::as_object_mut) {
             template.remove("annotations");
         }
@@ -156,8 +197,8 @@ fn base() -> Vec<Value> {
         .iter()
         .flat_map(|file| documents(&read(&format!("kustomize/base/{}", file.as_str().unwrap()))))
         .collect();
-    assert_eq!(list["configMapGenerator"], json!([{"name": "podtether", "files": ["supervisor.toml"]}]));
-    let metadata = json!({"name": "podtether", "namespace": "podtether"});
+    assert_eq!(list["configMapGenerator"], json!([{"name": CONFIG, "files": ["supervisor.toml"]}]));
+    let metadata = json!({"name": CONFIG, "namespace": "podtether"});
     let data = json!({"supervisor.toml": read("kustomize/base/supervisor.toml")});
     objects.push(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data}));
     objects

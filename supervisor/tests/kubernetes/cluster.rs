@@ -15,11 +15,10 @@ use crate::rig::devnet;
 use crate::runtime::{IMAGE, Names, PAUSE, Runtime, cgroups_named};
 use crate::traffic::{Echo, answers};
 
-const BASE: [&str; 3] = [
-    include_str!("../../../deploy/kustomize/base/namespace.yaml"),
-    include_str!("../../../deploy/kustomize/base/rbac.yaml"),
-    include_str!("../../../deploy/kustomize/base/daemonset.yaml"),
-];
+const NAMESPACE: &str = include_str!("../../../deploy/kustomize/base/namespace.yaml");
+const BASE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/kustomize/base");
+/// A user's own directory for kustomize.
+pub(crate) const OVERLAY: &str = "/var/lib/node/overlay";
 /// Where our entry is looked for.
 pub(crate) const CONFLIST: &str = "10-net.conflist";
 const API_SERVER: &str = "https://127.0.0.1:6443";
@@ -31,6 +30,24 @@ pub(crate) struct Cluster<'a> {
     pub(crate) node: Node<'a>,
     pub(crate) devnet: Devnet,
     names: &'a Names,
+}
+
+/// The base with this configuration.
+fn rendered(config: &str) -> String {
+    let dir = Path::new(OVERLAY);
+    fs::create_dir_all(dir).unwrap();
+    let up = "../".repeat(dir.components().count() - 1);
+    let list = format!(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: podtether\n\
+         resources: [{up}{}]\nconfigMapGenerator:\n\
+         - {{name: podtether-config, behavior: replace, files: [supervisor.toml]}}\n",
+        BASE.trim_start_matches('/')
+    );
+    fs::write(dir.join("kustomization.yaml"), list).unwrap();
+    fs::write(dir.join("supervisor.toml"), config).unwrap();
+    let (manifest, done) = kubectl(&["kustomize", OVERLAY], None);
+    assert!(done, "{manifest}");
+    manifest
 }
 
 /// A pod as the supervisor lists it.
@@ -45,23 +62,20 @@ pub(crate) struct Pod {
 }
 
 impl<'a> Cluster<'a> {
-    /// Brings it up with `change` made to the manifest.
-    pub(crate) fn start(names: &'a Names, change: impl FnOnce(String) -> String) -> Self {
+    /// Brings it up as a user does: namespace, Secret, and an overlay of the base with another configuration.
+    pub(crate) fn start(names: &'a Names) -> Self {
         let begun = Instant::now();
         let devnet = devnet(|_| {});
         let node = Node::start(names);
         let cluster = Self { node, devnet, names };
         println!("control plane up after {:?}", begun.elapsed());
-        let runtime = cluster.node.runtime();
-        let manifest = BASE.join("\n---\n").replace("podtether:0.1.0", IMAGE);
-        let manifest = manifest.replace("/etc/cni/net.d", runtime.conf_dir().to_str().unwrap());
-        let manifest = manifest.replace("/opt/cni/bin", runtime.plugin_dir().to_str().unwrap());
-        // Nobody leads services' addresses anywhere here.
-        let daemonset = "- --daemonset=podtether/podtether";
-        let manifest =
-            manifest.replace(daemonset, &format!("{daemonset}\n        - --api-server={API_SERVER}"));
-        cluster.apply(&change(manifest));
         let (id, secret) = cluster.devnet.oauth_client();
+        let secret = json!({
+            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "podtether", "namespace": "podtether"},
+            "stringData": {"id": id, "secret": secret, "ca.pem": cluster.devnet.ca_pem()},
+        });
+        cluster.apply(NAMESPACE);
+        cluster.apply(&secret.to_string());
         let config = format!(
             "[tailnet.default]\ncontrol_url = {url:?}\ntags = [\"tag:k8s-pod\"]\nca_file = \"/etc/podtether/ca.pem\"\n\
              [tailnet.default.credentials]\nkind = \"oauth\"\napi_url = {url:?}\n\
@@ -71,16 +85,15 @@ impl<'a> Cluster<'a> {
             url = cluster.devnet.http_url(),
             root = names.engines,
         );
-        let secret = json!({
-            "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "podtether", "namespace": "podtether"},
-            "stringData": {"id": id, "secret": secret, "ca.pem": cluster.devnet.ca_pem()},
-        });
-        let config = json!({
-            "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "podtether", "namespace": "podtether"},
-            "data": {"supervisor.toml": config},
-        });
-        cluster.apply(&secret.to_string());
-        cluster.apply(&config.to_string());
+        let runtime = cluster.node.runtime();
+        let manifest = rendered(&config).replace("podtether:0.1.0", IMAGE);
+        let manifest = manifest.replace("/etc/cni/net.d", runtime.conf_dir().to_str().unwrap());
+        let manifest = manifest.replace("/opt/cni/bin", runtime.plugin_dir().to_str().unwrap());
+        // Nobody leads services' addresses anywhere here.
+        let daemonset = "- --daemonset=podtether/podtether";
+        let manifest =
+            manifest.replace(daemonset, &format!("{daemonset}\n        - --api-server={API_SERVER}"));
+        cluster.apply(&manifest);
         cluster.serving();
         cluster.until("podtether is chained", || cluster.conflist()?.contains("podtether-cni").then_some(()));
         println!("supervisor up after {:?}", begun.elapsed());

@@ -42,7 +42,7 @@ fn is_gone(cluster: &Cluster<'_>, uid: &str) {
 #[test]
 fn the_supervisors_pod_goes_and_traffic_does_not_notice() {
     on_a_cluster("deleted::the_supervisors_pod_goes_and_traffic_does_not_notice", |names| {
-        let cluster = Cluster::start(names, |manifest| manifest);
+        let cluster = Cluster::start(names);
         cluster.deploy("web", 2);
         let before = cluster.settled(2);
         cluster.until("Kubernetes is told of both", || {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::cluster::{CONFLIST, Cluster};
+use crate::cluster::{CONFLIST, Cluster, OVERLAY};
 use crate::node::{kubectl, on_a_cluster};
 
 /// Pods of `app` that run.
@@ -15,7 +15,7 @@ fn running(app: &str) -> usize {
 #[test]
 fn the_node_is_as_it_was_when_all_is_uninstalled() {
     on_a_cluster("installed::the_node_is_as_it_was_when_all_is_uninstalled", |names| {
-        let cluster = Cluster::start(names, |manifest| manifest);
+        let cluster = Cluster::start(names);
         let runtime = cluster.node.runtime();
         let (list, plugin) = (runtime.conf_dir().join(CONFLIST), runtime.plugin_dir().join("podtether-cni"));
         cluster.deploy("web", 1);
@@ -37,10 +37,8 @@ fn the_node_is_as_it_was_when_all_is_uninstalled() {
         runtime.network("");
         let bare = fs::read_to_string(&list).unwrap();
         cluster.until("it is back", || (cluster.conflist()? == chained).then_some(()));
-        // All at once, the account and its role with it.
-        cluster.must(
-            "delete namespace/podtether clusterrole/podtether clusterrolebinding/podtether --wait=false",
-        );
+        // All at once, the account and its role with it, as docs/uninstall.md has it.
+        cluster.must(&format!("delete -k {OVERLAY} --wait=false"));
         cluster.until("the list is as it was", || (cluster.conflist()? == bare).then_some(()));
         cluster.until("the plugin is gone", || (!plugin.exists()).then_some(()));
         cluster.deploy("after", 1);

@@ -120,7 +120,7 @@ fn pods_keep_what_is_theirs_and_leave_nothing() {
         let (rounds, count) = (number("PODTETHER_KUBE_ROUNDS", 3), number("PODTETHER_KUBE_PODS", 6));
         println!("SEED={seed} PODTETHER_KUBE_ROUNDS={rounds} PODTETHER_KUBE_PODS={count}");
         let mut dice = Dice(seed | 1);
-        let mut cluster = Cluster::start(names, |manifest| manifest);
+        let mut cluster = Cluster::start(names);
         let replicas = u32::try_from(count).unwrap();
         let count = usize::try_from(count).unwrap();
         let begun = Instant::now();
