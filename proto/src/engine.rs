@@ -10,7 +10,8 @@ use crate::log::LogFor;
 use crate::sandbox::StepReport;
 use crate::secret::{SecretKey, SecretString};
 
-/// Served by an engine, one connection at a time from its supervisor.
+/// Served by an engine, one connection at a time from its supervisor. Each call has a line in [`crate::calls`], which
+/// says since which minor of [`crate::PROTO_VERSION`] it is there: 4.0 where nothing is said here.
 #[tarpc::service]
 pub trait Engine {
     /// Who is there. Always the first call, and the heartbeat after it: the answer comes from the loop that moves
@@ -29,19 +30,19 @@ pub trait Engine {
     async fn metrics() -> EngineMetrics;
     /// One line per peer.
     async fn peers() -> Vec<PeerStatus>;
-    /// Everything known of the way to one peer, which is named by name, address or stable id.
+    /// Everything known of the way to one peer, which is named by name, address or stable id. Since 4.1.
     async fn way(peer: String) -> Result<Way, String>;
-    /// What the network looks like from here, as last measured.
+    /// What the network looks like from here, as last measured. Since 4.1.
     async fn netcheck() -> NetReport;
     /// What would become of such a packet now, and which rule says so. Asking changes and counts nothing.
     async fn why(packet: Flow) -> Result<Verdict, String>;
     /// Certificates to trust beyond the built-in roots from now on, PEM; connections that are open stay.
     /// Refused, with the former ones in force, when they do not parse.
     async fn set_roots(extra_roots_pem: String) -> Result<(), String>;
-    /// Logs so much for a while, or as the process was started.
+    /// Logs so much for a while, or as the process was started. Since 4.1.
     async fn set_log(wish: Option<LogFor>);
     /// Asks the control server for this host name, one DNS label, from now on. What the node is called then is in
-    /// [`EngineStatus::node`] when the server has answered.
+    /// [`EngineStatus::node`] when the server has answered. Since 4.1.
     async fn rename(hostname: String) -> Result<(), String>;
     /// Pings a peer, which is named by name, address or stable id; at the latest after [`PING_MAX`].
     async fn ping(peer: String, kind: PingKind) -> Result<Pong, String>;

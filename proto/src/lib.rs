@@ -4,10 +4,12 @@
 //! * [`engine`]: served by an engine on the socket its supervisor made for it. The supervisor calls,
 //!   the engine reports through the [`engine::Engine::watch`] long poll, so an engine never needs to
 //!   reach its supervisor and any later supervisor can take its place.
+//! * [`calls`]: which minor of the version has which call of an engine.
 //! * [`node`]: served by the supervisor on `run_dir/supervisor.sock` for the CNI plugin and the tools.
 //! * [`log`]: what lines of a log have in common.
 //! * [`transport`]: how both are carried (length-delimited JSON over a Unix socket, bounded).
 
+pub mod calls;
 pub mod clock;
 pub mod engine;
 pub mod exit;
@@ -25,12 +27,12 @@ pub mod transport;
 ///
 /// * add a field, with `#[serde(default)]`: who does not know it passes it over, and who misses it takes the
 ///   default, which has to mean what was so before;
-/// * add a call: an engine is asked only what the minor of its `hello` has, because a call that it does not
-///   know ends the connection.
+/// * add a call: an engine is asked only what the minor of its `hello` has ([`calls`]), because a call that it does
+///   not know ends the connection.
 ///
 /// Everything else is a new major: a field that goes, changes its type, its unit or its meaning, and also a
 /// further variant of an enum in an answer, which the other side could not read.
-pub const PROTO_VERSION: Version = Version { major: 4, minor: 0 };
+pub const PROTO_VERSION: Version = Version { major: 4, minor: 1 };
 
 /// A protocol version; see [`PROTO_VERSION`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

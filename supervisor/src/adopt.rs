@@ -17,9 +17,9 @@ use nix::fcntl::OFlag;
 use nix::sys::stat::Mode;
 use podtether_net::link::{DnsSockets, TUN_NAME};
 use podtether_net::{Netns, tun};
-use podtether_proto::engine::{EngineClient, Hello, Role};
+use podtether_proto::calls::{self, KnownEngine};
+use podtether_proto::engine::{Hello, Role};
 use podtether_proto::{PROTO_VERSION, fds, transport};
-use tarpc::client;
 use tokio::net::unix::pipe;
 
 use crate::engine::{ANSWER_WITHIN, Home, Place, within};
@@ -34,7 +34,7 @@ pub struct Adopted {
     /// The process.
     pub process: Arc<Process>,
     /// The one connection to it.
-    pub client: EngineClient,
+    pub client: KnownEngine,
     /// What it said.
     pub hello: Hello,
     /// The uid it runs under.
@@ -151,8 +151,7 @@ async fn role(home: &Home, process: &Process) -> Option<Role> {
     if pid != Some(process.pid()) {
         return None;
     }
-    let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
-    let hello = client.hello(within(ANSWER_WITHIN)).await.ok()?;
+    let (_, hello) = calls::greet(transport::framed(stream), within(ANSWER_WITHIN)).await.ok()?;
     (!hello.pod_uid.is_empty()).then_some(hello.role)
 }
 
@@ -183,9 +182,8 @@ async fn untraced(home: &Home, pod_uid: &str) -> Option<Process> {
     let stream = tokio::net::UnixStream::connect(home.socket()).await.ok()?;
     let pid = stream.peer_cred().ok()?.pid().and_then(|pid| u32::try_from(pid).ok())?;
     let process = Process::adopted(pid).ok()?;
-    let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
     // What does not answer may be anybody who has this pid by now.
-    let hello = client.hello(within(ANSWER_WITHIN)).await.ok()?;
+    let (_, hello) = calls::greet(transport::framed(stream), within(ANSWER_WITHIN)).await.ok()?;
     (hello.pid == pid && hello.pod_uid == pod_uid).then_some(process)
 }
 
@@ -205,7 +203,7 @@ async fn believe(
     record: &Attachment,
     uid: Option<u32>,
     link_netns: &Path,
-) -> Result<(EngineClient, Hello, u32, Descriptors), String> {
+) -> Result<(KnownEngine, Hello, u32, Descriptors), String> {
     let stream = tokio::net::UnixStream::connect(home.socket())
         .await
         .map_err(|e| format!("nobody listens on its socket: {e}"))?;
@@ -218,8 +216,8 @@ async fn believe(
     if record.uid.is_some_and(|recorded| recorded != peer.uid()) && uid != Some(peer.uid()) {
         return Err(format!("its socket belongs to uid {}", peer.uid()));
     }
-    let client = EngineClient::new(client::Config::default(), transport::framed(stream)).spawn();
-    let hello = client.hello(within(ANSWER_WITHIN)).await.map_err(|e| format!("it does not answer: {e}"))?;
+    let greeted = calls::greet(transport::framed(stream), within(ANSWER_WITHIN)).await;
+    let (client, hello) = greeted.map_err(|e| format!("it does not answer: {e}"))?;
     if !PROTO_VERSION.accepts(hello.version) {
         let (theirs, ours) = (hello.version, PROTO_VERSION);
         return Err(format!(

@@ -13,11 +13,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr, sockopt};
-use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest, WATCH_MARGIN, WATCH_MAX};
+use podtether_proto::calls::{self, KnownEngine};
+use podtether_proto::engine::{EngineStatus, Hello, StartRequest, WATCH_MARGIN, WATCH_MAX};
 use podtether_proto::exit::ExitReason;
 use podtether_proto::{PROTO_VERSION, transport};
+use tarpc::client::RpcError;
+use tarpc::context;
 use tarpc::context::Context;
-use tarpc::{client, context};
 use tokio::process::Child;
 use tokio::sync::mpsc;
 use tracing::Instrument as _;
@@ -61,7 +63,7 @@ pub enum Event {
         /// Its first answer.
         hello: Hello,
         /// To it.
-        client: EngineClient,
+        client: KnownEngine,
         /// From the fork to that answer: the program was executed and confined itself.
         ready: Duration,
     },
@@ -331,7 +333,7 @@ pub async fn attend<M>(
 /// As [`attend`], for an engine that an earlier supervisor had started at `since`.
 pub async fn attend_adopted<M>(
     process: Arc<Process>,
-    client: EngineClient,
+    client: KnownEngine,
     home: Home,
     since: Instant,
     reports: Reports<M>,
@@ -447,9 +449,8 @@ async fn session<M>(
         Ok(transport) => transport,
         Err(e) => return Verdict::Lost(format!("cannot connect to the engine's socket: {e}")),
     };
-    let client = EngineClient::new(client::Config::default(), transport).spawn();
-    let hello = match client.hello(within(FIRST_ANSWER_WITHIN)).await {
-        Ok(hello) => hello,
+    let (client, hello) = match calls::greet(transport, within(FIRST_ANSWER_WITHIN)).await {
+        Ok(there) => there,
         Err(e) => return broken("hello", &e),
     };
     let ready = process.age();
@@ -469,14 +470,14 @@ async fn session<M>(
     follow(process, &client, reports).await
 }
 
-async fn follow<M>(process: &Process, client: &EngineClient, reports: &Reports<M>) -> Verdict {
+async fn follow<M>(process: &Process, client: &KnownEngine, reports: &Reports<M>) -> Verdict {
     tokio::select! {
         verdict = watch(client, reports) => verdict,
         verdict = heartbeat(process, client) => verdict,
     }
 }
 
-async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
+async fn watch<M>(client: &KnownEngine, reports: &Reports<M>) -> Verdict {
     let mut seq = 0;
     let mut pace = Pace::new(STATUS_EVERY, STATUS_BURST);
     loop {
@@ -493,7 +494,7 @@ async fn watch<M>(client: &EngineClient, reports: &Reports<M>) -> Verdict {
     }
 }
 
-async fn heartbeat(process: &Process, client: &EngineClient) -> Verdict {
+async fn heartbeat(process: &Process, client: &KnownEngine) -> Verdict {
     let phase = HEARTBEAT / BEATS_APART * (process.pid() % BEATS_APART);
     let mut answered: Option<(Instant, Used)> = None;
     loop {
@@ -533,13 +534,10 @@ fn next_beat(now: Instant, phase: Duration) -> Instant {
     now + HEARTBEAT - Duration::from_nanos(u64::try_from(into).unwrap_or(0))
 }
 
-fn broken(call: &str, e: &client::RpcError) -> Verdict {
+fn broken(call: &str, e: &RpcError) -> Verdict {
     match e {
-        client::RpcError::DeadlineExceeded => Verdict::Silent(call.to_owned()),
-        client::RpcError::Shutdown
-        | client::RpcError::Send(_)
-        | client::RpcError::Channel(_)
-        | client::RpcError::Server(_) => {
+        RpcError::DeadlineExceeded => Verdict::Silent(call.to_owned()),
+        RpcError::Shutdown | RpcError::Send(_) | RpcError::Channel(_) | RpcError::Server(_) => {
             Verdict::Lost(format!("the connection to the engine broke ({call}: {e})"))
         }
     }

@@ -30,7 +30,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineClient, EngineMetrics, PING_MAX, PingKind, Pong, Underlay};
+use podtether_proto::calls::KnownEngine;
+use podtether_proto::engine::{EngineMetrics, PING_MAX, PingKind, Pong, Underlay};
 use podtether_proto::node::{
     self, AddRequest, Attached, AttachmentId, CheckRequest, CniError, GcRequest, PodRouting, PodSelector,
     Renewal, Renewed, Routing, code,
@@ -88,10 +89,11 @@ enum Message {
     Renew(PodSelector, Renewal, renew::Renewer),
     HandedOver(AttachmentId, u64, Result<Box<handover::Successor>, handover::GivenUp>),
     PredecessorEnded(AttachmentId, u32),
+    NotRenamed(AttachmentId, u64, String),
     Choice(PodSelector, oneshot::Sender<Result<node::Choice, CniError>>),
     Devices(oneshot::Sender<Vec<Device>>),
     Cleanup(bool, oneshot::Sender<Result<node::Cleanup, CniError>>),
-    Client(PodSelector, oneshot::Sender<Result<(String, EngineClient), CniError>>),
+    Client(PodSelector, oneshot::Sender<Result<(String, KnownEngine), CniError>>),
     Explain(PodSelector, explain::Asker),
     Logged(PodSelector, logs::Asker),
     List(oneshot::Sender<Listing>),
@@ -116,7 +118,8 @@ impl Message {
             | Self::Worked(id, ..)
             | Self::Limited(id, ..)
             | Self::HandedOver(id, ..)
-            | Self::PredecessorEnded(id, _) => Some(id),
+            | Self::PredecessorEnded(id, _)
+            | Self::NotRenamed(id, ..) => Some(id),
             Self::Check(request, _) => Some(&request.attachment),
             Self::Add(..)
             | Self::Gc(..)
@@ -143,7 +146,7 @@ pub struct Listing {
     /// One per attachment.
     pub pods: Vec<PodReport>,
     /// Calls to the engines, in the same order.
-    pub clients: Vec<Option<EngineClient>>,
+    pub clients: Vec<Option<KnownEngine>>,
     /// Record files that did not load.
     pub asides: Vec<Aside>,
 }
@@ -278,7 +281,7 @@ impl Handle {
                 distrust::tame(&mut why, MAX_REASON);
                 Err(failed(why))
             }
-            Err(e) => Err(failed(format!("its engine does not answer: {e}"))),
+            Err(e) => Err(asked::silent(&name, &e)),
         }
     }
 
@@ -407,6 +410,10 @@ impl Table {
             }
             Message::PredecessorEnded(id, pid) => {
                 self.predecessor_ended(&id, pid);
+                self.advance(&id);
+            }
+            Message::NotRenamed(id, epoch, why) => {
+                self.not_renamed(&id, epoch, why);
                 self.advance(&id);
             }
             Message::Cleanup(dry_run, reply) => self.cleanup(dry_run, reply),

@@ -16,6 +16,9 @@ use podtether_net::Netns;
 use podtether_net::link::{LINK_SIDE_NAME, TUN_NAME};
 use podtether_net::netlink::Netlink;
 use podtether_net::testing::{block_on, in_namespaces, move_link};
+use podtether_proto::PROTO_VERSION;
+use podtether_proto::log::LogLevel;
+use podtether_proto::node::{LogWish, PodSelector};
 use rig::*;
 use serde_json::Value;
 
@@ -306,6 +309,102 @@ fn engines_of_the_minor_next_to_this_one_are_started_and_taken_up() {
             tokio::time::sleep(Duration::from_secs(7)).await;
             assert_eq!(rig.pod("a")["enginePid"], before["enginePid"]);
             assert_eq!(rig.pod("a")["lastExit"], Value::Null);
+        });
+    });
+}
+
+/// As after an upgrade of the supervisor: the engine is of the minor before.
+#[test]
+fn an_engine_of_the_minor_before_is_asked_nothing_that_it_does_not_know() {
+    in_namespaces("an_engine_of_the_minor_before_is_asked_nothing_that_it_does_not_know", |dir| {
+        let devnet = devnet(|_| {});
+        let mut rig = with_standins(dir, &devnet);
+        rig.config = rig.config.replace("tags = ", "hostname_template = \"taken\"\ntags = ");
+        rig.environment.push(("PODTETHER_LOG", format!("info,{}", standin::ANOTHER_MINOR)));
+        rig.start();
+        let podtether = |arguments: &[&str]| {
+            let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_podtether"));
+            let socket = dir.join("run/supervisor.sock");
+            let output = command.args(arguments).arg("--socket").arg(socket).output().unwrap();
+            (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        let earlier = format!("version {}.{} and has no ", PROTO_VERSION.major, standin::minor());
+        let refused = |arguments: &[&str], call: &str| {
+            let (code, said) = podtether(arguments);
+            assert_eq!(code, Some(1), "{said}");
+            let what = format!("{earlier}{call}, which came with ");
+            for part in
+                ["pod default/a: its engine is of an earlier build", &what, "`podtether restart default/a`"]
+            {
+                assert!(said.contains(part), "no {part:?}: {said}");
+            }
+        };
+        block_on(async {
+            let selector = || PodSelector::Pod { namespace: "default".into(), name: "a".into() };
+            // Of the host name: its value, and the notes about it.
+            let told = async |rig: &Rig| {
+                let client = rig.client().await;
+                let choice = client.choice(within(TIMEOUT), selector()).await.unwrap().unwrap();
+                let setting = choice.settings.into_iter().find(|setting| setting.name == "hostname");
+                (setting.unwrap().value, choice.notes)
+            };
+            rig.netns("a").await;
+            rig.add("a").await.unwrap();
+            let before = rig.until("a", "running", running).await;
+            assert_eq!(before["name"], "taken-1.tailnet.test");
+            // Whatever its ADD is answered before: the name that it cannot ask for is told of.
+            let start = Instant::now();
+            while told(&rig).await.0 != "taken-1" {
+                assert!(start.elapsed() < TIMEOUT, "{:?}", told(&rig).await);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let (_, notes) = told(&rig).await;
+            assert_eq!(notes.len(), 1, "{notes:?}");
+            for part in [
+                "host name taken is taken",
+                "is called taken-1 until `podtether restart default/a`",
+                &earlier,
+            ] {
+                assert!(notes[0].contains(part), "no {part:?}: {notes:?}");
+            }
+
+            for round in 0..2 {
+                refused(&["log-level", "a", "debug"], "set_log");
+                refused(&["netcheck", "a"], "netcheck");
+                refused(&["ping", "a", "b", "-c", "1"], "way");
+                let log = rig.client().await.log_level(within(TIMEOUT), selector(), LogWish::Tell).await;
+                let raised = log.unwrap().unwrap().raised;
+                assert_eq!(raised.map(|log| log.level), Some(LogLevel::Debug), "the supervisor's own lines");
+                let now = rig.until("a", "settled", settled).await;
+                assert_eq!((&now["enginePid"], &now["lastExit"]), (&before["enginePid"], &Value::Null));
+                if round == 0 {
+                    // What is started from now on is of this build.
+                    rig.kill();
+                    rig.environment.clear();
+                    rig.start();
+                    rig.client().await;
+                    rig.until("a", "taken up", settled).await;
+                }
+            }
+            let start = Instant::now();
+            while told(&rig).await.1.is_empty() {
+                assert!(start.elapsed() < TIMEOUT, "the next supervisor tells of the name as well");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+
+            let (code, said) = podtether(&["restart", "a", "--kill"]);
+            assert_eq!(code, Some(0), "{said}");
+            let now = rig.until("a", "settled", settled).await;
+            assert_ne!(now["enginePid"], before["enginePid"]);
+            let name = now["name"].as_str().unwrap().split('.').next().unwrap();
+            assert!(name.starts_with("taken-") && name.len() > "taken-1".len(), "{name}");
+            let start = Instant::now();
+            while told(&rig).await != (name.to_owned(), Vec::new()) {
+                assert!(start.elapsed() < TIMEOUT, "{:?}", told(&rig).await);
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let (code, said) = podtether(&["log-level", "a", "trace"]);
+            assert_eq!(code, Some(0), "{said}");
         });
     });
 }

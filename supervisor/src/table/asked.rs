@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use podtether_proto::engine::{EngineClient, EngineMetrics, Flow, NetReport, PeerStatus, Verdict, Way};
+use podtether_proto::calls::{self, KnownEngine};
+use podtether_proto::engine::{EngineMetrics, Flow, NetReport, PeerStatus, Verdict, Way};
 use podtether_proto::node::{CniError, Explained, Live, PodSelector, PodSummary, code};
 use tarpc::client::RpcError;
 
@@ -118,17 +119,26 @@ impl Handle {
         Ok(report)
     }
 
-    async fn client(&self, pod: PodSelector) -> Result<(String, EngineClient), CniError> {
+    async fn client(&self, pod: PodSelector) -> Result<(String, KnownEngine), CniError> {
         self.ask(|to| Message::Client(pod, to)).await.unwrap_or_else(|| Err(ending()))
     }
 }
 
-fn silent(pod: &str, error: &RpcError) -> CniError {
-    CniError {
-        code: code::TRY_AGAIN,
-        msg: format!("{pod}: its engine does not answer: {error}"),
-        details: "one that hangs is restarted within seconds".to_owned(),
-    }
+/// Why the engine of a pod gave no answer, and what to do.
+pub(super) fn silent(pod: &str, error: &RpcError) -> CniError {
+    let (mut msg, details) = if let Some(why) = calls::unknown(error) {
+        let name = pod.strip_prefix("pod ").unwrap_or(pod);
+        (
+            format!("{pod}: its engine is of an earlier build and was not asked: {why}"),
+            format!("`podtether restart {name}` hands the pod over to an engine of this build"),
+        )
+    } else {
+        let details = "one that hangs is restarted within seconds".to_owned();
+        (format!("{pod}: its engine does not answer: {error}"), details)
+    };
+    // It may have said so itself.
+    tame(&mut msg, MAX_REASON);
+    CniError { code: code::TRY_AGAIN, msg, details }
 }
 
 fn refused(what: &str, mut why: String) -> CniError {
@@ -163,7 +173,7 @@ fn page<T: serde::Serialize>(all: Vec<T>) -> Vec<T> {
 }
 
 /// With what the engine says, where it is asked and answers.
-async fn summarised(report: PodReport, client: Option<EngineClient>) -> PodSummary {
+async fn summarised(report: PodReport, client: Option<KnownEngine>) -> PodSummary {
     let metrics = match client {
         Some(client) => client.metrics(within(ENGINE_WITHIN)).await.ok(),
         None => None,

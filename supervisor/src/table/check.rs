@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use podtether_net::link::{self, PodConfig};
-use podtether_proto::engine::{EngineClient, NodeState, PeerStatus};
+use podtether_proto::calls::KnownEngine;
+use podtether_proto::engine::{NodeState, PeerStatus};
 use podtether_proto::node::{CheckRequest, CniError, code};
 
 use super::Table;
@@ -86,7 +87,7 @@ fn compare(name: &str, request: &CheckRequest, config: &PodConfig) -> Result<(),
     Ok(())
 }
 
-async fn check_engine(name: &str, client: &EngineClient) -> Result<(), CniError> {
+async fn check_engine(name: &str, client: &KnownEngine) -> Result<(), CniError> {
     let silent = |e| failed(format!("{name}: its engine does not answer: {e}"), RESTARTED);
     let status = client.watch(within(ANSWER_WITHIN), 0).await.map_err(silent)?;
     if status.state != NodeState::Running {

@@ -7,10 +7,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineClient, EngineStatus, Hello, StartRequest};
+use podtether_proto::calls::{self, KnownEngine};
+use podtether_proto::engine::{EngineStatus, Hello, StartRequest};
 use podtether_proto::node::{AttachmentId, code};
 use podtether_proto::{PROTO_VERSION, transport};
-use tarpc::client;
 use tokio::sync::oneshot;
 use tracing::Instrument as _;
 
@@ -59,7 +59,7 @@ struct Order {
     record: Attachment,
     fds: Arc<Fds>,
     place: Place,
-    old: EngineClient,
+    old: KnownEngine,
     old_process: Arc<Process>,
     /// Which has let go of an earlier handover and may live.
     predecessor: Option<Arc<Process>>,
@@ -70,7 +70,7 @@ struct Order {
 #[derive(Debug)]
 pub(super) struct Successor {
     process: Arc<Process>,
-    client: EngineClient,
+    client: KnownEngine,
     hello: Hello,
     home: Home,
     names: Sockets,
@@ -314,15 +314,14 @@ async fn hand_over(order: Order, cancelled: oneshot::Receiver<()>) -> Result<Suc
     }
 }
 
-type Brought = (EngineClient, Hello, EngineStatus, u64);
+type Brought = (KnownEngine, Hello, EngineStatus, u64);
 
 async fn bring_up(home: &Home, old: &Process, request: Box<StartRequest>) -> Result<Brought, GivenUp> {
     let start = |why: String| given_up("start", why);
     let transport = transport::connect(home.socket()).await;
     let transport = transport.map_err(|e| start(format!("cannot connect to its successor: {e}")))?;
-    let client = EngineClient::new(client::Config::default(), transport).spawn();
-    let hello = client.hello(within(STARTED_WITHIN)).await;
-    let hello = hello.map_err(|e| start(format!("its successor does not answer: {e}")))?;
+    let greeted = calls::greet(transport, within(STARTED_WITHIN)).await;
+    let (client, hello) = greeted.map_err(|e| start(format!("its successor does not answer: {e}")))?;
     if !PROTO_VERSION.accepts(hello.version) {
         return Err(start("its successor speaks another version: update both".into()));
     }

@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use podtether_proto::engine::{EngineClient, PodRef};
+use podtether_proto::calls::KnownEngine;
+use podtether_proto::engine::PodRef;
 use podtether_proto::node::{CniError, LogWish, PodLog, PodSelector, code};
 use tokio::sync::oneshot;
 use tracing::Span;
 
+use super::asked::silent;
 use super::attach::{error, pod_name};
 use super::{Handle, Message, Table, ending};
 use crate::engine::within;
@@ -18,7 +20,7 @@ const ENGINE_WITHIN: Duration = Duration::from_secs(2);
 /// Who is logged of.
 pub(super) struct Logged {
     pod: PodRef,
-    client: Option<EngineClient>,
+    client: Option<KnownEngine>,
     span: Span,
 }
 
@@ -58,12 +60,9 @@ impl Handle {
         }
         if let Some(client) = found.client {
             client.set_log(within(ENGINE_WITHIN), raised).await.map_err(|e| {
-                let what = format!("{}: its engine does not answer: {e}", pod_name(&found.pod));
-                error(
-                    code::TRY_AGAIN,
-                    what,
-                    "the supervisor's own lines are changed, and the next engine's will be",
-                )
+                let CniError { code, msg, details } = silent(&pod_name(&found.pod), &e);
+                let so_far = "the supervisor's own lines are changed, and the next engine's will be";
+                error(code, msg, format!("{so_far}; {details}"))
             })?;
         }
         Ok(PodLog { raised })

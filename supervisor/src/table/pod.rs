@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use podtether_net::link::{Configured, DnsSockets, Link as NetLink, PodConfig};
-use podtether_proto::engine::{EngineClient, EngineStatus, HealthMessage, NodeState, Routing};
+use podtether_proto::calls::KnownEngine;
+use podtether_proto::engine::{EngineStatus, HealthMessage, NodeState, Routing};
 use podtether_proto::fds;
 use podtether_proto::node::{AddRequest, Attached, CniError};
 use tokio::sync::oneshot;
@@ -92,7 +93,7 @@ pub(super) struct Running {
     /// Version of the extra roots it knows.
     pub(super) roots: u64,
     /// From its first answer on.
-    pub(super) client: Option<EngineClient>,
+    pub(super) client: Option<KnownEngine>,
     pub(super) status: Option<EngineStatus>,
     /// The supervisor told it to end.
     pub(super) asked: bool,
@@ -257,7 +258,7 @@ impl Pod {
     pub(super) fn new(record: record::Attachment, identity: IdentityKey, saved: bool) -> Pod {
         let span = log::scope::of(&record.pod, &record.attachment.container_id, &record.join);
         Pod {
-            naming: if record.addresses.is_empty() { Naming::Unknown } else { Naming::Settled },
+            naming: if record.addresses.is_empty() { Naming::Unknown } else { Naming::Loaded },
             record,
             span,
             clock: Clock::default(),

@@ -1,7 +1,7 @@
 //! Routes of other nodes: asked for, told to the engine, put onto the pod's interface.
 
 use podtether_net::link::PodConfig;
-use podtether_proto::engine::EngineClient;
+use podtether_proto::calls::KnownEngine;
 use podtether_proto::node::{AttachedRoute, AttachmentId, CniError, PodRouting, PodSelector, Routing, code};
 use tokio::sync::oneshot;
 
@@ -38,7 +38,7 @@ impl Table {
     }
 
     /// The engine of a pod, and what to call the pod.
-    pub(super) fn client(&self, selector: &PodSelector) -> Result<(String, EngineClient), CniError> {
+    pub(super) fn client(&self, selector: &PodSelector) -> Result<(String, KnownEngine), CniError> {
         let id = self.select(selector)?;
         let pod = self.pods.get(&id).ok_or_else(|| error(code::UNKNOWN_CONTAINER, "no such pod", ""))?;
         let name = pod_name(&pod.record.pod);

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use podtether_net::link::{self, Configured, LinkSpec, PodConfig};
 use podtether_net::sockets::{self, Family, PortChoice};
-use podtether_proto::engine::{EngineClient, EngineStatus, Routing};
+use podtether_proto::calls::KnownEngine;
+use podtether_proto::engine::{EngineStatus, Routing};
 use podtether_proto::exit::EngineExit;
 
 use super::pod::{Fds, Taken, Underlay};
@@ -165,12 +166,12 @@ pub(super) async fn configure(spec: LinkSpec, fds: Arc<Fds>, config: PodConfig) 
     Outcome::Configured(config, result)
 }
 
-pub(super) async fn tell_routing(client: EngineClient, routing: Routing) -> Outcome {
+pub(super) async fn tell_routing(client: KnownEngine, routing: Routing) -> Outcome {
     let result = client.set_routing(within(ANSWER_WITHIN), routing.clone()).await;
     Outcome::RoutingTold(routing, result.map(Box::new).map_err(|e| e.to_string()))
 }
 
-pub(super) async fn logout(client: EngineClient, process: Arc<Process>, patience: Duration) -> Outcome {
+pub(super) async fn logout(client: KnownEngine, process: Arc<Process>, patience: Duration) -> Outcome {
     let failed = match client.logout(within(patience)).await {
         Ok(Ok(())) => return Outcome::LoggedOut(Ok(())),
         Ok(Err(e)) => e,

@@ -19,6 +19,8 @@ use tarpc::server::{BaseChannel, Channel as _};
 
 mod another_minor;
 
+pub(crate) use another_minor::minor;
+
 /// A target that nobody logs to.
 pub(crate) const ANOTHER_MINOR: &str = "another_minor=off";
 
@@ -37,6 +39,7 @@ extern "C" fn before_main() {
 struct Standin {
     started: mpsc::Sender<StartRequest>,
     pod: Arc<OnceLock<PodRef>>,
+    hostname: Arc<OnceLock<String>>,
     inputs: Arc<AtomicU64>,
 }
 
@@ -54,7 +57,7 @@ fn engine(names: &str) -> ! {
     // The supervisor's socket; from here on its peers are told this process.
     nix::sys::socket::listen(&rpc, nix::sys::socket::Backlog::new(8).unwrap()).unwrap();
     let (started, starts) = mpsc::channel();
-    let standin = Standin { started, pod: Arc::default(), inputs: Arc::default() };
+    let standin = Standin { started, pod: Arc::default(), hostname: Arc::default(), inputs: Arc::default() };
     let inputs = Arc::clone(&standin.inputs);
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -106,6 +109,7 @@ impl Engine for Standin {
 
     async fn start(self, _: Context, request: Box<StartRequest>) -> Result<(), String> {
         self.pod.set(request.pod.clone()).unwrap();
+        self.hostname.set(request.hostname.clone()).unwrap();
         self.started.send(*request).unwrap();
         Ok(())
     }
@@ -115,7 +119,7 @@ impl Engine for Standin {
             tokio::time::sleep(WATCH_MAX).await;
         }
         let node = SelfNode {
-            name: "standin.example.ts.net".into(),
+            name: format!("{}.example.ts.net", self.hostname.get().unwrap()),
             addresses: vec!["100.64.0.9/32".parse().unwrap()],
             tags: Vec::new(),
             stable_id: "n1".into(),
