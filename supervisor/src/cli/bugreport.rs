@@ -29,15 +29,18 @@ pub(super) fn command() -> Command {
                  timelines and logs. Keys, secrets and login links are taken out; names of pods and nodes, and addresses, \
                  stay: read it before you publish it.",
             )
-            .arg(
-                Arg::new("file")
-                    .long("file")
-                    .short('f')
-                    .value_name("FILE")
-                    .value_parser(clap::value_parser!(PathBuf))
-                    .help("where it goes, - for the standard output [default: podtether-NODE-TIME.txt]"),
-            ),
+            .arg(file_arg("where it goes, - for the standard output [default: podtether-NODE-TIME.txt]")),
     )
+}
+
+/// `--file`, of `kubectl ts bugreport` too.
+pub(super) fn file_arg(help: &'static str) -> Arg {
+    Arg::new("file")
+        .long("file")
+        .short('f')
+        .value_name("FILE")
+        .value_parser(clap::value_parser!(PathBuf))
+        .help(help)
 }
 
 pub(super) async fn run(
@@ -81,11 +84,19 @@ pub(super) async fn run(
     let report = redacted(&report);
     let file = matches.get_one::<PathBuf>("file").cloned();
     let file = file.unwrap_or_else(|| format!("podtether-{node}-{}.txt", now / 1000).into());
+    put(&file, &report, screen)
+}
+
+/// Writes a report where there is none yet, and tells of it.
+///
+/// # Errors
+/// A sentence.
+pub(super) fn put(file: &Path, report: &str, screen: &mut Screen<'_>) -> Result<Exit, String> {
     if file.as_os_str() == "-" {
-        screen.print(&report);
+        screen.print(report);
         return Ok(Exit::Done);
     }
-    write(&file, &report).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
+    write(file, report).map_err(|e| format!("cannot write {}: {e}", file.display()))?;
     screen.print(&format!("{}: read it before you send it to anybody\n", file.display()));
     Ok(Exit::Done)
 }

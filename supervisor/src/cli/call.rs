@@ -89,9 +89,12 @@ pub(super) fn selector(text: &str) -> PodSelector {
     PodSelector::Pod { namespace: namespace.to_owned(), name: name.to_owned() }
 }
 
+/// The namespace of a pod that is named without one.
+pub(super) const DEFAULT_NAMESPACE: &str = "default";
+
 /// Namespace and name.
 pub(super) fn named(text: &str) -> (&str, &str) {
-    text.split_once('/').unwrap_or(("default", text))
+    text.split_once('/').unwrap_or((DEFAULT_NAMESPACE, text))
 }
 
 /// All pods of the node.

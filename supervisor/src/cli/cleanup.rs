@@ -12,13 +12,17 @@ use super::{Exit, Screen, json_arg, show};
 use crate::engine::within;
 
 /// How long a clean-up may take: a hundred devices, one after another.
-const WITHIN: Duration = Duration::from_secs(300);
+pub(super) const WITHIN: Duration = Duration::from_secs(300);
 
 pub(super) fn command() -> Command {
     Command::new("cleanup")
         .about("Delete the devices of pods that are no more, of this node or another")
-        .arg(Arg::new("dry-run").long("dry-run").action(ArgAction::SetTrue).help("only say which"))
-        .arg(json_arg())
+        .args(args())
+}
+
+/// The arguments, of `kubectl ts cleanup` too.
+pub(super) fn args() -> [Arg; 2] {
+    [Arg::new("dry-run").long("dry-run").action(ArgAction::SetTrue).help("only say which"), json_arg()]
 }
 
 pub(super) async fn run(

@@ -9,14 +9,14 @@ use serde::Serialize;
 use super::call::{self, READ_WITHIN, answered, named, selector};
 use super::status::{node_name, now_ms};
 use super::text::{Look, Paint, Table, fixed, flexible, paragraph, time, utc};
-use super::{Exit, Screen, json_arg, pod_arg, show, status, text_of};
+use super::{Exit, Screen, of_pod, show, status, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
-    Command::new("explain")
-        .about("Tell how a pod came to be what it is: from CNI ADD to the first handshake, and which rule gave each setting")
-        .arg(pod_arg())
-        .arg(json_arg())
+    of_pod(
+        "explain",
+        "Tell how a pod came to be what it is: from CNI ADD to the first handshake, and which rule gave each setting",
+    )
 }
 
 /// What `-o json` prints.

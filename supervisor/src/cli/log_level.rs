@@ -8,7 +8,7 @@ use podtether_proto::node::{LogWish, NodeClient, PodLog};
 
 use super::call::{READ_WITHIN, answered, selector};
 use super::text::age;
-use super::{Exit, Screen, json_arg, pod_arg, show, text_of};
+use super::{Exit, Screen, of_pod, show, text_of};
 use crate::engine::within;
 use crate::log::levels::LONGEST;
 
@@ -16,28 +16,26 @@ use crate::log::levels::LONGEST;
 const DEFAULT: &str = "default";
 
 pub(super) fn command() -> Command {
-    Command::new("log-level")
-        .about("Show or change how much is logged of a pod, by the supervisor and by its engine, for a while")
-        .arg(pod_arg())
-        .arg(
-            Arg::new("level")
-                .value_name("LEVEL")
-                .value_parser(
-                    LogLevel::ALL.map(LogLevel::name).into_iter().chain([DEFAULT]).collect::<Vec<_>>(),
-                )
-                .help("of this pod's lines from now on; without it, what is in force is shown"),
-        )
-        .arg(
-            Arg::new("minutes")
-                .long("minutes")
-                .value_name("MINUTES")
-                .default_value("10")
-                .value_parser(
-                    clap::value_parser!(u16).range(1..=i64::try_from(LONGEST.as_secs() / 60).unwrap_or(1)),
-                )
-                .help("for so long; then the default is in force again"),
-        )
-        .arg(json_arg())
+    let levels = LogLevel::ALL.map(LogLevel::name).into_iter().chain([DEFAULT]).collect::<Vec<_>>();
+    let longest = i64::try_from(LONGEST.as_secs() / 60).unwrap_or(1);
+    of_pod(
+        "log-level",
+        "Show or change how much is logged of a pod, by the supervisor and by its engine, for a while",
+    )
+    .arg(
+        Arg::new("level")
+            .value_name("LEVEL")
+            .value_parser(levels)
+            .help("of this pod's lines from now on; without it, what is in force is shown"),
+    )
+    .arg(
+        Arg::new("minutes")
+            .long("minutes")
+            .value_name("MINUTES")
+            .default_value("10")
+            .value_parser(clap::value_parser!(u16).range(1..=longest))
+            .help("for so long; then the default is in force again"),
+    )
 }
 
 pub(super) async fn run(

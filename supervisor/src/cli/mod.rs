@@ -141,6 +141,11 @@ fn show<T: Serialize>(
     Ok(Exit::Done)
 }
 
+/// A command about one pod, that prints text or JSON.
+fn of_pod(name: &'static str, about: &'static str) -> Command {
+    Command::new(name).about(about).arg(pod_arg()).arg(json_arg())
+}
+
 fn pod_arg() -> Arg {
     Arg::new("pod").value_name("[NAMESPACE/]POD").required(true).help("a pod of this node")
 }

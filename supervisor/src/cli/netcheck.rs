@@ -9,14 +9,15 @@ use podtether_proto::node::NodeClient;
 
 use super::call::{self, READ_WITHIN, answered, selector};
 use super::text::{Cell, Look, Paint, Table, age, fixed, flexible, paragraph, time};
-use super::{Exit, Screen, json_arg, pod_arg, show, text_of};
+use super::{Exit, Screen, of_pod, show, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
-    Command::new("netcheck")
-        .about("Show what the network looks like from a pod's engine: UDP, NAT, relay regions and how far they are")
-        .arg(pod_arg().required(false).help("a pod of this node; without, the first that runs"))
-        .arg(json_arg())
+    of_pod(
+        "netcheck",
+        "Show what the network looks like from a pod's engine: UDP, NAT, relay regions and how far they are",
+    )
+    .mut_arg("pod", |pod| pod.required(false).help("a pod of this node; without, the first that runs"))
 }
 
 pub(super) async fn run(

@@ -6,13 +6,11 @@ use clap::{Arg, ArgMatches, Command};
 use podtether_proto::node::{NodeClient, PodRouting, PodSelector, Routing};
 
 use super::call::{CHANGE_WITHIN, READ_WITHIN, answered, problem, selector};
-use super::{Exit, Screen, json_arg, pod_arg, show, text_of};
+use super::{Exit, Screen, of_pod, show, text_of};
 use crate::engine::within;
 
 pub(super) fn command() -> Command {
-    Command::new("routing")
-        .about("Show or change which routes of other nodes a pod uses, while it runs")
-        .arg(pod_arg())
+    of_pod("routing", "Show or change which routes of other nodes a pod uses, while it runs")
         .arg(
             Arg::new("accept-routes")
                 .long("accept-routes")
@@ -26,7 +24,6 @@ pub(super) fn command() -> Command {
                 .value_name("NODE")
                 .help("name, address or stable id of the node that carries everything else; \"\" for none"),
         )
-        .arg(json_arg())
 }
 
 pub(super) async fn run(

@@ -36,7 +36,14 @@ pub(super) fn command() -> Command {
 }
 
 /// The arguments, of `kubectl ts status` too.
-pub(crate) fn args() -> [Arg; 4] {
+pub(crate) fn args() -> impl Iterator<Item = Arg> {
+    let watch =
+        Arg::new("watch").short('w').long("watch").action(ArgAction::SetTrue).help("look again every 2 s");
+    namespace_args().into_iter().chain([watch, output_arg(true)])
+}
+
+/// `-n` and `-A`.
+pub(crate) fn namespace_args() -> [Arg; 2] {
     [
         Arg::new("namespace")
             .short('n')
@@ -49,8 +56,6 @@ pub(crate) fn args() -> [Arg; 4] {
             .action(ArgAction::SetTrue)
             .conflicts_with("namespace")
             .help("pods of all namespaces"),
-        Arg::new("watch").short('w').long("watch").action(ArgAction::SetTrue).help("look again every 2 s"),
-        output_arg(true),
     ]
 }
 

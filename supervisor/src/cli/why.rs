@@ -6,15 +6,17 @@ use clap::{Arg, ArgMatches, Command};
 use podtether_core::engine::DropReason;
 use podtether_proto::engine::{Decision, Flow, Verdict};
 use podtether_proto::node::{NodeClient, PodSelector, PodSummary};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use super::call::{self, READ_WITHIN, answered, named};
+use super::call::{self, DEFAULT_NAMESPACE, READ_WITHIN, answered};
 use super::text::{Paint, paragraph, printable};
 use super::{Exit, Screen, json_arg, show, text_of};
 use crate::engine::within;
 
 /// The port that the packet comes from: no rule goes by it.
 const SOURCE_PORT: u16 = 50_000;
+/// What is said of a target that is no pod of this node.
+const NOT_HERE: &str = "not a pod of this node: ask on its own node";
 /// Peers that are searched for a name.
 const MAX_PEERS: usize = 100_000;
 
@@ -25,20 +27,24 @@ pub(super) fn command() -> Command {
             "Tell which rule of the packet filter lets a new connection in, or that none does. One end, or both, is a \
              pod of this node: its engine is asked. Rules of the other end are known there alone.",
         )
-        .arg(Arg::new("source").value_name("SRC").required(true).help("a pod of this node, a peer's name, or an address"))
-        .arg(
-            Arg::new("target")
-                .value_name("DST:PORT[/PROTO]")
-                .required(true)
-                .help("the same with a port; PROTO is tcp (default), udp, sctp or a number; DST/icmp without a port"),
-        )
-        .arg(json_arg())
+        .args(args("a pod of this node, a peer's name, or an address"))
+}
+
+/// The arguments, of `kubectl ts why` too.
+pub(super) fn args(source: &'static str) -> [Arg; 3] {
+    [
+        Arg::new("source").value_name("SRC").required(true).help(source),
+        Arg::new("target").value_name("DST:PORT[/PROTO]").required(true).help(
+            "the same with a port; PROTO is tcp (default), udp, sctp or a number; DST/icmp without a port",
+        ),
+        json_arg(),
+    ]
 }
 
 /// `DST:PORT/PROTO`, taken apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Target {
-    host: String,
+pub(super) struct Target {
+    pub(super) host: String,
     port: u16,
     protocol: Protocol,
 }
@@ -50,7 +56,7 @@ enum Protocol {
 }
 
 impl Target {
-    fn parse(text: &str) -> Result<Target, String> {
+    pub(super) fn parse(text: &str) -> Result<Target, String> {
         let wrong =
             || format!("{text:?} is not DST:PORT/PROTO, as in db-0:5432/tcp, [fd7a::1]:53/udp or db-0/icmp");
         // A pod may be named with its namespace: only what comes last can be a protocol.
@@ -76,6 +82,16 @@ impl Target {
         if host.is_empty() { Err(wrong()) } else { Ok(Target { host, port, protocol }) }
     }
 
+    /// As it is typed, of another host.
+    pub(super) fn typed(&self, host: &str) -> String {
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        match (self.protocol, self.port) {
+            (Protocol::Icmp, _) => format!("{host}/icmp"),
+            (Protocol::Number(number), 0) => format!("{host}/{number}"),
+            (Protocol::Number(number), port) => format!("{host}:{port}/{number}"),
+        }
+    }
+
     fn text(&self) -> String {
         match self.protocol {
             Protocol::Icmp => "icmp echo".to_owned(),
@@ -98,10 +114,10 @@ fn protocol(word: &str) -> Option<Protocol> {
 }
 
 /// One end.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct End {
-    name: String,
+pub(super) struct End {
+    pub(super) name: String,
     addresses: Vec<IpAddr>,
     /// Namespace and name of the pod, where it is one of this node.
     #[serde(skip)]
@@ -109,7 +125,7 @@ struct End {
 }
 
 impl End {
-    fn of_pod(pod: &PodSummary) -> End {
+    pub(super) fn of_pod(pod: &PodSummary) -> End {
         End {
             name: format!("{}/{}", pod.namespace, pod.pod),
             addresses: pod.addresses.clone(),
@@ -124,16 +140,24 @@ impl End {
 }
 
 /// What `-o json` prints.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Answer {
-    source: End,
-    target: End,
+pub(super) struct Answer {
+    pub(super) source: End,
+    pub(super) target: End,
     what: String,
     /// What the source's engine says; absent where it is no pod of this node.
-    leaves: Option<Verdict>,
+    pub(super) leaves: Option<Verdict>,
     /// What the target's engine says; absent where it is no pod of this node.
-    enters: Option<Verdict>,
+    pub(super) enters: Option<Verdict>,
+}
+
+impl Answer {
+    /// How the program ends: whether every end that was asked lets it pass.
+    pub(super) fn exit(&self) -> Exit {
+        let passes = |verdict: &Verdict| verdict.decision == Decision::Accept;
+        if self.leaves.iter().chain(&self.enters).all(passes) { Exit::Done } else { Exit::No }
+    }
 }
 
 pub(super) async fn run(
@@ -143,7 +167,8 @@ pub(super) async fn run(
 ) -> Result<Exit, String> {
     let (source, target) = (text_of(matches, "source"), Target::parse(&text_of(matches, "target"))?);
     let pods = call::pods(client, false).await?;
-    let (from, to) = (pod_called(&pods, &source), pod_called(&pods, &target.host));
+    let called = |text: &str| pod_called(&pods, text, DEFAULT_NAMESPACE);
+    let (from, to) = (called(&source), called(&target.host));
     let from_end = match (from, to) {
         (Some(pod), _) => End::of_pod(pod),
         (None, Some(to)) => peer_end(client, to, &source).await?,
@@ -164,10 +189,8 @@ pub(super) async fn run(
         answer.enters = Some(answered(client.why(within(READ_WITHIN), pod, flow).await)?);
     }
     let look = screen.look;
-    show(&answer, matches, screen, |answer| text(answer, flow, look))?;
-    let passes = |verdict: &Verdict| verdict.decision == Decision::Accept;
-    let allowed = answer.leaves.iter().chain(&answer.enters).all(passes);
-    Ok(if allowed { Exit::Done } else { Exit::No })
+    show(&answer, matches, screen, |answer| text(answer, flow, NOT_HERE, look))?;
+    Ok(answer.exit())
 }
 
 fn neither(source: &str, target: &str) -> String {
@@ -177,12 +200,12 @@ fn neither(source: &str, target: &str) -> String {
     )
 }
 
-/// The pod of this node with this name or address.
-fn pod_called<'a>(pods: &'a [PodSummary], text: &str) -> Option<&'a PodSummary> {
+/// The pod with this name or address; `namespace` is meant where none is said.
+pub(super) fn pod_called<'a>(pods: &'a [PodSummary], text: &str, namespace: &str) -> Option<&'a PodSummary> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return pods.iter().find(|pod| pod.addresses.contains(&ip));
     }
-    let (namespace, name) = named(text);
+    let (namespace, name) = text.split_once('/').unwrap_or((namespace, text));
     let exact = pods.iter().find(|pod| pod.namespace == namespace && pod.pod == name);
     exact.or_else(|| pods.iter().find(|pod| is_called(&pod.name, text)))
 }
@@ -222,7 +245,7 @@ async fn peer_end(client: &NodeClient, pod: &PodSummary, text: &str) -> Result<E
 }
 
 /// The packet: IPv4 where both ends have it.
-fn flow(from: &End, to: &End, target: &Target) -> Result<Flow, String> {
+pub(super) fn flow(from: &End, to: &End, target: &Target) -> Result<Flow, String> {
     let pair = |v4: bool| {
         let of = |end: &End| end.addresses.iter().copied().find(|ip| ip.is_ipv4() == v4);
         of(from).zip(of(to))
@@ -239,7 +262,8 @@ fn flow(from: &End, to: &End, target: &Target) -> Result<Flow, String> {
     Ok(Flow { src, dst, protocol, src_port, dst_port: target.port })
 }
 
-fn text(answer: &Answer, flow: Flow, look: super::text::Look) -> String {
+/// The answer, for a person; `unknown` is what is said of a target that was not asked.
+pub(super) fn text(answer: &Answer, flow: Flow, unknown: &str, look: super::text::Look) -> String {
     let head = format!(
         "{} ({}) to {} ({}), {}",
         answer.source.name, flow.src, answer.target.name, flow.dst, answer.what
@@ -247,7 +271,7 @@ fn text(answer: &Answer, flow: Flow, look: super::text::Look) -> String {
     let mut text = paragraph("", &head);
     let ends = [
         ("leaves ", &answer.source, &answer.leaves, "the rules of the peer it goes to decide there"),
-        ("enters ", &answer.target, &answer.enters, "not a pod of this node: ask on its own node"),
+        ("enters ", &answer.target, &answer.enters, unknown),
     ];
     for (verb, end, verdict, unknown) in ends {
         let (paint, word, why) = match verdict {
@@ -327,6 +351,10 @@ mod tests {
         assert_eq!(of("[fd7a::1]:53/udp"), some("fd7a::1", 53, udp));
         assert_eq!(of("fd7a::1/icmp"), some("fd7a::1", 0, Protocol::Icmp));
         assert_eq!(of("a/47"), some("a", 0, Protocol::Number(47)));
+        for typed in ["shop/db-0:5432/6", "[fd7a::1]:53/17", "[fd7a::1]/icmp", "a/47"] {
+            let target = Target::parse(typed).unwrap();
+            assert_eq!(target.typed(&target.host), typed);
+        }
         for bad in
             ["", "db-0", "db-0:0", "db-0:x/tcp", ":80", "fd7a::1:80", "db-0:70000", "/icmp", "a:80/x/y"]
         {
@@ -343,7 +371,7 @@ mod tests {
             ..pod("shop", "db-0", "running")
         };
         let pods = [named, pod("default", "db-0", "running")];
-        let found = |text: &str| pod_called(&pods, text).map(|pod| pod.namespace.as_str());
+        let found = |text: &str| pod_called(&pods, text, "default").map(|pod| pod.namespace.as_str());
         assert_eq!(found("shop/db-0"), Some("shop"));
         assert_eq!(found("db-0"), Some("default"));
         assert_eq!(found("100.64.0.1"), Some("shop"));
@@ -375,18 +403,18 @@ mod tests {
             enters: verdict(true, Decision::Accept, Some(("base".into(), 3)), "rule"),
         };
         assert_eq!(
-            text(&answer, flow, Look::PLAIN),
+            text(&answer, flow, NOT_HERE, Look::PLAIN),
             "shop/web (100.64.0.1) to shop/db (100.64.0.2), port 5432/tcp\n  \
              leaves shop/web: yes, it goes to the peer, whose rules then decide\n  \
              enters shop/db: yes, rule 3 of chunk \"base\" of the packet filter lets it in\n"
         );
         answer.enters = verdict(true, Decision::Drop, None, "filter");
-        let dropped = text(&answer, flow, Look { colour: true, ..Look::PLAIN });
+        let dropped = text(&answer, flow, NOT_HERE, Look { colour: true, ..Look::PLAIN });
         assert!(dropped.contains("\x1b[31mdropped\x1b[0m, no rule of the tailnet's policy"), "{dropped}");
         answer.enters = None;
-        assert!(text(&answer, flow, Look::PLAIN).contains("unknown, not a pod of this node"));
+        assert!(text(&answer, flow, NOT_HERE, Look::PLAIN).contains("unknown, not a pod of this node"));
         answer.target.name = "n".repeat(70);
-        assert!(text(&answer, flow, Look::PLAIN).lines().all(|line| line.chars().count() <= WIDTH));
+        assert!(text(&answer, flow, NOT_HERE, Look::PLAIN).lines().all(|line| line.chars().count() <= WIDTH));
     }
 
     #[test]

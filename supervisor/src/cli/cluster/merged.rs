@@ -50,13 +50,19 @@ impl Whole {
         }
     }
 
-    fn end(&self, namespace: Option<&str>, look: Look) -> String {
+    /// A line for each node that did not answer.
+    pub(super) fn who_is_silent(&self, look: Look) -> String {
         let mut text = String::new();
         for Silent { node, why } in &self.silent {
             let line = paragraph(&format!("{}: ", printable(node)), why);
             text.push_str(&look.paint(Paint::Bad, line.trim_end()));
             text.push('\n');
         }
+        text
+    }
+
+    fn end(&self, namespace: Option<&str>, look: Look) -> String {
+        let mut text = self.who_is_silent(look);
         let asked = self.nodes.len() + self.silent.len();
         let nodes = if asked == 1 { "node" } else { "nodes" };
         let silent = match self.silent.len() {

@@ -4,6 +4,7 @@
 //! at once with `kubectl exec`, through the API server, and puts the answers together. Whoever may not `create`
 //! `pods/exec` in the DaemonSet's namespace may not use it.
 
+mod across;
 mod kubectl;
 mod merged;
 #[cfg(test)]
@@ -15,11 +16,18 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use futures_util::future::join_all;
 
 use super::status::{self, CLEAR, NodeStatus};
-use super::{Exit, Output, Screen, output, output_arg, shell, text_of, to_json};
+use super::{
+    Exit, Output, Screen, bugreport, cleanup, output, output_arg, shell, text_of, to_json, top, why,
+};
 
 pub use kubectl::Kubectl;
 pub use merged::{Silent, Whole};
 
+/// What is said where there is no pod of the DaemonSet.
+const NO_REMOTES: &str = "no pod of podtether's DaemonSet was found: is it installed, and in another namespace \
+                          (--podtether-namespace, --selector)?";
+/// How long a node may take for its report, which tries what its network lets out.
+const REPORT_WITHIN: Duration = Duration::from_secs(60);
 /// Between two looks of `--watch`.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 
@@ -126,10 +134,33 @@ pub fn command() -> Command {
             "Tell how a pod came to be what it is, and which rule gave each setting",
         ))
         .subcommand(passed("ping", "Ping a peer of a pod's tailnet from the pod's engine"))
-        .subcommand(passed(
-            "why",
-            "Tell which rule of the packet filter lets a new connection in; SRC is a pod",
-        ))
+        .subcommand(
+            Command::new("why")
+                .about("Tell which rule of the packet filter lets a new connection in, or that none does")
+                .long_about(
+                    "Tell which rule of the packet filter lets a new connection in, or that none does. Each end that \
+                     is a pod of the cluster is asked on its own node.",
+                )
+                .args(why::args("NAMESPACE/POD, a peer's name, or an address")),
+        )
+        .subcommand(
+            Command::new("top")
+                .about("Show which pods' links use how much, on all nodes: traffic, processor, memory, drops")
+                .args(status::namespace_args())
+                .args(top::args()),
+        )
+        .subcommand(
+            Command::new("cleanup")
+                .about("Delete the devices of pods that are no more; one node does it for all")
+                .args(cleanup::args()),
+        )
+        .subcommand(
+            Command::new("bugreport")
+                .about("Gather the reports of all nodes into one text file, without keys and secrets")
+                .arg(bugreport::file_arg(
+                    "where it goes, - for the standard output [default: podtether-cluster-TIME.txt]",
+                )),
+        )
         .subcommand(passed("netcheck", "Show what the network looks like from a pod's engine"))
         .subcommand(passed("logs", "Show what was logged of a pod lately"))
         .subcommand(passed("log-level", "Show or change how much is logged of a pod, for a while"))
@@ -150,8 +181,18 @@ pub async fn run(matches: &ArgMatches, screen: &mut Screen<'_>) -> Result<Exit, 
         "man" => return shell::man(command().bin_name("kubectl-ts"), of, screen),
         _ => {}
     }
-    let cluster = Kubectl::new(of).await?;
+    let mut cluster = Kubectl::new(of).await?;
+    let least = match name {
+        "cleanup" => cleanup::WITHIN,
+        "bugreport" => REPORT_WITHIN,
+        _ => Duration::ZERO,
+    };
+    cluster.timeout = cluster.timeout.max(least);
     match name {
+        "why" => across::why(&cluster, of, screen).await,
+        "top" => across::top(&cluster, of, screen).await,
+        "cleanup" => across::cleanup(&cluster, of, screen).await,
+        "bugreport" => across::bugreport(&cluster, of, screen).await,
         "status" => show_status(&cluster, of, screen).await,
         "check" => check(&cluster, of, screen).await,
         _ => pass_on(&cluster, name, of, screen).await,
@@ -165,9 +206,7 @@ pub async fn run(matches: &ArgMatches, screen: &mut Screen<'_>) -> Result<Exit, 
 pub async fn look(cluster: &impl Cluster) -> Result<Whole, String> {
     let remotes = cluster.remotes().await?;
     if remotes.is_empty() {
-        return Err("no pod of podtether's DaemonSet was found: is it installed, and in another namespace \
-                    (--podtether-namespace, --selector)?"
-            .to_owned());
+        return Err(NO_REMOTES.to_owned());
     }
     let arguments = ["status", "-o", "json"].map(str::to_owned);
     let answers = join_all(remotes.iter().map(|remote| ask(cluster, remote, &arguments))).await;
@@ -201,17 +240,21 @@ async fn ask(cluster: &impl Cluster, remote: &Remote, arguments: &[String]) -> R
     Err(format!("podtether ended with {}: {said}", ran.code))
 }
 
+/// Of which namespace the pods are shown; `None` for all.
+fn namespace_of(cluster: &impl Cluster, matches: &ArgMatches) -> Option<String> {
+    if matches.get_flag("all-namespaces") {
+        return None;
+    }
+    let named = text_of(matches, "namespace");
+    Some(if named.is_empty() { cluster.namespace().to_owned() } else { named })
+}
+
 async fn show_status(
     cluster: &impl Cluster,
     matches: &ArgMatches,
     screen: &mut Screen<'_>,
 ) -> Result<Exit, String> {
-    let namespace = if matches.get_flag("all-namespaces") {
-        None
-    } else {
-        let named = text_of(matches, "namespace");
-        Some(if named.is_empty() { cluster.namespace().to_owned() } else { named })
-    };
+    let namespace = namespace_of(cluster, matches);
     loop {
         let mut whole = look(cluster).await?;
         whole.keep(namespace.as_deref());
