@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{Query, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::extract::{Query, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use futures_util::future::join_all;
@@ -76,15 +77,23 @@ pub fn metrics_routes(web: Web) -> Router {
         .with_state(web)
 }
 
-/// Everything, for `http_listen`.
+/// Everything, for `http_listen`, to who calls it as somebody on the node does: see [`page::refusal`].
 pub fn all_routes(web: Web) -> Router {
     Router::new()
-        .route("/", get(page))
+        .route("/", get(async || page::page()))
         .route("/v1/live", get(live))
         .route("/v1/pods", get(pods))
         .route("/v1/kubernetes", get(kubernetes))
         .with_state(web.clone())
         .merge(metrics_routes(web))
+        .layer(middleware::from_fn(from_here))
+}
+
+async fn from_here(request: Request, next: Next) -> Response {
+    match page::refusal(request.headers()) {
+        Some(refusal) => refusal,
+        None => next.run(request).await,
+    }
 }
 
 /// Serves `routes`. Whoever is slow, silent or many costs its own connection and no more.
@@ -155,14 +164,7 @@ async fn pods(State(web): State<Web>, Query(query): Query<PodsQuery>) -> Respons
     ([(header::CONTENT_TYPE, "application/json")], (*answer).clone()).into_response()
 }
 
-async fn page(headers: HeaderMap) -> Response {
-    page::refusal(&headers).unwrap_or_else(page::page)
-}
-
-async fn live(State(web): State<Web>, headers: HeaderMap) -> Response {
-    if let Some(refusal) = page::refusal(&headers) {
-        return refusal;
-    }
+async fn live(State(web): State<Web>) -> Response {
     let answer = web.answers.live.get(async { Bytes::from(page::live(&web.table).await) }).await;
     let headers = [(header::CONTENT_TYPE, "application/json"), (header::CACHE_CONTROL, "no-store")];
     (headers, (*answer).clone()).into_response()
@@ -186,4 +188,53 @@ async fn with_peers(table: &Handle) -> Vec<PodReport> {
         pod.peers = peers;
     }
     pods
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::table::Unanswered;
+
+    #[tokio::test]
+    async fn a_page_from_elsewhere_reads_nothing_of_the_node() {
+        let (table, _questions) = Unanswered::new();
+        let web = Web {
+            table,
+            counters: Counters::new().unwrap(),
+            ready: Arc::new(AtomicBool::new(true)),
+            answers: Arc::default(),
+            cluster: None,
+        };
+        let asked = async |routes: Router, path: &str, host: &str, origin: Option<&str>| {
+            let mut request = Request::get(path).header(header::HOST, host);
+            if let Some(origin) = origin {
+                request = request.header(header::ORIGIN, origin);
+            }
+            routes.oneshot(request.body(Body::empty()).unwrap()).await.unwrap().status()
+        };
+        for path in
+            ["/", "/v1/live", "/v1/pods", "/v1/pods?peers=false", "/v1/kubernetes", "/metrics", "/readyz"]
+        {
+            for (host, origin) in [
+                ("evil.example:9465", None),
+                ("localhost.evil.example", None),
+                ("localhost:9465", Some("http://evil.example")),
+                ("localhost:9465", Some("null")),
+            ] {
+                let status = asked(all_routes(web.clone()), path, host, origin).await;
+                assert_eq!(status, StatusCode::FORBIDDEN, "{path} {host} {origin:?}");
+            }
+        }
+        for (path, origin) in
+            [("/", None), ("/v1/kubernetes", Some("http://localhost:9465")), ("/readyz", None)]
+        {
+            let status = asked(all_routes(web.clone()), path, "localhost:9465", origin).await;
+            assert_eq!(status, StatusCode::OK, "{path}");
+        }
+        // Prometheus calls the node by any name, and reads figures alone.
+        assert_eq!(asked(metrics_routes(web), "/readyz", "node-1.example:9466", None).await, StatusCode::OK);
+    }
 }

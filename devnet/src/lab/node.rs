@@ -449,7 +449,7 @@ impl Node {
     pub fn http_get(&self, path: &str) -> Result<String> {
         let mut stream = self.netns.run_blocking(|| TcpStream::connect_timeout(&HTTP, PATIENCE))??;
         stream.set_read_timeout(Some(PATIENCE))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n")?;
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")?;
         let mut text = String::new();
         stream.read_to_string(&mut text)?;
         let (head, body) = text.split_once("\r\n\r\n").context("no HTTP answer")?;

@@ -158,7 +158,6 @@ pub fn human(
     fields: &Map<String, Value>,
     look: Look,
 ) -> String {
-    use fmt::Write as _;
     let paint = match level {
         "ERROR" => Paint::Bad,
         "WARN" => Paint::Warn,
@@ -166,14 +165,21 @@ pub fn human(
     };
     let level = look.paint(paint, &format!("{:5}", printable(level)));
     let at = format!("{}.{:03}", utc(unix_ms / 1000), unix_ms % 1000);
-    let mut line = format!("{at} {level} {:10} {}", printable(whose), printable(message));
+    let (whose, message) = (printable(whose), printable(message));
+    format!("{at} {level} {whose:10} {message}{}\n", self::fields(fields))
+}
+
+/// ` name=value` of each, without control characters.
+#[must_use]
+pub(crate) fn fields(fields: &Map<String, Value>) -> String {
+    use fmt::Write as _;
+    let mut text = String::new();
     for (name, value) in fields {
         let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         // Writing to a String cannot fail.
-        let _ = write!(line, " {}={}", printable(name), printable(&value));
+        let _ = write!(text, " {}={}", printable(name), printable(&value));
     }
-    line.push('\n');
-    line
+    text
 }
 
 /// What an event says.

@@ -9,6 +9,7 @@ use podtether_proto::node::{Live as EngineLive, PodSummary};
 use serde::Serialize;
 
 use crate::cli::status::{self, Standing};
+use crate::log;
 use crate::recent::{Told, recent};
 use crate::table::{Handle, LastExit};
 
@@ -74,6 +75,8 @@ struct Event {
     /// `namespace/name`
     pod: String,
     message: String,
+    /// ` name=value` of each.
+    fields: String,
 }
 
 impl Pod {
@@ -128,6 +131,7 @@ impl From<Told> for Event {
             level: line.level,
             pod: format!("{namespace}/{pod}"),
             message: line.message,
+            fields: log::fields(&serde_json::from_str(&line.fields).unwrap_or_default()),
         }
     }
 }
@@ -168,7 +172,8 @@ pub fn page() -> Response {
 }
 
 /// The refusal for who calls this host by a name that anybody could have given it: a page from elsewhere whose
-/// name leads to the loopback would otherwise read what is shown here in the browser of somebody who may.
+/// name leads to the loopback would otherwise read what is shown here in the browser of somebody who may. A browser
+/// that says whose page asks (`Origin`) has to say this one.
 #[must_use]
 pub fn refusal(headers: &HeaderMap) -> Option<Response> {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
@@ -177,10 +182,14 @@ pub fn refusal(headers: &HeaderMap) -> Option<Response> {
         _ => host,
     };
     let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
-    if bare == "localhost" || bare.parse::<std::net::IpAddr>().is_ok() {
+    let origin = headers.get(header::ORIGIN).map(|origin| origin.to_str().unwrap_or_default());
+    let is_ours =
+        |origin: &str| origin.split_once("://").is_some_and(|(_, from)| from.eq_ignore_ascii_case(host));
+    let is_here = bare == "localhost" || bare.parse::<std::net::IpAddr>().is_ok();
+    if is_here && origin.is_none_or(is_ours) {
         return None;
     }
-    let why = "this page is for localhost and for addresses: open http://localhost:PORT/\n";
+    let why = "this is for localhost and for addresses, and for no other page: open http://localhost:PORT/\n";
     Some((StatusCode::FORBIDDEN, why).into_response())
 }
 
@@ -228,6 +237,26 @@ mod tests {
             assert!(!asked(host), "{host}");
         }
         assert!(refusal(&HeaderMap::new()).is_some());
+    }
+
+    #[test]
+    fn a_line_of_the_log_has_its_fields() {
+        let line = podtether_proto::node::LogLine {
+            seq: 1,
+            unix_ms: 2,
+            level: "WARN".into(),
+            from: "engine".into(),
+            message: "DERP lost".into(),
+            fields: r#"{"region":9,"why":"gone"}"#.into(),
+            join: String::new(),
+        };
+        let told = |line| Told { namespace: "shop".into(), pod: "web".into(), line };
+        let event = Event::from(told(line.clone()));
+        assert_eq!((event.message.as_str(), event.fields.as_str()), ("DERP lost", " region=9 why=gone"));
+        // Cut off where it was too long.
+        let event =
+            Event::from(told(podtether_proto::node::LogLine { fields: r#"{"region":"#.into(), ..line }));
+        assert_eq!(event.fields, "");
     }
 
     #[test]

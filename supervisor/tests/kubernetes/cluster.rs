@@ -289,7 +289,7 @@ impl Pod {
 pub(crate) fn pods() -> Option<Vec<Value>> {
     let mut stream = TcpStream::connect("127.0.0.1:9465").ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    stream.write_all(b"GET /v1/pods?peers=false HTTP/1.0\r\nHost: x\r\n\r\n").ok()?;
+    stream.write_all(b"GET /v1/pods?peers=false HTTP/1.0\r\nHost: localhost\r\n\r\n").ok()?;
     let mut text = String::new();
     stream.read_to_string(&mut text).ok()?;
     let (head, body) = text.split_once("\r\n\r\n")?;
