@@ -24,6 +24,11 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const PACE: Duration = Duration::from_millis(100);
 /// The same event of the same pod again.
 const REPEAT_AFTER: Duration = Duration::from_secs(600);
+/// So long after it was last told, the same event counts up the object that is there, as Kubernetes' own recorders
+/// do; the API server keeps events about as long.
+const SERIES_FOR: Duration = Duration::from_secs(3600);
+/// Different events of one pod that are remembered.
+const MAX_EVENTS: usize = 32;
 /// After a call that RBAC refuses, before the next of its kind.
 const FORBIDDEN_PAUSE: Duration = Duration::from_secs(60);
 /// Restarts after which back-off is worth an event.
@@ -175,8 +180,51 @@ struct Known {
     annotations: Option<BTreeMap<&'static str, String>>,
     condition: Option<(bool, &'static str)>,
     conflicts: u32,
-    events: HashMap<Event, Instant>,
+    events: HashMap<Event, Told>,
     joined: bool,
+}
+
+/// The object that an event was told by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Told {
+    /// Its name.
+    name: String,
+    /// How often it was told.
+    count: u32,
+    /// When it was told last.
+    at: Instant,
+}
+
+/// What to do about an event.
+#[derive(Debug, PartialEq, Eq)]
+enum Telling {
+    /// Nothing: it was told a moment ago.
+    Known,
+    /// It is a new object.
+    Anew,
+    /// The object of this name is told to have happened so often.
+    Again(String, u32),
+}
+
+fn telling(told: Option<&Told>, now: Instant) -> Telling {
+    let Some(told) = told else { return Telling::Anew };
+    match now.saturating_duration_since(told.at) {
+        age if age < REPEAT_AFTER => Telling::Known,
+        age if age < SERIES_FOR => Telling::Again(told.name.clone(), told.count.saturating_add(1)),
+        _ => Telling::Anew,
+    }
+}
+
+impl Known {
+    /// Remembers that an event was told; what was told longest ago makes room.
+    fn told(&mut self, event: Event, told: Told) {
+        self.events.insert(event, told);
+        while self.events.len() > MAX_EVENTS {
+            let oldest = self.events.iter().min_by_key(|(_, told)| told.at).map(|(event, _)| event.clone());
+            let Some(oldest) = oldest else { return };
+            self.events.remove(&oldest);
+        }
+    }
 }
 
 /// Tells the cluster, for ever.
@@ -209,7 +257,7 @@ impl Teller {
         let there: HashSet<&str> = pods.iter().map(|pod| pod.uid.as_str()).collect();
         let now = Instant::now();
         self.known.retain(|uid, known| {
-            known.events.retain(|_, at| now.saturating_duration_since(*at) < REPEAT_AFTER);
+            known.events.retain(|_, told| now.saturating_duration_since(told.at) < SERIES_FOR);
             there.contains(uid.as_str()) || !known.events.is_empty()
         });
         if self.known.len() > MAX_KNOWN {
@@ -221,7 +269,7 @@ impl Teller {
         let Some(seen) = self.cluster.with(|store| store.pod(&failure.pod).cloned()) else { return };
         let event = failed(&failure.error);
         let (reason, message) = (event.reason, bounded(&event.message));
-        self.event(&seen, event).await;
+        self.event(&seen, event, Instant::now()).await;
         // What an annotation asks for and cannot have is nothing that passes.
         if seen.gate || failure.error.code == code::BAD_CONFIG {
             self.condition(&seen, Condition { status: false, reason, message }).await;
@@ -251,7 +299,7 @@ impl Teller {
         }
         for event in events(pod, had_joined) {
             let joined = event.reason == "Joined";
-            if self.event(&seen, event).await && joined {
+            if self.event(&seen, event, Instant::now()).await && joined {
                 self.known.entry(seen.uid.clone()).or_default().joined = true;
             }
         }
@@ -326,23 +374,43 @@ impl Teller {
     }
 
     /// True when it is told, now or not long ago.
-    async fn event(&mut self, seen: &Seen, event: Event) -> bool {
+    async fn event(&mut self, seen: &Seen, event: Event, now: Instant) -> bool {
         let known = self.known.entry(seen.uid.clone()).or_default();
-        let now = Instant::now();
-        if known.events.get(&event).is_some_and(|at| now.saturating_duration_since(*at) < REPEAT_AFTER) {
+        let telling = telling(known.events.get(&event), now);
+        if telling == Telling::Known {
             return true;
         }
         if !self.may("events") {
             return false;
         }
-        let object = object(seen, &event, &self.cluster.inner.node).to_string().into_bytes();
+        if let Telling::Again(name, count) = telling
+            && self.count_up(seen, &name, count).await
+        {
+            self.known.entry(seen.uid.clone()).or_default().told(event, Told { name, count, at: now });
+            return true;
+        }
+        let name = event_name(seen, random());
+        let object = object(seen, &event, &name, &self.cluster.inner.node).to_string().into_bytes();
         let request = of(seen, "events").create(&PostParams::default(), object);
         let result = self.cluster.api().tell("create events", request).await;
         let done = self.done("events", seen, result).await;
         if done {
-            self.known.entry(seen.uid.clone()).or_default().events.insert(event, now);
+            self.known.entry(seen.uid.clone()).or_default().told(event, Told { name, count: 1, at: now });
         }
         done
+    }
+
+    /// Whether the object of this name says now that it happened so often. It may be gone, or not ours to change: then
+    /// the event is told anew.
+    async fn count_up(&self, seen: &Seen, name: &str, count: u32) -> bool {
+        let patch = json!({"count": count, "lastTimestamp": rfc3339(unix_now())});
+        let request = of(seen, "events").patch(name, &manager(), &Patch::Merge(&patch));
+        let result = self.cluster.api().tell("patch events", request).await;
+        tokio::time::sleep(PACE).await;
+        if let Err(failure) = &result {
+            tracing::debug!(namespace = seen.namespace, pod = seen.name, "an event is told anew: {failure}");
+        }
+        result.is_ok()
     }
 }
 
@@ -359,13 +427,21 @@ fn manager() -> PatchParams {
     PatchParams { field_manager: Some("podtether".into()), ..PatchParams::default() }
 }
 
-fn object(seen: &Seen, event: &Event, node: &str) -> Value {
-    let at = rfc3339(unix_now());
-    // A name may be as long as a pod's.
+/// A name for the event's object; it may be no longer than a pod's.
+fn event_name(seen: &Seen, random: u64) -> String {
     let prefix: String = seen.name.chars().take(200).collect();
+    format!("{prefix}.{random:016x}")
+}
+
+fn random() -> u64 {
+    getrandom::u64().unwrap_or_default()
+}
+
+fn object(seen: &Seen, event: &Event, name: &str, node: &str) -> Value {
+    let at = rfc3339(unix_now());
     json!({
         "apiVersion": "v1", "kind": "Event",
-        "metadata": {"generateName": format!("{prefix}."), "namespace": seen.namespace},
+        "metadata": {"name": name, "namespace": seen.namespace},
         "involvedObject": {
             "apiVersion": "v1", "kind": "Pod", "namespace": seen.namespace, "name": seen.name, "uid": seen.uid,
         },
@@ -384,104 +460,4 @@ fn unix_now() -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::table::LastExit;
-
-    fn pod(state: &'static str) -> PodReport {
-        PodReport {
-            tailnet: "default".into(),
-            pod: "web-0".into(),
-            state,
-            hostname: "web".into(),
-            name: "web.tail.example".into(),
-            addresses: vec!["100.64.0.1".parse().unwrap(), "fd7a::1".parse().unwrap()],
-            ..PodReport::default()
-        }
-    }
-
-    #[test]
-    fn what_is_worth_an_event() {
-        let exit = LastExit { kind: "crash", reason: "it fell".into(), seconds_ago: 1 };
-        let looping = PodReport { restarts: 3, last_exit: Some(exit), ..pod("backoff") };
-        let numbered = PodReport { name: "web-1.tail.example".into(), ..pod("running") };
-        let renamed = PodReport { name: "shop-1.tail.example".into(), ..pod("running") };
-        let moved = PodReport {
-            hostname: "web-x2x4z".into(),
-            name: "web-x2x4z.tail.example".into(),
-            name_taken: "web".into(),
-            ..pod("running")
-        };
-        let noted = PodReport { notes: vec!["odd".into()], ..pod("running") };
-        let login = PodReport { login_url: "https://login.example/a/1".into(), ..pod("needs-login") };
-        type Case = (PodReport, bool, &'static [(&'static str, &'static str)]);
-        let table: [Case; 12] = [
-            (pod("running"), false, &[("Joined", "default as web.tail.example with 100.64.0.1, fd7a::1")]),
-            (pod("running"), true, &[]),
-            (PodReport { addresses: vec![], ..pod("running") }, false, &[]),
-            (login, false, &[("WaitingForLogin", "open https://login.example/a/1")]),
-            (pod("needs-approval"), false, &[("WaitingForApproval", "has to approve the device")]),
-            (PodReport { restarts: 2, ..pod("backoff") }, true, &[]),
-            (looping, true, &[("EngineCrashLoop", "last crash: it fell")]),
-            (numbered, true, &[("HostNameTaken", "another device called web, so this one is web-1")]),
-            (moved, true, &[("HostNameTaken", "another device called web, so this one is web-x2x4z")]),
-            (renamed, true, &[]),
-            (noted, true, &[("Annotation", "odd")]),
-            (pod("joining"), false, &[]),
-        ];
-        for (pod, had_joined, wanted) in table {
-            let said = events(&pod, had_joined);
-            assert_eq!(said.len(), wanted.len(), "{said:?}");
-            for (event, (reason, part)) in said.iter().zip(wanted) {
-                assert!(event.reason == *reason && event.message.contains(part), "{event:?}");
-                let is_plain = *reason == "Joined" || event.message.contains("web-x2x4z");
-                assert_eq!(event.warning, !is_plain, "{event:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn what_a_pod_is_annotated_with() {
-        let with =
-            annotations(&PodReport { key_expiry_unix_s: Some(1_800_000_000), ..pod("running") }).unwrap();
-        assert_eq!(with[ADDRESSES], "100.64.0.1,fd7a::1");
-        assert_eq!(
-            (with[NAME].as_str(), with[KEY_EXPIRY].as_str()),
-            ("web.tail.example", "2027-01-15T08:00:00Z")
-        );
-        assert_eq!(annotations(&pod("running")).unwrap()[KEY_EXPIRY], "never");
-        for state in ["joining", "restarting", "leaving"] {
-            assert!(annotations(&pod(state)).is_none(), "{state}");
-        }
-        assert!(annotations(&PodReport { addresses: vec![], ..pod("joining") }).is_none());
-    }
-
-    #[test]
-    fn failures_are_told_whole_and_bounded() {
-        let error = |code| CniError { code, msg: "m\u{7}".repeat(900), details: "d".into() };
-        for (code, reason) in [
-            (code::BAD_CONFIG, "AnnotationRefused"),
-            (code::REFUSED, "JoinRefused"),
-            (code::NEEDS_ACTION, "WaitingForPerson"),
-            (code::TRY_AGAIN, "JoinFailed"),
-        ] {
-            let event = failed(&error(code));
-            assert_eq!(event.reason, reason);
-            let seen = Seen {
-                uid: "u".into(),
-                namespace: "ns".into(),
-                name: "n".repeat(253),
-                annotations: Default::default(),
-                owner: None,
-                hash: None,
-                mirror: false,
-                ending: false,
-                gate: false,
-            };
-            let object = object(&seen, &event, "node-1");
-            let message = object["message"].as_str().unwrap();
-            assert!(message.len() <= 1024 && !message.contains(char::is_control));
-            assert!(object["metadata"]["generateName"].as_str().unwrap().len() < 253);
-        }
-    }
-}
+mod tests;

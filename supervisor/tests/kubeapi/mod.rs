@@ -13,7 +13,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{any, get, post};
+use axum::routing::{any, get, patch, post};
 use axum::{Json, Router};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
@@ -160,6 +160,11 @@ impl KubeApi {
     /// Events that were made.
     pub fn events(&self) -> Vec<Value> {
         self.inner().events.clone()
+    }
+
+    /// As time makes it.
+    pub fn forget_events(&self) {
+        self.shared.change(|inner| inner.events.clear());
     }
 
     /// Of one pod: type, reason, message.
@@ -312,6 +317,7 @@ async fn serve(listener: tokio::net::TcpListener, shared: Shared) {
         .route("/api/v1/namespaces/{namespace}/pods/{name}", any(pod))
         .route("/api/v1/namespaces/{namespace}/pods/{name}/status", any(pod))
         .route("/api/v1/namespaces/{namespace}/events", post(event))
+        .route("/api/v1/namespaces/{namespace}/events/{name}", patch(count_event))
         .fallback(async |uri: Uri| status(StatusCode::NOT_FOUND, "NotFound", &uri.to_string()))
         .with_state(shared.clone());
     loop {
@@ -511,6 +517,36 @@ async fn event(
     if !whole || about["namespace"] != namespace || event["metadata"]["namespace"] != namespace {
         return status(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", "an event lacks a field");
     }
+    let name = &event["metadata"]["name"];
+    if !known(name) || shared.inner.lock().unwrap().events.iter().any(|e| e["metadata"]["name"] == *name) {
+        return status(StatusCode::CONFLICT, "AlreadyExists", "an event needs a name of its own");
+    }
     shared.change(|inner| inner.events.push(event.clone()));
     (StatusCode::CREATED, Json(event)).into_response()
+}
+
+async fn count_event(
+    State(shared): State<Shared>,
+    Path((namespace, name)): Path<(String, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    if let Err(refused) = shared.pass("patch", "events", &headers).await {
+        return refused;
+    }
+    if headers.get("content-type").is_none_or(|kind| kind != "application/merge-patch+json") {
+        return status(StatusCode::UNSUPPORTED_MEDIA_TYPE, "UnsupportedMediaType", "");
+    }
+    let Ok(change) = serde_json::from_slice::<Value>(&body) else {
+        return status(StatusCode::BAD_REQUEST, "BadRequest", "no JSON");
+    };
+    shared.change(|inner| {
+        let mut there = inner.events.iter_mut();
+        let found = there.find(|e| e["metadata"]["name"] == name && e["metadata"]["namespace"] == namespace);
+        let Some(found) = found else {
+            return status(StatusCode::NOT_FOUND, "NotFound", &format!("events \"{name}\" not found"));
+        };
+        merge(found, change);
+        Json(found.clone()).into_response()
+    })
 }
