@@ -144,6 +144,8 @@ pub(crate) fn text(before: &[NodeStatus], now: &[NodeStatus], nodes: bool, look:
 
 #[cfg(test)]
 mod tests {
+    use std::slice::from_ref;
+
     use super::*;
     use crate::cli::status::tests::pod;
     use podtether_proto::node::Live;
@@ -161,7 +163,7 @@ mod tests {
         let before = at(1000, vec![of("a", 1, 0, 0), of("b", 2, 1000, 0), of("c", 3, 9_000_000, 5)]);
         let now = at(3000, vec![of("a", 1, 2048, 2_000), of("b", 2, 4_195_304, 250_000), of("c", 4, 5, 5)]);
         assert_eq!(
-            text(&[before.clone()], &[now.clone()], false, Look::PLAIN),
+            text(from_ref(&before), from_ref(&now), false, Look::PLAIN),
             "POD     STATE    RX/S  TX/S  DROPS/S  CPU    MEM   PATH\n\
              shop/b  running  2.0M  1.0M  0        12.5%  1.5M  idle\n\
              shop/a  running  1.0K  512B  0        0.1%   1.5M  idle\n\
