@@ -98,7 +98,7 @@ fn a_newer_sandbox_takes_the_identity_over() {
             assert_eq!(devnet.nodes().len(), 1);
             client.del(within(TIMEOUT), newer.attachment).await.unwrap().unwrap();
             assert!(devnet.wait_for(SOON, <[_]>::is_empty).await);
-            assert_eq!(rig.leftovers(), [""; 0]);
+            rig.until_clean(SOON).await;
         });
     });
 }
@@ -221,7 +221,7 @@ fn credentials_that_do_not_work_are_named() {
             std::fs::write(dir.join("auth-key"), "\n").unwrap();
             let error = client.add(within(TIMEOUT), request).await.unwrap().unwrap_err();
             assert!(error.code == code::REFUSED && error.msg.contains("is empty"), "{error}");
-            assert_eq!(rig.leftovers(), [""; 0]);
+            rig.until_clean(SOON).await;
         });
     });
 }
@@ -514,7 +514,7 @@ fn a_full_disk_fails_an_add_and_nothing_else() {
             rig.add("b").await.unwrap();
             rig.del("a").await.unwrap();
             rig.del("b").await.unwrap();
-            assert_eq!(rig.leftovers(), [""; 0]);
+            rig.until_clean(SOON).await;
         });
     });
 }

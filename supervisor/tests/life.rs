@@ -97,12 +97,8 @@ fn join_talk_survive_leave() {
             one.unwrap();
             two.unwrap();
             rig.del("a").await.unwrap();
-            assert!(
-                devnet.wait_for(Duration::from_secs(5), |nodes| nodes.is_empty()).await,
-                "{:?}",
-                devnet.nodes()
-            );
-            assert_eq!(rig.leftovers(), [""; 0]);
+            assert!(devnet.wait_for(TIMEOUT, |nodes| nodes.is_empty()).await, "{:?}", devnet.nodes());
+            rig.until_clean(TIMEOUT).await;
             assert!(!http("/metrics").contains("pod=\"a\""));
         });
         rig.terminate();

@@ -83,8 +83,8 @@ fn many_pods_join_die_and_leave_at_once() {
             let ends = futures_util::future::join_all(names.iter().map(|name| rig.del(name))).await;
             assert!(ends.iter().all(Result::is_ok), "{ends:?}");
             println!("{pods} DELs at once: {:?}", start.elapsed());
-            assert!(devnet.wait_for(Duration::from_secs(10), <[_]>::is_empty).await);
-            assert_eq!(rig.leftovers(), [""; 0]);
+            assert!(devnet.wait_for(TIMEOUT, <[_]>::is_empty).await);
+            rig.until_clean(TIMEOUT).await;
         });
         rig.terminate();
     });
