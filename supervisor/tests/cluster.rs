@@ -50,6 +50,13 @@ async fn until_health(what: &str, wanted: impl Fn(&Value) -> bool) {
     }
 }
 
+/// Waits until the supervisor knows what the API server has told of pods so far: of `last`, too, which joins nothing.
+async fn heard(rig: &Rig, api: &KubeApi, last: &str) {
+    api.pod("default", last, &format!("uid-{last}"), &[("tailscale.com/enabled", "false")]);
+    let client = rig.client().await;
+    assert!(client.add(within(TIMEOUT), rig.request(last)).await.unwrap().unwrap().is_nothing());
+}
+
 #[test]
 fn annotations_come_from_the_api_where_the_runtime_passes_none() {
     in_namespaces("annotations_come_from_the_api_where_the_runtime_passes_none", |dir| {
@@ -130,12 +137,12 @@ fn an_identity_ends_with_its_pod() {
                 "a",
                 json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}),
             );
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            heard(&rig, &api, "after-a").await;
             rig.del("a").await.unwrap();
             assert_eq!(devnet.nodes().len(), 2, "{:?}", devnet.nodes());
             // Finished.
             api.change_pod("default", "b", json!({"status": {"phase": "Succeeded"}}));
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            heard(&rig, &api, "after-b").await;
             rig.del("b").await.unwrap();
             assert!(left(1).await);
             // DEL first, and gone while the watch had lost its place.
