@@ -111,18 +111,24 @@ mod tests {
             }
         });
         let mut back = [0; 3];
-        for (wait_ms, least_ms, most_ms) in [(80, 80, 5000), (300, 300, 5000), (0, 0, 250)] {
-            distance.set(Duration::from_millis(wait_ms));
-            let asked = Instant::now();
-            client.write_all(b"abc").await.unwrap();
-            client.read_exact(&mut back).await.unwrap();
-            let took = asked.elapsed();
-            assert_eq!(&back, b"abc");
-            let (least, most) = (Duration::from_millis(least_ms), Duration::from_millis(most_ms));
-            assert!(took >= least && took < most, "{wait_ms} ms took {took:?}");
+        let mut asked = 0;
+        for wait in [80, 300, 0].map(Duration::from_millis) {
+            distance.set(wait);
+            // A machine that is busy elsewhere may hold any one answer up.
+            let mut soonest = Duration::MAX;
+            while soonest > wait + Duration::from_millis(200) && asked < 100 {
+                let began = Instant::now();
+                client.write_all(b"abc").await.unwrap();
+                client.read_exact(&mut back).await.unwrap();
+                soonest = soonest.min(began.elapsed());
+                assert!(soonest >= wait, "{wait:?} took {soonest:?}");
+                assert_eq!(&back, b"abc");
+                asked += 1;
+            }
         }
+        assert!(asked < 100, "no answer came in its time");
         drop(client);
-        assert_eq!(echo.await.unwrap(), 3);
+        assert_eq!(echo.await.unwrap(), asked);
     }
 
     #[tokio::test]

@@ -138,6 +138,7 @@ fn joins_at_once_obey_the_apis_limit_together() {
                 rig.netns(name).await;
             }
             rig.client().await;
+            let begun = Instant::now();
             let joining = futures_util::future::join_all(names.iter().map(|name| rig.add(name)));
             let watched = async {
                 while devnet.calls(Target::Api) == 0 {
@@ -150,11 +151,15 @@ fn joins_at_once_obey_the_apis_limit_together() {
                 }
                 let calls = devnet.calls(Target::Api);
                 devnet.clear_fault(Target::Api);
-                calls
+                // A machine that was busy elsewhere looked again later.
+                (calls, 1 + begun.elapsed().as_secs())
             };
-            let (answers, calls) = tokio::join!(joining, watched);
-            println!("{calls} calls were refused in 1.8 s, with a second's pause asked for");
-            assert!((1..=2 * CALLS_AT_ONCE).contains(&calls), "{calls} calls of 30 pods");
+            let (answers, (calls, rounds)) = tokio::join!(joining, watched);
+            println!("{calls} calls were refused in {rounds} rounds, with a second's pause asked for");
+            assert!(
+                (1..=rounds * CALLS_AT_ONCE).contains(&calls),
+                "{calls} calls of 30 pods in {rounds} rounds"
+            );
             for (name, answer) in names.iter().zip(answers) {
                 assert!(answer.is_ok(), "{name}: {answer:?}");
             }
