@@ -214,8 +214,14 @@ struct FullPidSpace {
 const PID_MAX: &str = "/proc/sys/kernel/pid_max";
 
 impl FullPidSpace {
-    /// `None` where a pid namespace has no limit of its own, before Linux 6.14.
+    /// `None` where a pid namespace has no limit of its own, before Linux 6.14: there the file is the machine's, and
+    /// the machine's root may write it in here, too.
     fn make() -> Option<Self> {
+        let release = nix::sys::utsname::uname().unwrap().release().to_string_lossy().into_owned();
+        let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse::<u32>().unwrap_or(0));
+        if (numbers.next()?, numbers.next()?) < (6, 14) {
+            return None;
+        }
         let before = std::fs::read_to_string(PID_MAX).unwrap();
         let pids = std::fs::read_dir("/proc").unwrap();
         let highest: u32 =
