@@ -80,7 +80,7 @@ fn check(objects: &[Value]) {
             ("rbac.authorization.k8s.io/v1", "Role") => is_a::<Role>(object),
             ("rbac.authorization.k8s.io/v1", "RoleBinding") => is_a::<RoleBinding>(object),
             // The operator's own; its types are not Kubernetes'.
-            ("monitoring.coreos.com/v1", "ServiceMonitor" | "PrometheusRule") => {}
+            ("monitoring.coreos.com/v1", "PodMonitor" | "ServiceMonitor" | "PrometheusRule") => {}
             other => panic!("{other:?} is unknown here"),
         }
         if kind.1 == "DaemonSet" {
@@ -352,6 +352,7 @@ fn the_charts_switches_do_what_overlays_do() {
     assert!(daemon_set(&pinned).to_string().contains("ghcr.io/you/podtether@sha256:0000"));
     let measured = chart(&[
         "metrics.enabled=true",
+        "metrics.podMonitor.enabled=true",
         "metrics.serviceMonitor.enabled=true",
         "dashboards.enabled=true",
         "rules.enabled=true",
@@ -359,10 +360,23 @@ fn the_charts_switches_do_what_overlays_do() {
     let count = |kind: &str| measured.iter().filter(|object| object["kind"] == kind).count();
     let dashboards = fs::read_dir(deploy().join("../grafana/dashboards")).unwrap().count();
     assert_eq!(
-        ["ServiceMonitor", "Service", "PrometheusRule", "ConfigMap"].map(count),
-        [1, 1, 1, 1 + dashboards],
+        ["PodMonitor", "ServiceMonitor", "Service", "PrometheusRule", "ConfigMap"].map(count),
+        [1, 1, 1, 1, 1 + dashboards],
         "what the switches add"
     );
+    // As docs/metrics.md has it: a pod's series keep the pod's name, and a node is its name.
+    for (kind, list) in [("PodMonitor", "podMetricsEndpoints"), ("ServiceMonitor", "endpoints")] {
+        let monitor = measured.iter().find(|object| object["kind"] == kind).unwrap();
+        let [endpoint] = &monitor["spec"][list].as_array().unwrap()[..] else { panic!("{monitor}") };
+        let instance =
+            json!([{"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "instance"}]);
+        assert_eq!((&endpoint["honorLabels"], &endpoint["relabelings"]), (&json!(true), &instance), "{kind}");
+        assert_eq!(
+            endpoint["port"],
+            daemon_set(&measured)["spec"]["template"]["spec"]["containers"][0]["ports"][0]["name"]
+        );
+        assert_eq!(monitor["spec"]["jobLabel"], "app", "the rules ask for job=\"podtether\"");
+    }
     chart(&[
         "config.tailnet.prod.control_url=https://x.example",
         "config.tailnet.prod.credentials.kind=interactive",
