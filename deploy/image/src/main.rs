@@ -8,6 +8,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use podtether_image::elf;
 use podtether_image::oci::Image;
 use podtether_image::sbom;
 
@@ -52,7 +53,14 @@ fn main() -> Result<()> {
         ("podtether.cdx.json".to_owned(), bom.into_bytes()),
     ]);
     for (program, _) in PROGRAMS {
-        files.insert(format!("bin/{program}"), read(&arguments.programs.join(program))?);
+        let path = arguments.programs.join(program);
+        let bytes = read(&path)?;
+        anyhow::ensure!(
+            !elf::asks_for_a_loader(&bytes),
+            "{} is linked dynamically and would find no libraries in the image: `make release` builds static programs",
+            path.display()
+        );
+        files.insert(format!("bin/{program}"), bytes);
     }
     let labels = [("title", "podtether"), ("version", VERSION), ("licenses", "Apache-2.0 OR MIT")];
     let image = Image {
