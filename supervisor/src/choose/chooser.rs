@@ -112,7 +112,7 @@ impl Chooser {
                     return Decision::Nothing;
                 }
                 let name = format!("pod {}/{}", pod.namespace, pod.name);
-                let details = "correct that and delete the pod; nothing was made".into();
+                let details = "correct that, and the runtime's next try takes it; nothing was made".into();
                 Decision::Refused(CniError {
                     code: code::BAD_CONFIG,
                     msg: format!("{name}: {sentence}"),

@@ -2,8 +2,11 @@
 
 use std::fs;
 
+use serde_json::json;
+
 use crate::cluster::{CONFLIST, Cluster, OVERLAY};
 use crate::node::{kubectl, on_a_cluster};
+use crate::runtime::PAUSE;
 
 /// Pods of `app` that run.
 fn running(app: &str) -> usize {
@@ -43,5 +46,30 @@ fn the_node_is_as_it_was_when_all_is_uninstalled() {
         cluster.until("the plugin is gone", || (!plugin.exists()).then_some(()));
         cluster.deploy("after", 1);
         cluster.until("pods start without podtether", || (running("after") == 1).then_some(()));
+    });
+}
+
+#[test]
+fn a_refused_annotation_is_corrected_in_place() {
+    on_a_cluster("installed::a_refused_annotation_is_corrected_in_place", |names| {
+        let cluster = Cluster::start(names);
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": "greedy", "annotations": {"tailscale.com/tags": "tag:admin"}},
+            "spec": {
+                "automountServiceAccountToken": false,
+                "terminationGracePeriodSeconds": 0,
+                "dnsPolicy": "Default",
+                "containers": [{"name": "main", "image": PAUSE}],
+            },
+        });
+        cluster.apply(&pod.to_string());
+        cluster.until("it is told what is wrong and that it is tried again", || {
+            let reason = "--field-selector=reason=AnnotationRefused";
+            let (events, done) = kubectl(&["get", "events", reason], None);
+            (done && events.contains("tag:admin") && events.contains("next try takes it")).then_some(())
+        });
+        cluster.must("annotate pod/greedy tailscale.com/tags-");
+        cluster.settled(1);
     });
 }
