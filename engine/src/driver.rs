@@ -1,9 +1,9 @@
 //! The loop that owns the node: bytes from descriptors go into the core in batches, what the core
 //! wants sent goes out, and nothing here decides anything about the protocol.
 //!
-//! One wake-up handles one source, then flushes what came of it. Queues from other tasks are bounded;
-//! where one is full its writer waits (control, DERP in) or the packet is dropped and counted (DERP
-//! out, sockets).
+//! One wake-up handles one source, then flushes what came of it; [`turns`] has the order. Queues from other
+//! tasks are bounded; where one is full its writer waits (control, DERP in) or the packet is dropped and
+//! counted (DERP out, sockets).
 
 mod drops;
 mod fence;
@@ -15,6 +15,7 @@ mod rest;
 mod shield;
 mod start;
 mod tun;
+mod turns;
 mod udp;
 
 use std::collections::HashMap;
@@ -37,7 +38,7 @@ use crate::derp::{self, Regions};
 use crate::dial::Dialer;
 use crate::fds::Names as NameFds;
 use crate::intake::Intake;
-use crate::names::{self, Names};
+use crate::names::Names;
 use crate::reason::Ending;
 use crate::rpc::Command;
 use crate::snapshot_file::SnapshotFile;
@@ -49,6 +50,7 @@ use handover::{Handover, Next};
 use report::Membership;
 use rest::Rest;
 use tun::Tun;
+use turns::{Alarm, Source, Wake};
 use udp::Udp;
 
 /// Descriptors of the link and the underlay, before a start request.
@@ -66,8 +68,6 @@ pub(crate) struct Link {
     pub(crate) partner: Option<OwnedFd>,
 }
 
-/// Rounds between which other tasks and the poller surely get their turn.
-const ROUNDS_PER_YIELD: u32 = 4;
 /// A snapshot is written this long after the core asked for it.
 const SNAPSHOT_DELAY: Duration = Duration::from_secs(1);
 /// Without any snapshot a restart has to wait for control.
@@ -172,6 +172,9 @@ struct Driver {
     udp6: Option<Udp>,
     /// Those of the process before are in use as long as it is the node.
     names: Option<Names>,
+    /// What was read last.
+    last: Source,
+    alarm: Alarm,
     from_tun: Batch<VnetHeader>,
     passed: Batch<Origin>,
     drops: Drops,
@@ -210,100 +213,17 @@ struct Driver {
 
 const NO_SUCH_PEER: &str = "no peer of the tailnet has that name or address";
 
-/// What woke the loop.
-enum Wake {
-    Packets,
-    Datagrams { v4: bool },
-    Names(names::Event),
-    Control(control::Event),
-    Derp(derp::Message),
-    Resolved(String, Vec<IpAddr>),
-    Latency(RegionId, Option<Duration>),
-    Handover(handover::Next),
-    Command(Command),
-    LoggedOut(Result<(), String>),
-    Time,
-    Ended(Ending),
-}
-
 impl Driver {
-    async fn run(
-        mut self,
-        mut commands: mpsc::Receiver<Command>,
-        started: oneshot::Sender<Result<(), String>>,
-    ) -> Ending {
-        // With a snapshot the first handshakes leave here, before the supervisor hears back.
-        self.engine.handle_timeout(Instant::now(), &mut self.outbox);
-        self.settle().await;
-        let _ = started.send(Ok(()));
-        if let Some(ending) = self.ending.take() {
-            return ending;
-        }
-        let mut rounds = 0_u32;
-        loop {
-            let wake = self.wake(&mut commands).await;
-            self.handle(wake).await;
-            self.settle().await;
-            if let Some(ending) = self.ending.take() {
-                if self.handover.reads() {
-                    self.write_snapshot();
-                }
-                return ending;
-            }
-            rounds = rounds.wrapping_add(1);
-            if rounds.is_multiple_of(ROUNDS_PER_YIELD) {
-                tokio::task::yield_now().await;
-            }
-        }
-    }
-
-    /// Waits for whatever comes first.
-    async fn wake(&mut self, commands: &mut mpsc::Receiver<Command>) -> Wake {
-        let snapshot = match self.snapshot_writer {
-            Some(_) => self.snapshot_written,
-            None => self.snapshot_due,
-        };
-        let refused = self.refused.deadline(self.refused_sum());
-        let handover = self.handover.deadline();
-        let core = self.engine.poll_timeout().filter(|_| self.handover.role != Role::LetGo);
-        let deadline = [core, snapshot, refused, handover, self.rest.deadline()].into_iter().flatten().min();
-        let reads = self.handover.reads();
-        tokio::select! {
-            read = self.tun.read(&mut self.from_tun, &mut self.drops), if reads => match read {
-                Ok(()) => Wake::Packets,
-                Err(gone) => Wake::Ended(Ending::new(EngineExit::LinkLost, gone.to_string())),
-            },
-            v4 = readable(self.udp4.as_ref(), self.udp6.as_ref()), if reads => match v4 {
-                Ok(v4) => Wake::Datagrams { v4 },
-                Err(error) => Wake::Ended(Ending::new(EngineExit::LinkLost, format!("a UDP socket failed: {error}"))),
-            },
-            event = asked(self.names.as_mut()) => Wake::Names(event),
-            event = said(self.control.as_mut()) => match event {
-                Some(event) => Wake::Control(event),
-                None => Wake::Time,
-            },
-            message = self.derp.message() => Wake::Derp(message),
-            Some(found) = self.lookups.join_next() => match found {
-                Ok((host, addresses)) => Wake::Resolved(host, addresses),
-                Err(_) => Wake::Time,
-            },
-            Some(Ok((region, latency))) = self.latencies.join_next() => Wake::Latency(region, latency),
-            next = self.handover.next(&mut self.passed) => Wake::Handover(next),
-            command = commands.recv() => match command {
-                Some(command) => Wake::Command(command),
-                None => Wake::Ended(Ending::new(EngineExit::Orphaned, "nobody can reach this engine any more")),
-            },
-            outcome = finished(self.logging_out.as_mut()) => Wake::LoggedOut(outcome),
-            () = sleep_until(deadline) => Wake::Time,
-        }
-    }
-
     async fn handle(&mut self, wake: Wake) {
         let now = Instant::now();
         match wake {
             Wake::Packets => {
+                if let Err(gone) = self.tun.read(&mut self.from_tun, &mut self.drops) {
+                    return self.ending = Some(Ending::new(EngineExit::LinkLost, gone.to_string()));
+                }
                 self.intake.tun_packets += self.engine.handle_tun(&mut self.from_tun, now, &mut self.outbox);
                 self.from_tun.clear();
+                self.send_packets().await;
             }
             Wake::Datagrams { v4 } => {
                 if let Some(udp) = if v4 { &mut self.udp4 } else { &mut self.udp6 } {
@@ -311,6 +231,7 @@ impl Driver {
                     let datagrams = udp.datagrams().inspect(|_| self.intake.others += 1);
                     self.engine.handle_udp(datagrams, now, &mut self.outbox);
                 }
+                self.send_packets().await;
             }
             Wake::Names(event) => {
                 self.intake.others += 1;
@@ -381,17 +302,8 @@ impl Driver {
                 names.act(action, &mut self.drops);
             }
         }
-        self.tun.write(&mut self.outbox.tun, &mut self.drops);
         self.pass_on().await;
-        if !self.outbox.udp.is_empty() {
-            let (v4, v6) = (self.udp4.is_some(), self.udp6.is_some());
-            if !v4 || !v6 {
-                self.drops.add(Drop::UdpNoSocket, udp::without_socket(&self.outbox.udp, v4, v6));
-            }
-            for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
-                udp.send(&self.outbox.udp, &mut self.drops).await;
-            }
-        }
+        self.send_packets().await;
         for (to, packet) in self.outbox.derp.iter() {
             if let Err(why) = self.derp.send(to.region, to.peer, packet) {
                 self.drops.count(why);
@@ -404,6 +316,26 @@ impl Driver {
             self.snapshot_due = None;
             self.begin_snapshot();
         }
+    }
+
+    /// Hands packets to the pod and datagrams to the kernel.
+    async fn send_packets(&mut self) {
+        if !self.outbox.tun.is_empty() {
+            self.tun.write(&mut self.outbox.tun, &mut self.drops);
+            self.outbox.tun.clear();
+        }
+        // One that has let go sends nothing.
+        if self.outbox.udp.is_empty() || self.handover.role == Role::LetGo {
+            return;
+        }
+        let (v4, v6) = (self.udp4.is_some(), self.udp6.is_some());
+        if !v4 || !v6 {
+            self.drops.add(Drop::UdpNoSocket, udp::without_socket(&self.outbox.udp, v4, v6));
+        }
+        for udp in [&mut self.udp4, &mut self.udp6].into_iter().flatten() {
+            udp.send(&self.outbox.udp, &mut self.drops).await;
+        }
+        self.outbox.udp.clear();
     }
 
     fn handle_event(&mut self, event: engine::Event) {
@@ -761,48 +693,5 @@ impl Driver {
         if last || written.is_err() {
             self.snapshot_writer = None;
         }
-    }
-}
-
-/// Waits for datagrams; whether they are the IPv4 socket's.
-async fn readable(udp4: Option<&Udp>, udp6: Option<&Udp>) -> std::io::Result<bool> {
-    tokio::select! {
-        result = datagrams(udp4) => result.map(|()| true),
-        result = datagrams(udp6) => result.map(|()| false),
-    }
-}
-
-async fn datagrams(udp: Option<&Udp>) -> std::io::Result<()> {
-    match udp {
-        Some(udp) => udp.ready().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn asked(names: Option<&mut Names>) -> names::Event {
-    match names {
-        Some(names) => names.event().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn said(control: Option<&mut Control>) -> Option<control::Event> {
-    match control {
-        Some(control) => control.event().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn finished(outcome: Option<&mut oneshot::Receiver<Result<(), String>>>) -> Result<(), String> {
-    match outcome {
-        Some(outcome) => outcome.await.unwrap_or_else(|_| Err("the control client ended".to_owned())),
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
     }
 }

@@ -148,10 +148,15 @@ pub(super) struct Message<'a> {
 
 /// Sends up to [`SENDS`] messages without waiting; how many the kernel took.
 pub(super) fn send(fd: BorrowedFd<'_>, messages: &[Message<'_>]) -> nix::Result<usize> {
+    // Arrays for many are memory that has to be fetched first, which one message after an idle spell feels.
+    if messages.len() == 1 { send_up_to::<1>(fd, messages) } else { send_up_to::<SENDS>(fd, messages) }
+}
+
+fn send_up_to<const N: usize>(fd: BorrowedFd<'_>, messages: &[Message<'_>]) -> nix::Result<usize> {
     // SAFETY: all zero is a valid mmsghdr: null pointers with zero lengths.
-    let mut headers: [libc::mmsghdr; SENDS] = unsafe { std::mem::zeroed() };
-    let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; SENDS];
-    let mut controls: [Control; SENDS] = [[0; 4]; SENDS];
+    let mut headers: [libc::mmsghdr; N] = unsafe { std::mem::zeroed() };
+    let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; N];
+    let mut controls: [Control; N] = [[0; 4]; N];
     let mut count: libc::c_uint = 0;
     for (((header, piece), control), message) in
         headers.iter_mut().zip(&mut pieces).zip(&mut controls).zip(messages)

@@ -172,6 +172,8 @@ impl Checked {
             udp4,
             udp6,
             names: None,
+            last: Default::default(),
+            alarm: Default::default(),
             from_tun: Batch::new(),
             passed: Batch::new(),
             drops: Drops::default(),

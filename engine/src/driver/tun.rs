@@ -3,6 +3,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::task::{Context, Poll};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -84,52 +85,40 @@ impl Tun {
         self.coalescer.shrink();
     }
 
-    /// Waits for packets and adds them to `batch`.
-    pub(crate) async fn read(&self, batch: &mut Batch<VnetHeader>, drops: &mut Drops) -> Result<(), Gone> {
-        let ready = self.fd.ready(Interest::READABLE.add(Interest::ERROR)).await;
-        let mut ready = ready.map_err(|_| Gone("not pollable"))?;
-        if ready.ready().is_error() || ready.ready().is_read_closed() {
-            return Err(Gone("poll error"));
-        }
-        for _ in 0..READS {
-            match self.read_one(batch, drops) {
-                Ok(()) | Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => {
-                    ready.clear_ready();
-                    break;
-                }
-                Err(Errno::ENOBUFS | Errno::ENOMEM) => drops.count(Drop::TunReadNoMemory),
-                Err(error) => return Err(Gone(error.desc())),
-            }
-            if batch.bytes() >= BYTES {
-                break;
-            }
-        }
-        Ok(())
+    /// Whether there may be packets.
+    pub(crate) fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.fd.poll_read_ready(cx).map_ok(|mut ready| ready.retain_ready())
     }
 
-    fn read_one(&self, batch: &mut Batch<VnetHeader>, drops: &mut Drops) -> nix::Result<()> {
-        let mut outcome = Ok(());
-        batch.fill(LONGEST, |packet| {
-            let mut header = [0; VNET_HEADER_LEN];
-            match readv(&self.fd, &mut [IoSliceMut::new(&mut header), IoSliceMut::new(packet)]) {
-                Ok(length) => {
-                    let length = length.checked_sub(VNET_HEADER_LEN).filter(|length| *length > 0)?;
-                    match VnetHeader::read(&header) {
-                        Ok(header) => Some((header, length)),
-                        Err(_) => {
-                            drops.count(Drop::TunReadOffload);
-                            None
-                        }
+    /// Waits until the device is gone. It is not readable then.
+    pub(crate) async fn gone(&self) -> Gone {
+        match self.fd.ready(Interest::ERROR).await {
+            Ok(_) => Gone("poll error"),
+            Err(_) => Gone("not pollable"),
+        }
+    }
+
+    /// Adds the packets that are there to `batch`.
+    pub(crate) fn read(&self, batch: &mut Batch<VnetHeader>, drops: &mut Drops) -> Result<(), Gone> {
+        let mut gone = None;
+        let _ = self.fd.try_io(Interest::READABLE, |fd| {
+            for _ in 0..READS {
+                match read_one(fd, batch, drops) {
+                    Ok(()) | Err(Errno::EINTR) => {}
+                    Err(Errno::EAGAIN) => return Err(std::io::ErrorKind::WouldBlock.into()),
+                    Err(Errno::ENOBUFS | Errno::ENOMEM) => drops.count(Drop::TunReadNoMemory),
+                    Err(error) => {
+                        gone = Some(Gone(error.desc()));
+                        break;
                     }
                 }
-                Err(error) => {
-                    outcome = Err(error);
-                    None
+                if batch.bytes() >= BYTES {
+                    break;
                 }
             }
+            Ok(())
         });
-        outcome
+        gone.map_or(Ok(()), Err)
     }
 
     /// Hands packets to the pod, those of one flow as super-packets. What the kernel does not take is
@@ -139,18 +128,28 @@ impl Tun {
             return;
         }
         self.coalescer.group(batch, self.udp_offload);
+        if batch.len() == 1 {
+            // Room for one piece alone: an array for many is memory that has to be fetched first.
+            self.write_grouped::<2>(batch, drops);
+        } else {
+            self.write_grouped::<{ MAX_PIECES + 1 }>(batch, drops);
+        }
+    }
+
+    /// `N`: most pieces of a packet, its header included.
+    fn write_grouped<const N: usize>(&mut self, batch: &mut Batch<()>, drops: &mut Drops) {
         for write in self.coalescer.writes(batch) {
             let header = write.header.to_bytes();
-            let mut pieces = [IoSlice::new(&[]); MAX_PIECES + 1];
-            pieces[0] = IoSlice::new(&header);
-            let mut count = 1;
-            for (slot, piece) in pieces[1..].iter_mut().zip(write.pieces) {
+            let mut pieces = [IoSlice::new(&[]); N];
+            let mut count = 0;
+            for (slot, piece) in pieces.iter_mut().zip(std::iter::once(header.as_slice()).chain(write.pieces))
+            {
                 *slot = IoSlice::new(piece);
                 count += 1;
             }
             let packets = u64::try_from(count - 1).unwrap_or(u64::MAX);
             loop {
-                match writev(&self.fd, &pieces[..count]) {
+                match writev(&self.fd, pieces.get(..count).unwrap_or_default()) {
                     Ok(_) => break,
                     Err(Errno::EINTR) => {}
                     Err(Errno::EIO) => break drops.add(Drop::TunDown, packets),
@@ -160,6 +159,30 @@ impl Tun {
             }
         }
     }
+}
+
+fn read_one(fd: &OwnedFd, batch: &mut Batch<VnetHeader>, drops: &mut Drops) -> nix::Result<()> {
+    let mut outcome = Ok(());
+    batch.fill(LONGEST, |packet| {
+        let mut header = [0; VNET_HEADER_LEN];
+        match readv(fd, &mut [IoSliceMut::new(&mut header), IoSliceMut::new(packet)]) {
+            Ok(length) => {
+                let length = length.checked_sub(VNET_HEADER_LEN).filter(|length| *length > 0)?;
+                match VnetHeader::read(&header) {
+                    Ok(header) => Some((header, length)),
+                    Err(_) => {
+                        drops.count(Drop::TunReadOffload);
+                        None
+                    }
+                }
+            }
+            Err(error) => {
+                outcome = Err(error);
+                None
+            }
+        }
+    });
+    outcome
 }
 
 /// Registers `fd` with the poller.

@@ -4,6 +4,7 @@
 use std::io::IoSliceMut;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::task::{Context, Poll};
 
 use nix::errno::Errno;
 use nix::sys::socket::{SockaddrStorage, setsockopt, sockopt};
@@ -44,6 +45,8 @@ pub(crate) struct Udp {
     ask: usize,
     /// Whether the kernel cuts trains of datagrams on this socket.
     cuts: bool,
+    /// For what is sent at once.
+    room: Vec<Message<'static>>,
     v4: bool,
     shielded: bool,
     /// The kernel's count of drops at the last look.
@@ -70,6 +73,7 @@ impl Udp {
             received: Vec::with_capacity(SLOTS),
             ask: SLOTS,
             cuts: true,
+            room: Vec::new(),
             v4,
             shielded: false,
             seen,
@@ -121,10 +125,9 @@ impl Udp {
         }
     }
 
-    /// Waits until there may be datagrams.
-    pub(crate) async fn ready(&self) -> std::io::Result<()> {
-        self.fd.readable().await?.retain_ready();
-        Ok(())
+    /// Whether there may be datagrams.
+    pub(crate) fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        self.fd.poll_read_ready(cx).map_ok(|mut ready| ready.retain_ready())
     }
 
     /// Takes what has arrived, for [`Udp::datagrams`]; how many were too long to be ours.
@@ -138,11 +141,12 @@ impl Udp {
         let mut bytes = 0;
         let mut unusable = 0;
         let mut messages = 0;
-        let result = fd.try_io(Interest::READABLE, |fd| {
+        let _ = fd.try_io(Interest::READABLE, |fd| {
             let mut chunks = slots.chunks_exact_mut(SLOT);
             let mut pieces: [IoSliceMut<'_>; SLOTS] =
                 std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
             let pieces = pieces.get_mut(..*ask).unwrap_or_default();
+            let asked = pieces.len();
             for (slot, message) in receiver.receive(fd.as_fd(), pieces)?.enumerate() {
                 messages += 1;
                 match message {
@@ -153,12 +157,15 @@ impl Udp {
                     _ => unusable += 1,
                 }
             }
-            Ok(())
+            // The kernel had no more: the next one that comes wakes us.
+            if messages < asked { Err(std::io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
         });
-        // Other than "nothing there" it is EINTR or an ICMP error that an earlier datagram caused: the
-        // next call goes on.
-        if result.is_ok() && messages > 0 {
-            *ask = (BYTES * messages).checked_div(bytes).map_or(SLOTS, |ask| ask.clamp(1, SLOTS));
+        // Other than "no more there" it is EINTR or an ICMP error that an earlier datagram caused: the next call goes
+        // on.
+        if messages > 0 {
+            // As many again, and as many once more for what a burst grows to.
+            let fit = (BYTES * messages).checked_div(bytes).unwrap_or(SLOTS);
+            *ask = fit.min(2 * messages).clamp(2, SLOTS);
         }
         unusable
     }
@@ -179,13 +186,10 @@ impl Udp {
     /// Sends the datagrams of `batch` that are of this socket's family. A full socket is waited for
     /// once per call; what it still does not take is dropped and counted.
     pub(crate) async fn send(&mut self, batch: &Batch<SocketAddr>, drops: &mut Drops) {
-        let mut queue = messages(batch, self.v4, self.cuts);
+        let mut queue = messages(batch, self.v4, self.cuts).peekable();
         let mut may_wait = true;
-        loop {
-            let mut chunk = Chunk::new(&mut queue);
-            if chunk.is_empty() {
-                return;
-            }
+        while queue.peek().is_some() {
+            let mut chunk = Chunk::new(std::mem::take(&mut self.room), &mut queue);
             while !chunk.is_empty() {
                 match mmsg::send(self.fd.get_ref().as_fd(), chunk.left()) {
                     Ok(sent) => chunk.sent(sent.max(1)),
@@ -198,8 +202,7 @@ impl Udp {
                     Err(Errno::EAGAIN | Errno::ENOBUFS) => {
                         let rest: u64 =
                             chunk.left().iter().copied().chain(queue).map(|m| datagrams_of(&m)).sum();
-                        drops.add(Drop::UdpFull, rest);
-                        return;
+                        return drops.add(Drop::UdpFull, rest);
                     }
                     // EIO: the device computes no checksums. EINVAL: the datagrams are longer than this path takes
                     // at once.
@@ -215,6 +218,7 @@ impl Udp {
                     }
                 }
             }
+            self.room = chunk.room();
         }
     }
 
@@ -262,25 +266,28 @@ fn messages(batch: &Batch<SocketAddr>, v4: bool, cuts: bool) -> impl Iterator<It
 
 /// Up to [`SENDS`] messages, and how far they are sent.
 struct Chunk<'a> {
-    messages: [Message<'a>; SENDS],
+    messages: Vec<Message<'a>>,
     from: usize,
-    until: usize,
 }
 
 impl<'a> Chunk<'a> {
-    fn new(queue: &mut impl Iterator<Item = Message<'a>>) -> Self {
-        let to = SockaddrStorage::from(SocketAddr::from(([0, 0, 0, 0], 0)));
-        let mut messages = [Message { to, bytes: &[], segment: None }; SENDS];
-        let mut until = 0;
-        for (slot, message) in messages.iter_mut().zip(queue) {
-            *slot = message;
-            until += 1;
-        }
-        Self { messages, from: 0, until }
+    /// `room` is the memory of the one before.
+    fn new(room: Vec<Message<'static>>, queue: &mut impl Iterator<Item = Message<'a>>) -> Self {
+        let mut messages: Vec<Message<'a>> = room;
+        messages.extend(queue.take(SENDS));
+        Self { messages, from: 0 }
+    }
+
+    /// For the next one.
+    fn room(self) -> Vec<Message<'static>> {
+        let mut messages = self.messages;
+        messages.clear();
+        // Collected in place: the memory stays, of which nothing borrows any more.
+        messages.into_iter().map_while(|_| None).collect()
     }
 
     fn left(&self) -> &[Message<'a>] {
-        self.messages.get(self.from..self.until).unwrap_or_default()
+        self.messages.get(self.from..).unwrap_or_default()
     }
 
     fn is_empty(&self) -> bool {

@@ -12,7 +12,11 @@ fn bound(address: &str) -> (Udp, SocketAddr) {
 async fn arrived(receiver: &mut Udp, count: usize) -> Vec<(SocketAddr, Vec<u8>)> {
     let mut got = Vec::new();
     while got.len() < count {
-        let ready = tokio::time::timeout(std::time::Duration::from_secs(5), receiver.ready()).await;
+        let ready = tokio::time::timeout(
+            std::time::Duration::from_secs(5),
+            std::future::poll_fn(|cx| receiver.poll_ready(cx)),
+        )
+        .await;
         assert!(ready.is_ok(), "{} of {count} datagrams arrived", got.len());
         assert_eq!(receiver.receive(), 0);
         got.extend(receiver.datagrams().map(|(from, datagram)| (from, datagram.to_vec())));
@@ -67,7 +71,7 @@ async fn what_is_too_long_to_be_ours_is_told_and_left_out() {
     let mut unusable = 0;
     let mut got = Vec::new();
     while got.is_empty() || unusable == 0 {
-        receiver.ready().await.unwrap();
+        std::future::poll_fn(|cx| receiver.poll_ready(cx)).await.unwrap();
         unusable += receiver.receive();
         got.extend(receiver.datagrams().map(|(_, datagram)| datagram.to_vec()));
     }
@@ -106,5 +110,45 @@ async fn one_call_asks_for_no_more_than_stays_in_the_cache() {
     assert!(single.push(to, &[7; 80]));
     sender.send(&single, &mut Drops::default()).await;
     assert_eq!(arrived(&mut receiver, 1).await.len(), 1);
-    assert_eq!(receiver.ask, SLOTS);
+    assert_eq!(receiver.ask, 2, "another, and whether there are more");
+    let mut burst = Batch::new();
+    for n in 0..40 {
+        assert!(burst.push(to, &[7, n]));
+    }
+    sender.send(&burst, &mut Drops::default()).await;
+    assert_eq!(arrived(&mut receiver, burst.len()).await.len(), burst.len());
+    assert!(receiver.ask >= 8, "{}", receiver.ask);
+}
+
+#[tokio::test]
+async fn a_socket_that_was_emptied_by_a_call_is_not_asked_again_until_something_comes() {
+    let (mut sender, _) = bound("127.0.0.1:0");
+    let (mut receiver, to) = bound("127.0.0.1:0");
+    for n in 0..3 {
+        let mut single = Batch::new();
+        assert!(single.push(to, &[7, n]));
+        sender.send(&single, &mut Drops::default()).await;
+        std::future::poll_fn(|cx| receiver.poll_ready(cx)).await.unwrap();
+        receiver.ask = 2;
+        assert_eq!(receiver.receive(), 0);
+        assert_eq!(receiver.datagrams().map(|(_, datagram)| datagram[1]).collect::<Vec<_>>(), [n]);
+        let ready = std::future::poll_fn(|cx| std::task::Poll::Ready(receiver.poll_ready(cx))).await;
+        assert!(ready.is_pending(), "no call that finds nothing");
+    }
+}
+
+#[test]
+fn the_room_of_what_was_sent_serves_the_next_batch() {
+    let mut batch = Batch::new();
+    for n in 0..9 {
+        assert!(batch.push("127.0.0.1:1".parse().unwrap(), &[7, n]));
+    }
+    let chunk = Chunk::new(Vec::new(), &mut messages(&batch, true, true));
+    assert_eq!(chunk.left().len(), 9);
+    let at = chunk.messages.as_ptr().cast::<()>();
+    let room = chunk.room();
+    assert!(
+        room.is_empty() && room.capacity() >= 9 && room.as_ptr().cast() == at,
+        "nothing is allocated anew"
+    );
 }
