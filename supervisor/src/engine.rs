@@ -383,7 +383,7 @@ async fn conclude<M>(
     if reason.is_empty() {
         reason = match &ended {
             Ended::Exit(exit) => format!("the engine exited ({exit:?})"),
-            Ended::Crash => "the engine crashed".into(),
+            Ended::Crash => process.crash(),
             Ended::Killed(cause) => killed_because(*cause).into(),
             Ended::ForbiddenCall => "the engine made a forbidden system call and was killed: it may have been broken \
                                      into, or calls.toml lacks one; the kernel's log names the call (type=1326)"

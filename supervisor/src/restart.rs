@@ -159,6 +159,20 @@ pub fn of_status(status: Option<i32>, killed: Option<Cause>) -> Ended {
     }
 }
 
+/// A sentence on a crash with this wait status.
+#[must_use]
+pub fn crash(status: Option<i32>) -> String {
+    let Some(status) = status else { return "the engine crashed".to_owned() };
+    if libc::WIFEXITED(status) {
+        return format!("the engine crashed (exit code {})", libc::WEXITSTATUS(status));
+    }
+    let number = libc::WTERMSIG(status);
+    match nix::sys::signal::Signal::try_from(number) {
+        Ok(signal) => format!("the engine crashed ({signal})"),
+        Err(_) => format!("the engine crashed (signal {number})"),
+    }
+}
+
 /// What the past says.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
@@ -360,6 +374,15 @@ mod tests {
             (None, silent, Ended::Killed(Cause::Silent)),
         ] {
             assert_eq!(of_status(status, cause), ended, "{status:?} {cause:?}");
+        }
+        for (status, says) in [
+            (None, "the engine crashed"),
+            (exited(101), "the engine crashed (exit code 101)"),
+            (killed(libc::SIGKILL), "the engine crashed (SIGKILL)"),
+            (dumped(libc::SIGABRT), "the engine crashed (SIGABRT)"),
+            (killed(64), "the engine crashed (signal 64)"),
+        ] {
+            assert_eq!(crash(status), says);
         }
     }
 

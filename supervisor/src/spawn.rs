@@ -47,8 +47,8 @@ pub struct Process {
     child: bool,
     /// When it was forked, clock ticks since boot.
     start_ticks: Option<u64>,
-    /// Set by the first to learn it: who reaps the child takes its status away from the others.
-    ended: OnceLock<Ended>,
+    /// Set by the first to learn it, with the wait status: who reaps the child takes that away from the others.
+    ended: OnceLock<(Ended, Option<i32>)>,
     /// Why this supervisor killed it.
     killed: OnceLock<Cause>,
     /// Its `/proc/PID/schedstat`, open so that a look costs one call; `None` where the kernel has none.
@@ -223,19 +223,17 @@ impl Process {
     /// end is seen at once, before the output is drained.
     pub async fn ended(&self) -> Ended {
         loop {
-            if let Some(ended) = self.ended.get() {
+            if let Some((ended, _)) = self.ended.get() {
                 return ended.clone();
             }
             let Ok(mut ready) = self.pidfd.readable().await else { return Ended::Crash };
             let pidfd = self.pidfd.get_ref().as_fd();
-            let killed = self.killed.get().copied();
-            let ended = if self.child {
-                peek(pidfd, killed)
-            } else {
-                gone(pidfd).then(|| restart::of_status(self.status_of_another(), killed))
-            };
-            match ended {
-                Some(ended) => return self.ended.get_or_init(|| ended).clone(),
+            let status = if self.child { peek(pidfd) } else { gone(pidfd).then(|| self.status_of_another()) };
+            match status {
+                Some(status) => {
+                    let ended = restart::of_status(status, self.killed.get().copied());
+                    return self.ended.get_or_init(|| (ended, status)).0.clone();
+                }
                 None => ready.clear_ready(),
             }
         }
@@ -288,8 +286,14 @@ impl Process {
     /// Tells how the process ended, from whoever reaped it.
     pub fn reaped(&self, status: ExitStatus) {
         use std::os::unix::process::ExitStatusExt;
-        let ended = restart::of_status(Some(status.into_raw()), self.killed.get().copied());
-        let _ = self.ended.set(ended);
+        let status = Some(status.into_raw());
+        let _ = self.ended.set((restart::of_status(status, self.killed.get().copied()), status));
+    }
+
+    /// A sentence on its crash: the signal or exit code, as far as the kernel told it.
+    #[must_use]
+    pub fn crash(&self) -> String {
+        restart::crash(self.ended.get().and_then(|(_, status)| *status))
     }
 
     /// Ends it now. The first cause is the one that counts.
@@ -340,8 +344,8 @@ fn exit_info(pidfd: BorrowedFd<'_>) -> Option<i32> {
     (info.mask & INFO_EXIT != 0).then_some(info.exit_code)
 }
 
-/// How a child ended, `None` while it lives.
-fn peek(pidfd: BorrowedFd<'_>, killed: Option<Cause>) -> Option<Ended> {
+/// The wait status of a child that has ended, as far as the kernel tells it; `None` while it lives.
+fn peek(pidfd: BorrowedFd<'_>) -> Option<Option<i32>> {
     // SAFETY: siginfo_t is plain data for which all zeroes is a value.
     let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
     let id = libc::id_t::try_from(pidfd.as_raw_fd()).ok()?;
@@ -350,14 +354,14 @@ fn peek(pidfd: BorrowedFd<'_>, killed: Option<Cause>) -> Option<Ended> {
     let result = unsafe { libc::waitid(libc::P_PIDFD, id, &raw mut info, flags) };
     if result != 0 {
         // Reaped by somebody who did not tell.
-        return Some(restart::of_status(exit_info(pidfd), killed));
+        return Some(exit_info(pidfd));
     }
     // SAFETY: waitid succeeded, so the field is set; zero means that it lives.
     let pid = unsafe { info.si_pid() };
     // SAFETY: as above.
     let status = unsafe { info.si_status() };
     let status = if info.si_code == libc::CLD_EXITED { (status & 0xff) << 8 } else { status };
-    (pid != 0).then(|| restart::of_status(Some(status), killed))
+    (pid != 0).then_some(Some(status))
 }
 
 #[cfg(test)]
