@@ -47,6 +47,7 @@ mod shared;
 mod start;
 mod stun;
 mod sync;
+pub mod terminal;
 
 pub use config::{DevnetConfig, Dialect, DnsSettings, Families, HeadscaleApi, OauthConfig, RegionConfig};
 pub use control::crowd::Crowd;

@@ -4,6 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
+use podtether_devnet::terminal::{self, document::samples};
+use podtether_supervisor::cli;
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
@@ -57,4 +60,36 @@ fn tests_that_documents_name_exist() {
         }
     }
     assert!(count > 40, "{count} names were found");
+}
+
+/// Every command's section of `docs/cli.md` shows it, as text and as a picture of the same, and nothing that is no
+/// command is shown. The lab's `shown` compares that with what is printed.
+#[test]
+fn every_command_is_shown_in_a_text_and_in_a_picture_of_it() {
+    let docs = root().join("docs");
+    let samples = samples(&std::fs::read_to_string(docs.join("cli.md")).unwrap());
+    let mut commands = vec![("refusals".to_owned(), "podtether ".to_owned())];
+    for (program, prefix, whole) in
+        [("podtether", "", cli::command()), ("kubectl ts", "ts-", cli::cluster::command())]
+    {
+        commands.extend(whole.get_subcommands().map(|command| {
+            let name = command.get_name();
+            (format!("{prefix}{name}"), format!("{program} {name}"))
+        }));
+    }
+    assert!(commands.len() > 25, "{commands:?}");
+    for (name, command) in &commands {
+        let of_it: Vec<_> = samples.iter().filter(|sample| sample.name == *name).collect();
+        let [sample] = of_it[..] else { panic!("docs/cli.md has {} samples of {name}", of_it.len()) };
+        assert!(sample.text.contains(&format!("$ {command}")), "{name}: {}", sample.text);
+        for line in sample.text.lines() {
+            assert!(line.chars().count() <= terminal::COLUMNS, "{name}: {line}");
+        }
+        let picture =
+            std::fs::read_to_string(docs.join(&sample.picture)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(terminal::text_of_svg(&picture), sample.text, "the picture of {name} shows its text");
+    }
+    for sample in &samples {
+        assert!(commands.iter().any(|(name, _)| *name == sample.name), "{} is no command", sample.name);
+    }
 }

@@ -22,6 +22,7 @@ mod pairs;
 mod paths;
 mod routes;
 mod rules;
+mod shown;
 mod stock;
 mod tailnets;
 mod tool;

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::{Rig, lab_test, wait_for, wait_reachable};
 
-const POLICY: &str = r#"
+pub(crate) const POLICY: &str = r#"
     [[rules]]
     src = ["tag:k8s-pod"]
     dst = ["*"]
