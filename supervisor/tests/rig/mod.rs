@@ -266,6 +266,9 @@ pub fn echo(ns: &Netns, port: u16) {
     }
 }
 
+/// What takes longer is lost; where nothing is, nobody waits.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
 /// Sends numbered datagrams every `pace` and tells which came back, with their round trips.
 pub struct Pinger {
     stop: std::sync::Arc<std::sync::atomic::AtomicBool>,
@@ -291,9 +294,9 @@ impl Pinger {
             loop {
                 let now = Instant::now();
                 if end.is_none() && stopped.load(std::sync::atomic::Ordering::Relaxed) {
-                    end = Some(now + Duration::from_millis(500));
+                    end = Some(now + LAST_ANSWERS);
                 }
-                if end.is_some_and(|at| now >= at) {
+                if end.is_some_and(|at| now >= at || back.iter().all(Option::is_some)) {
                     return back;
                 }
                 if end.is_none() && now >= start + pace * u32::try_from(sent.len()).unwrap() {
