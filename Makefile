@@ -18,7 +18,8 @@ image: release
 	  --output target/podtether-image.tar
 # After a change of the chart; needs helm. tests/manifests.rs says when.
 chart: ; PODTETHER_RENDER=1 cargo test -p podtether-supervisor --test manifests the_chart_is_what
-test: build ; cargo test --workspace
+# All that `cargo test --workspace` runs, several programs at a time (LANES=1: one after another).
+test: build ; .ci/tests
 demo: build ; target/debug/podtether-devnet demo $(if $(KEEP),--keep)
 # SEED replays a schedule. Any count makes the run end when all is done; MINUTES ends it in any case.
 CHAOS = $(foreach o,seed minutes pods kills stops bombs handovers supervisor-kills everything outages,$(call given,$(o)))
