@@ -9,9 +9,8 @@ use podtether_net::testing::{block_on, in_namespaces};
 
 use crate::place::{PATIENCE, Place, refusal};
 
-/// What ADD waits, in seconds. A quarter of it is for taking back what was made, of all the pods at once here, which a
-/// busy machine needs more of.
-const TIMEOUT: u32 = 16;
+/// What ADD waits, in seconds.
+const TIMEOUT: u32 = 5;
 
 struct Case {
     name: &'static str,
