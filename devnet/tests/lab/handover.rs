@@ -179,9 +179,6 @@ fn a_peer_by_relay_alone_does_not_wait_for_a_dial() {
         println!(
             "by relay, longest without an answer: to the peer {to:?}, from it {from:?}, in peace {peace:?} (medians)"
         );
-        // What a relay had for the old connection when that was closed: more where it has to wait for its turn.
-        let waits =
-            ROUNDS as u128 * 3 * peace.saturating_sub(2 * BY_RELAY).as_micros() / BY_RELAY.as_micros();
         // Both at once: who goes on alone while the other waits for what is lost is not in a handover.
         let reports = std::thread::scope(|scope| {
             let ends = pings.map(|run| scope.spawn(|| run.stop(Duration::from_secs(2)).unwrap()));
@@ -189,8 +186,8 @@ fn a_peer_by_relay_alone_does_not_wait_for_a_dial() {
         });
         for report in reports {
             println!("{} sent, {} lost", report.sent, report.lost());
-            let most = u128::from(report.sent / 100) + waits;
-            assert!(u128::from(report.lost()) <= most, "a hundredth at most, and {waits} on this machine");
+            // What a relay had for the old connection when that was closed.
+            assert!(report.lost() * 100 < report.sent, "a hundredth at most");
         }
         let pings = [Pinging::start(&near.netns, far.v4().unwrap(), BY_RELAY, None).unwrap()];
         let crash = gaps(&pings, || {
